@@ -1,0 +1,40 @@
+# Each target does all its own set-up on a fresh machine and is quick the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RANKS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test check bench wheel clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
+
+$(VENV)/.lab: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.lab
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+lab: $(VENV)/.lab  ## run the main experiment on $(RANKS) ranks: what does model.forward(x) lose?
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) launch/train.py experiment=forward_bypass
+
+test: $(VENV)/.dev  ## run every test (gloo, CPU)
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## format, lint and type check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.dev  ## measure the cost of the harness, as ratios
+	$(BIN)/python -m bench
+
+wheel: $(VENV)/.dev  ## build the wheel into dist/
+	$(BIN)/python -m build --wheel
+
+clean:  ## remove the environment and what runs left behind
+	rm -rf $(VENV) build dist runs src/*.egg-info
