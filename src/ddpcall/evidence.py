@@ -1,0 +1,281 @@
+"""Evidence: frozen records of what a trial was measured to do. Facts only; opinions live in `verdicts`.
+
+Every record turns into plain JSON with `to_json` and back with `from_json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Where the facts were measured; they change with every one of these.
+
+    Attributes:
+        torch: torch's version, with its build suffix.
+        python: The interpreter's version.
+        backend: The process group's backend: gloo or nccl.
+        device: cpu or cuda.
+        device_name: The accelerator's name, or the processor's architecture.
+        world_size: Number of ranks.
+        versions: Versions of the other packages a result can depend on.
+    """
+
+    torch: str
+    python: str
+    backend: str
+    device: str
+    device_name: str
+    world_size: int
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """The coordinates of one trial in its experiment's grid.
+
+    Attributes:
+        wrapper: How the model was prepared.
+        path: How it was reached.
+        window: What stood around the call: arming forwards and `no_sync`.
+        hooks: `early` (registered before the first step) or `late` (after it).
+        model: Name of the model.
+    """
+
+    wrapper: str
+    path: str
+    window: str = "plain"
+    hooks: str = "early"
+    model: str = ""
+
+    def label(self) -> str:
+        """Return a short name: wrapper × path, and the other coordinates where they are not the default."""
+        parts = [self.wrapper, self.path]
+        parts += [self.window] if self.window != "plain" else []
+        parts += [f"{self.hooks} hooks"] if self.hooks != "early" else []
+        return " × ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookCount:
+    """What happened to one kind of hook on one module.
+
+    Attributes:
+        role: wrapped, inner or submodules; one module has several roles where the wrapper works in place.
+        module: Qualified name below the inner module; empty for the root.
+        kind: forward_pre, forward, full_backward, or the same with `global_` in front.
+        registered: Hooks of this kind on the module, ours included.
+        fired: Times our witness hook fired.
+        forwards: Times the module's forward ran while the hook was registered.
+    """
+
+    role: str
+    module: str
+    kind: str
+    registered: int
+    fired: int
+    forwards: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducerEvidence:
+    """What DDP's reducer did, by step. All lists have one entry a step.
+
+    Attributes:
+        reducers: DDP reducers that owned the model's parameters at the end of the trial.
+        armings: Grad-enabled `DDP.forward` that prepared the reducer for a backward.
+        arrivals_armed: Gradients that arrived while the reducer expected them.
+        arrivals_unarmed: Gradients that arrived while it did not: nobody will reduce them.
+        logged_iteration: DDP's own iteration counter, as last logged; sampled, so it may lag.
+        logged_buckets: Buckets in the last logged reduction; None when none was.
+    """
+
+    reducers: int
+    armings: tuple[int, ...]
+    arrivals_armed: tuple[int, ...]
+    arrivals_unarmed: tuple[int, ...]
+    logged_iteration: int | None = None
+    logged_buckets: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectiveEvidence:
+    """The independent witness: collectives that torch's flight recorder saw on the trial's process group.
+
+    Attributes:
+        all_reduces: All-reduces by step; None for steps that had left the recorder's ring buffer.
+        agrees: Whether a step had all-reduces exactly when the reducer probe saw armed gradients arrive.
+    """
+
+    all_reduces: tuple[int | None, ...]
+    agrees: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientEvidence:
+    """How far the ranks' gradients lay apart, before the optimizer stepped.
+
+    Attributes:
+        max_difference: By step: largest absolute difference between two ranks, over all parameters.
+        max_magnitude: By step: largest absolute gradient on any rank.
+        parameters: Over all steps: largest absolute difference of each parameter that differed.
+        with_gradient: Number of parameters that received a gradient in the last step.
+        batches_differ: Whether the ranks had different batches in every step (else equality proves nothing).
+    """
+
+    max_difference: tuple[float, ...]
+    max_magnitude: tuple[float, ...]
+    parameters: dict[str, float]
+    with_gradient: int
+    batches_differ: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaEvidence:
+    """Whether the replicas stayed one model, by digests taken after each optimizer step.
+
+    Attributes:
+        first_step_parameters: First step (from 0) after which parameters differed between ranks; None: never.
+        first_step_buffers: The same for buffers.
+        parameters: Names of the parameters that differed at the end.
+        buffers: Names of the buffers that differed at the end.
+        initial_digest: xxh3_64 of the parameters and buffers before the first step, in hex.
+    """
+
+    first_step_parameters: int | None
+    first_step_buffers: int | None
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    initial_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledEvidence:
+    """What torch.compile did.
+
+    Attributes:
+        requested: Whether the wrapper compiles anything.
+        frames: Frames that dynamo compiled during the trial.
+        calls_compiled: Steps in which a compiled graph ran.
+        calls_eager: Steps in which none did.
+    """
+
+    requested: bool
+    frames: int
+    calls_compiled: int
+    calls_eager: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consequence:
+    """What the trained models are worth. Lists have one entry a rank.
+
+    Attributes:
+        test_loss: Mean loss on the same test set.
+        test_accuracy: Share of the test set classified correctly; None for regression.
+        distance: L2 distance of the parameters from those of the synchronised run (plain DDP, `wrapped(x)`,
+            same data and seed), divided by the norm of the latter; None where no such run was made.
+        spread: Largest L2 distance between two ranks' parameters, divided by the norm of rank 0's.
+    """
+
+    test_loss: tuple[float, ...]
+    test_accuracy: tuple[float, ...] | None
+    distance: tuple[float, ...] | None
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """An exception that a trial raised on one rank.
+
+    Attributes:
+        rank: The rank that raised.
+        step: The step (from 0) it happened in; -1 while the model was built or wrapped.
+        kind: The exception's class.
+        message: Its message.
+        traceback: The whole traceback, as text.
+        seconds: When, in seconds since the trial began on that rank: the earliest is nearest the cause.
+    """
+
+    rank: int
+    step: int
+    kind: str
+    message: str
+    traceback: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """All that was measured in one trial. Parts that could not be measured are None.
+
+    Attributes:
+        cell: Where in the grid.
+        environment: Where measured.
+        seed: The seed of initial parameters and data order.
+        steps: Optimizer steps asked for.
+        step_ms: Median wall-clock time of a step on rank 0, milliseconds, probes included.
+        failures: Exceptions, nearest the cause first; empty when the trial ran to its end.
+    """
+
+    cell: Cell
+    environment: Environment
+    seed: int
+    steps: int
+    step_ms: float | None = None
+    failures: tuple[Failure, ...] = ()
+    hooks: tuple[HookCount, ...] | None = None
+    reducer: ReducerEvidence | None = None
+    collectives: CollectiveEvidence | None = None
+    gradients: GradientEvidence | None = None
+    replicas: ReplicaEvidence | None = None
+    compiled: CompiledEvidence | None = None
+    consequence: Consequence | None = None
+
+
+_PARTS: dict[str, Any] = {
+    "cell": Cell,
+    "environment": Environment,
+    "reducer": ReducerEvidence,
+    "collectives": CollectiveEvidence,
+    "gradients": GradientEvidence,
+    "replicas": ReplicaEvidence,
+    "compiled": CompiledEvidence,
+    "consequence": Consequence,
+}
+
+
+def to_json(evidence: Evidence) -> dict[str, Any]:
+    """Return the evidence as JSON-ready dicts, lists and scalars."""
+    return _plain(dataclasses.asdict(evidence))
+
+
+def from_json(record: dict[str, Any]) -> Evidence:
+    """Rebuild evidence from what `to_json` returned, also after a round trip through text.
+
+    Raises:
+        TypeError: The record has unknown or missing fields.
+    """
+    values = {key: _frozen(value) for key, value in record.items()}
+    for name, part in _PARTS.items():
+        if record.get(name) is not None:
+            values[name] = part(**{key: _frozen(value) for key, value in record[name].items()})
+    values["failures"] = tuple(Failure(**failure) for failure in record.get("failures", ()))
+    if record.get("hooks") is not None:
+        values["hooks"] = tuple(HookCount(**count) for count in record["hooks"])
+    return Evidence(**values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

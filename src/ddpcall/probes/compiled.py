@@ -1,0 +1,83 @@
+"""The compiled probe: did compiled code run, or did the call slip past it into eager Python?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ddpcall.evidence import CompiledEvidence
+
+
+class CompiledObserver:
+    """Hands out a compile backend that counts the graphs it made and each time one ran."""
+
+    def __init__(self, requested: bool, backend: str) -> None:
+        self._requested = requested
+        self._backend = backend
+        self._graph_runs = 0
+        self._runs_before_step = 0
+        self._frames = 0
+        self._calls_compiled = 0
+        self._calls_eager = 0
+
+    def backend(self, graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Compile with the named backend; the result counts its runs. To be given to torch.compile."""
+        from torch._dynamo.backends.registry import lookup_backend
+
+        compiled = lookup_backend(self._backend)(graph_module, example_inputs)
+
+        def run(*args: Any) -> Any:
+            self._graph_runs += 1
+            return compiled(*args)
+
+        return run
+
+    def end_step(self) -> None:
+        """Close the step: it ran compiled if any compiled graph ran since the last call."""
+        if self._graph_runs > self._runs_before_step:
+            self._calls_compiled += 1
+        else:
+            self._calls_eager += 1
+        self._runs_before_step = self._graph_runs
+
+    def evidence(self) -> CompiledEvidence:
+        """Return what was counted."""
+        return CompiledEvidence(
+            requested=self._requested,
+            frames=self._frames,
+            calls_compiled=self._calls_compiled,
+            calls_eager=self._calls_eager,
+        )
+
+
+@contextmanager
+def observe_compiled(requested: bool, backend: str) -> Iterator[CompiledObserver]:
+    """Count compiled frames, and the steps that ran compiled code. Enter it before the model is wrapped.
+
+    Args:
+        requested: Whether the wrapper compiles at all; if not, dynamo is not even imported.
+        backend: The name of the backend that does the work: eager, aot_eager, inductor …
+
+    Yields:
+        The observer; give its `backend` to the wrapper. Dynamo's caches are emptied on entry and exit.
+
+    Blind to: how much of a step was compiled; one graph is enough to call the step compiled.
+
+    Source: `torch/_dynamo/utils.py` (`counters["frames"]`).
+    """
+    observer = CompiledObserver(requested, backend)
+    if not requested:
+        yield observer
+        return
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    before = counters["frames"]["ok"]
+    try:
+        yield observer
+    finally:
+        observer._frames = counters["frames"]["ok"] - before
+        torch.compiler.reset()

@@ -1,0 +1,101 @@
+"""Verdicts: pure functions of evidence. No torch, no processes, nothing remembered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ddpcall.evidence import Evidence, GradientEvidence, HookCount
+
+# Reductions give every rank the same bits; the tolerance only allows for backends that round per rank.
+RELATIVE_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdicts:
+    """What the evidence of one trial amounts to.
+
+    Attributes:
+        gradients: `synced` (equal on all ranks in every step, from different batches), `local` (they stayed
+            on the rank that computed them, in at least one step), `sharded`, `none` (no parameter received
+            a gradient) or `crashed`.
+        hooks_wrapped: `fired` (every kind of hook registered on the wrapped object fired), `skipped` (the
+            model ran and at least one kind did not), `none` (no hook there, or the model never ran).
+        hooks_inner: The same for the user's own module.
+        hooks_submodules: The same for the modules below it whose forward ran.
+        compiled: `compiled` (a compiled graph ran in every step), `eager` (in at least one step none did),
+            `none` (nothing was to be compiled, or the trial crashed).
+    """
+
+    gradients: str
+    hooks_wrapped: str
+    hooks_inner: str
+    hooks_submodules: str
+    compiled: str
+
+
+def judge(evidence: Evidence) -> Verdicts:
+    """Compute all verdicts of one trial."""
+    return Verdicts(
+        gradients=judge_gradients(evidence),
+        hooks_wrapped=judge_hooks(evidence, "wrapped"),
+        hooks_inner=judge_hooks(evidence, "inner"),
+        hooks_submodules=judge_hooks(evidence, "submodules"),
+        compiled=judge_compiled(evidence),
+    )
+
+
+def judge_gradients(evidence: Evidence) -> str:
+    """Say who ended up with whose gradients.
+
+    Blind to: synchronisation where every rank had the same batch, or where there is one rank only: equality
+    proves nothing there, so the verdict is `local`.
+    """
+    if evidence.failures:
+        return "crashed"
+    gradients = evidence.gradients
+    if gradients is None or gradients.with_gradient == 0:
+        return "none"
+    if evidence.environment.world_size == 1 or not gradients.batches_differ:
+        return "local"
+    return "synced" if _equal_in_every_step(gradients) else "local"
+
+
+def _equal_in_every_step(gradients: GradientEvidence) -> bool:
+    pairs = zip(gradients.max_difference, gradients.max_magnitude, strict=True)
+    return all(difference <= RELATIVE_TOLERANCE * magnitude for difference, magnitude in pairs)
+
+
+def judge_hooks(evidence: Evidence, role: str) -> str:
+    """Say whether the hooks of one role fired.
+
+    "Did not fire" counts as skipped only beside a forward that ran, somewhere in the model: a trial that
+    crashed before any forward says nothing about hooks.
+    """
+    counts = [count for count in evidence.hooks or () if count.role == role]
+    ran = any(count.forwards for count in evidence.hooks or ())
+    if not counts or not ran:
+        return "none"
+    if role == "submodules":
+        used = [count for count in counts if count.forwards]
+        return "fired" if used and all(map(_fired, used)) else "skipped"
+    return "fired" if all(map(_fired, counts)) else "skipped"
+
+
+def _fired(count: HookCount) -> bool:
+    return count.fired > 0
+
+
+def skipped_kinds(evidence: Evidence, role: str) -> list[str]:
+    """Name the kinds of hook that did not fire in a role, in order of first appearance."""
+    counts = [count for count in evidence.hooks or () if count.role == role and not _fired(count)]
+    if role == "submodules":
+        counts = [count for count in counts if count.forwards] or counts
+    return list(dict.fromkeys(count.kind for count in counts))
+
+
+def judge_compiled(evidence: Evidence) -> str:
+    """Say whether compiled code ran."""
+    compiled = evidence.compiled
+    if compiled is None or not compiled.requested or evidence.failures:
+        return "none"
+    return "compiled" if compiled.calls_compiled and not compiled.calls_eager else "eager"
