@@ -69,7 +69,8 @@ class HookCount:
         kind: forward_pre, forward, full_backward, or the same with `global_` in front.
         registered: Hooks of this kind on the module, ours included.
         fired: Times our witness hook fired.
-        forwards: Times the module's forward ran while the hook was registered.
+        forwards: Times the module's forward ran while the hook was registered; for backward hooks, only
+            forwards whose output required a gradient.
     """
 
     role: str

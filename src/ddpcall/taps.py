@@ -49,27 +49,40 @@ def wrap_method(owner: Any, name: str, wrapping: Callable[[Callable[..., Any]], 
     return undo
 
 
-def count_forwards(module: nn.Module, counter: Tensor) -> Undo:
-    """Add one to `counter` whenever the module's forward runs, however it was reached.
+def count_forwards(module: nn.Module, counter: Tensor, differentiable: Tensor) -> Undo:
+    """Count the runs of a module's forward, however it was reached, and those a gradient can flow back through.
 
-    The counter is a tensor, so that compiled code counts too: dynamo traces the addition into the graph
+    The counters are tensors, so that compiled code counts too: dynamo traces the addition into the graph
     instead of guarding on a Python number, and nothing is recompiled.
 
     Args:
         module: The module to observe.
-        counter: Shape (), integer, on any device.
+        counter: Shape (), integer, on any device: one more for every run.
+        differentiable: The same, for runs whose output requires a gradient: only those have a backward.
 
     Blind to: `type(module).forward(module, x)` and the functional form on the module's weights.
     """
 
     def counting(original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            outputs = original(*args, **kwargs)
             counter.add_(1)
-            return original(*args, **kwargs)
+            if requires_gradient(outputs):
+                differentiable.add_(1)
+            return outputs
 
         return forward
 
     return wrap_method(module, "forward", counting)
+
+
+def requires_gradient(outputs: Any) -> bool:
+    """Say whether any tensor in nested tuples, lists and dicts requires a gradient."""
+    if isinstance(outputs, Tensor):
+        return outputs.requires_grad
+    if isinstance(outputs, dict):
+        outputs = tuple(outputs.values())
+    return isinstance(outputs, tuple | list) and any(requires_gradient(output) for output in outputs)
 
 
 def count_hook(module: nn.Module, kind: str, counter: Tensor) -> Undo:

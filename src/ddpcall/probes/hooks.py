@@ -36,33 +36,34 @@ class HooksObserver:
 
     def __init__(self) -> None:
         self._witnesses: list[_Witness] = []
-        self._global_hooks = {kind: 0 for kind in HOOK_DICTS}
+        self._global_hooks = dict.fromkeys(HOOK_DICTS, 0)
 
     def watch_module(
         self, stack: ExitStack, module: nn.Module, roles: tuple[str, ...], name: str, device: torch.device
-    ) -> Tensor:
-        """Register one witness of each kind on a module, and count its forwards; return that counter."""
-        forwards = _counter(device)
-        stack.callback(count_forwards(module, forwards))
+    ) -> dict[str, Tensor]:
+        """Register one witness of each kind on a module, and count its forwards; return their counters by kind."""
+        runs = {"forward": _counter(device), "full_backward": _counter(device)}
+        runs["forward_pre"] = runs["forward"]
+        stack.callback(count_forwards(module, runs["forward"], runs["full_backward"]))
         for kind in HOOK_DICTS:
             fired = _counter(device)
             stack.callback(count_hook(module, kind, fired))
-            self._witnesses.append(_Witness(module, roles, name, kind, fired, forwards))
-        return forwards
+            self._witnesses.append(_Witness(module, roles, name, kind, fired, runs[kind]))
+        return runs
 
     def watch_globally(
         self,
         stack: ExitStack,
-        watched: list[tuple[nn.Module, tuple[str, ...], str, Tensor]],
+        watched: list[tuple[nn.Module, tuple[str, ...], str, dict[str, Tensor]]],
         device: torch.device,
     ) -> None:
         """Register one witness of each kind for all modules at once."""
         for kind in HOOK_DICTS:
             counters = {id(module): _counter(device) for module, *_ in watched}
             stack.callback(count_global_hook(kind, counters))
-            for module, roles, name, forwards in watched:
+            for module, roles, name, runs in watched:
                 fired = counters[id(module)]
-                self._witnesses.append(_Witness(module, roles, name, GLOBAL + kind, fired, forwards))
+                self._witnesses.append(_Witness(module, roles, name, GLOBAL + kind, fired, runs[kind]))
 
     def evidence(self) -> tuple[HookCount, ...]:
         """Return the counts so far, one record for each role, module and kind."""
@@ -94,7 +95,7 @@ def observe_hooks(
 
     Yields:
         The observer. "fired" stands beside "forwards": a hook that did not fire is evidence only where
-        a forward ran.
+        a forward ran; for backward hooks, one whose output required a gradient.
 
     Blind to: hooks registered by others that raise or return early before ours; modules between the wrapped
     and the inner one (DDP under torch.compile). Changes: a hooked module never takes torch's short cut around
@@ -106,8 +107,8 @@ def observe_hooks(
     with ExitStack() as stack:
         watched = []
         for module, roles, name in _roles(wrapped, inner):
-            forwards = observer.watch_module(stack, module, roles, name, device)
-            watched.append((module, roles, name, forwards))
+            runs = observer.watch_module(stack, module, roles, name, device)
+            watched.append((module, roles, name, runs))
         if global_hooks:
             observer.watch_globally(stack, watched, device)
         yield observer

@@ -1,0 +1,188 @@
+"""What rank 0 shows in the terminal: a progress bar, the table, and errors in one message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich import progress as rich_progress
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ddpcall.evidence import Consequence, Environment, Evidence
+from ddpcall.lab.schema import TrainConfig
+from ddpcall.verdicts import skipped_kinds
+
+if TYPE_CHECKING:
+    from ddpcall.lab.experiment import TrialResult
+
+PIPED_WIDTH = 150
+_COLOURS = {
+    "synced": "green",
+    "fired": "green",
+    "compiled": "green",
+    "local": "bold red",
+    "skipped": "yellow",
+    "eager": "yellow",
+    "crashed": "bold magenta",
+    "none": "dim",
+    "sharded": "cyan",
+}
+
+
+def say(message: str) -> None:
+    """Print one line for people, to stdout."""
+    _console().print(escape(message), highlight=False)
+
+
+def warn(message: str) -> None:
+    """Print an error message to stderr."""
+    Console(stderr=True, soft_wrap=True).print(f"ddpcall: {escape(message)}", highlight=False)
+
+
+def _console() -> Console:
+    console = Console(soft_wrap=False)
+    return console if console.is_terminal else Console(width=PIPED_WIDTH)
+
+
+class Progress:
+    """A bar over the trials, on a terminal; nothing when piped or on other ranks."""
+
+    def __init__(self, total: int, *, enabled: bool) -> None:
+        console = Console(stderr=True)
+        self._bar = rich_progress.Progress(
+            rich_progress.SpinnerColumn(),
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not (enabled and console.is_terminal),
+        )
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def begin(self, label: str) -> None:
+        """Show which trial runs."""
+        self._bar.update(self._task, description=escape(label))
+
+    def finish(self) -> None:
+        """Count one trial as done."""
+        self._bar.advance(self._task)
+
+
+def print_result(
+    config: TrainConfig, environment: Environment, results: list[TrialResult], directory: Path
+) -> None:
+    """Print the table of cells, what did not hold, and where the evidence lies."""
+    console = _console()
+    console.print(_table(config, environment, results))
+    for result in results:
+        for line in _explain(result):
+            console.print(line, highlight=False)
+    console.print(_conclusion(results), highlight=False)
+    console.print(f"evidence: {escape(str(directory))}", highlight=False, soft_wrap=True)
+
+
+def _table(config: TrainConfig, environment: Environment, results: list[TrialResult]) -> Table:
+    caption = (
+        f"{environment.world_size} ranks, {environment.backend} on {environment.device}, "
+        f"torch {environment.torch}, {config.steps} steps, seed {config.seed}"
+    )
+    table = Table(title=f"{config.name}: {config.question}", caption=caption, title_justify="left")
+    several_models = len({result.evidence.cell.model for result in results}) > 1
+    compiling = any(result.verdicts.compiled != "none" for result in results)
+    columns = ["model"] if several_models else []
+    columns += ["wrapper × path", "gradients", "ranks' gradients differ by", "hooks\nwrapped", "inner", "below"]
+    columns += ["compiled"] if compiling else []
+    columns += ["test accuracy\nby rank", "distance from\nsynced run", "as expected"]
+    for column in columns:
+        table.add_column(column)
+    for result in results:
+        table.add_row(*_row(result, several_models, compiling))
+    return table
+
+
+def _row(result: TrialResult, several_models: bool, compiling: bool) -> list[str]:
+    evidence, verdicts = result.evidence, result.verdicts
+    row = [evidence.cell.model.rsplit(".", 1)[-1]] if several_models else []
+    row += [evidence.cell.label(), _coloured(verdicts.gradients), _gradient_difference(evidence)]
+    row += [_coloured(word) for word in (verdicts.hooks_wrapped, verdicts.hooks_inner, verdicts.hooks_submodules)]
+    row += [_coloured(verdicts.compiled)] if compiling else []
+    row += [_quality(evidence.consequence), _distance(evidence.consequence)]
+    met = "[bold red]NO[/]" if result.unmet else ("yes" if result.expected else "[dim]-[/]")
+    return [*row, met]
+
+
+def _coloured(word: str) -> str:
+    return f"[{_COLOURS[word]}]{word}[/]"
+
+
+def _gradient_difference(evidence: Evidence) -> str:
+    gradients = evidence.gradients
+    if gradients is None or not gradients.max_difference:
+        return "-"
+    return f"{max(gradients.max_difference):.3g}"
+
+
+def _quality(consequence: Consequence | None) -> str:
+    if consequence is None:
+        return "-"
+    if consequence.test_accuracy is None:
+        return " ".join(f"loss {loss:.4f}" for loss in consequence.test_loss[:4])
+    return " ".join(f"{accuracy:.1%}" for accuracy in consequence.test_accuracy[:4])
+
+
+def _distance(consequence: Consequence | None) -> str:
+    if consequence is None or consequence.distance is None:
+        return "-"
+    return f"{max(consequence.distance):.2g}"
+
+
+def _explain(result: TrialResult) -> list[str]:
+    """Return lines on what needs words: a crash, an expectation that failed, a witness that disagrees."""
+    label = escape(result.evidence.cell.label())
+    lines = []
+    for failure in result.evidence.failures[:1]:
+        first_line = failure.message.strip().splitlines()[0] if failure.message.strip() else ""
+        lines.append(
+            f"[magenta]crashed[/] {label}: rank {failure.rank}, step {failure.step}: "
+            f"{failure.kind}: {escape(first_line)}"
+        )
+    for name, words in result.unmet.items():
+        lines.append(
+            f"[bold red]not as expected[/] {label}: {name} is {words['measured']}, expected {words['expected']}"
+            + _missing_hooks(result.evidence, name)
+        )
+    collectives = result.evidence.collectives
+    if collectives is not None and not collectives.agrees:
+        lines.append(
+            f"[bold red]witness disagrees[/] {label}: the flight recorder saw other all-reduces than armed"
+        )
+    return lines
+
+
+def _missing_hooks(evidence: Evidence, verdict: str) -> str:
+    if not verdict.startswith("hooks_"):
+        return ""
+    kinds = skipped_kinds(evidence, verdict.removeprefix("hooks_"))
+    return f" (did not fire: {', '.join(kinds)})" if kinds else ""
+
+
+def _conclusion(results: list[TrialResult]) -> str:
+    failed = sum(bool(result.unmet) for result in results)
+    stated = sum(bool(result.expected) for result in results)
+    if failed:
+        return f"[bold red]{failed} of {len(results)} cells are not as expected[/]"
+    return f"[green]{stated} of {len(results)} cells have expectations, and all hold[/]"

@@ -1,0 +1,109 @@
+"""The data of the lab: real digits that ship with scikit-learn, and a synthetic regression. No download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from ddpcall.lab.errors import WrongUse
+from ddpcall.lab.schema import DataConfig
+from ddpcall.paths import Batch
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and test data, the same on every rank.
+
+    Attributes:
+        train: Inputs (samples, *features) and targets.
+        test: Inputs and targets that no rank trains on.
+        in_features: Number of features of a sample, flattened.
+        out_features: Classes, or regression targets.
+    """
+
+    train: TensorDataset
+    test: Batch
+    in_features: int
+    out_features: int
+
+
+def load_split(config: DataConfig, seed: int) -> Split:
+    """Load the data and split it, by the seed alone.
+
+    Raises:
+        WrongUse: Unknown name, or a test fraction that leaves nothing on one side.
+    """
+    match config.name:
+        case "digits":
+            inputs, targets, out_features = _load_digits()
+        case "regression":
+            inputs, targets, out_features = _make_regression(config, seed)
+        case _:
+            raise WrongUse(f"data.name={config.name} is unknown; write digits or regression")
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
+    num_test = round(len(inputs) * config.test_fraction)
+    if not 0 < num_test < len(inputs):
+        raise WrongUse(f"data.test_fraction={config.test_fraction} leaves no sample to train on, or none to test")
+    test, train = order[:num_test], order[num_test:]
+    return Split(
+        train=TensorDataset(inputs[train], targets[train]),
+        test=Batch(inputs[test], targets[test]),
+        in_features=inputs[0].numel(),
+        out_features=out_features,
+    )
+
+
+def _load_digits() -> tuple[Tensor, Tensor, int]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32) / 16
+    return images, torch.tensor(digits.target, dtype=torch.int64), 10
+
+
+def _make_regression(config: DataConfig, seed: int) -> tuple[Tensor, Tensor, int]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(config.num_samples, 16, generator=generator)
+    teacher = torch.randn(16, 1, generator=generator)
+    noise = torch.randn(config.num_samples, 1, generator=generator) * config.noise
+    return inputs, torch.tanh(inputs @ teacher) + noise, 1
+
+
+def check_batch_size(split: Split, batch_size: int, world_size: int) -> None:
+    """Refuse batches that the data cannot fill.
+
+    Raises:
+        WrongUse: Fewer training samples than one batch for every rank, or a batch size below 1.
+    """
+    if batch_size < 1 or batch_size * world_size > len(split.train):
+        raise WrongUse(
+            f"data.batch_size={batch_size} on {world_size} ranks does not fit the {len(split.train)} training "
+            f"samples. Write data.batch_size with a value from 1 to {len(split.train) // world_size}"
+        )
+
+
+def iterate_batches(
+    split: Split, *, batch_size: int, steps: int, rank: int, world_size: int, seed: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yield this rank's batches, `steps` of them, over as many epochs as that takes.
+
+    The sampler gives each rank its own share and is told of every epoch (`set_epoch`).
+    """
+    sampler = DistributedSampler(
+        split.train, num_replicas=world_size, rank=rank, shuffle=True, seed=seed, drop_last=True
+    )
+    loader = DataLoader(split.train, batch_size=batch_size, sampler=sampler, drop_last=True)
+    epoch = step = 0
+    while step < steps:
+        sampler.set_epoch(epoch)
+        for inputs, targets in loader:
+            if step == steps:
+                return
+            yield Batch(inputs.to(device), targets.to(device))
+            step += 1
+        epoch += 1

@@ -1,0 +1,380 @@
+"""An experiment: run the grid's trials, merge the ranks' reports into evidence, judge, compare, write down."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Failure, to_json
+from ddpcall.lab.console import Progress, print_result, say, warn
+from ddpcall.lab.data import Split, check_batch_size, load_split
+from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
+from ddpcall.lab.grid import Grid, check_expectations, expand_grid, expected_verdicts, unmet
+from ddpcall.lab.run_directory import RunDirectory
+from ddpcall.lab.schema import TrainConfig
+from ddpcall.lab.tensorboard import write_events
+from ddpcall.lab.trial import RankReport, Trial, median_step_ms
+from ddpcall.lab.world import (
+    FAREWELL_SECONDS,
+    Accelerator,
+    Deadline,
+    RankLost,
+    Terminated,
+    World,
+    choose_accelerator,
+    open_world,
+    terminate_as_exception,
+)
+from ddpcall.verdicts import Verdicts, judge
+from ddpcall.wrappers import Wrapper
+
+# What a rank raises because another one failed first.
+CONSEQUENCES = ("connection reset", "connection closed", "closed by peer", "timed out", "timeout", "broken pipe")
+GATHER_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One finished trial.
+
+    Attributes:
+        evidence: What was measured.
+        verdicts: What it amounts to.
+        expected: The verdicts that the experiment's expectations state for this cell.
+        unmet: Verdicts that are not as expected: name to `{"expected", "measured"}`.
+    """
+
+    evidence: Evidence
+    verdicts: Verdicts
+    expected: dict[str, str]
+    unmet: dict[str, dict[str, str]]
+
+
+def run_experiment(config: TrainConfig, run_directory: Path) -> int:
+    """Run an experiment on this process's ranks; called on every rank.
+
+    Args:
+        config: The whole configuration.
+        run_directory: Where rank 0 writes; the same on every rank.
+
+    Returns:
+        0 when every expectation holds, 1 when one does not, 2 for wrong use. The same on every rank.
+
+    Raises:
+        RankLost: A rank disappeared; the summary says which.
+        Terminated: SIGTERM; the summary says so.
+    """
+    world = World()
+    try:
+        world = open_world()
+        _agree_on_config(config, world)
+        grid = check_config(config, world)
+        run = _Run(config, grid, world, RunDirectory(run_directory))
+    except WrongUse as error:
+        if world.rank == 0:
+            warn(str(error))
+        return EXIT_WRONG_USE
+    with terminate_as_exception():
+        return run.run_guarded()
+
+
+def check_config(config: TrainConfig, world: World) -> Grid:
+    """Refuse what cannot work before anything starts.
+
+    Raises:
+        WrongUse: With what to write instead.
+    """
+    for name, least in (("steps", 1), ("ranks", 1)):
+        if getattr(config, name) < least:
+            raise WrongUse(f"{name}={getattr(config, name)}: write {name}={least} or more")
+    if config.trial_timeout_s <= 0:
+        raise WrongUse(f"trial_timeout_s={config.trial_timeout_s}: write a number of seconds above 0")
+    check_expectations(config)
+    grid = expand_grid(config)
+    choose_accelerator(config.device, config.backend, world.local_rank, world.local_world_size)
+    return grid
+
+
+def _agree_on_config(config: TrainConfig, world: World) -> None:
+    """Compare every rank's configuration with rank 0's.
+
+    Raises:
+        WrongUse: They differ; names the keys, and both values.
+    """
+    flat = _flatten(dataclasses.asdict(config))
+    configs = world.collect("config", flat, GATHER_SECONDS)
+    differences = [
+        f"  {key}: {configs[0].get(key)!r} on rank 0, {other.get(key)!r} on rank {rank}"
+        for rank, other in enumerate(configs)
+        for key in sorted(configs[0].keys() | other.keys())
+        if configs[0].get(key) != other.get(key)
+    ]
+    if differences:
+        raise WrongUse(
+            "\n".join(["the ranks were started with different configurations:", *differences, "Start all alike."])
+        )
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): value}
+
+
+class _Run:
+    """The run in progress on one rank; rank 0 also writes."""
+
+    def __init__(self, config: TrainConfig, grid: Grid, world: World, directory: RunDirectory) -> None:
+        self._config = config
+        self._grid = grid
+        self._world = world
+        self._directory = directory
+        self._accelerator = choose_accelerator(
+            config.device, config.backend, world.local_rank, world.local_world_size
+        )
+        self._environment = describe_environment(self._accelerator, world.world_size)
+        self._results: list[TrialResult] = []
+        self._references: dict[str, Tensor | None] = {}
+        self._where = "the start"
+        self._deadline = Deadline(world, self._report_hang)
+        self._split: Split = load_split(config.data, config.seed)
+        check_batch_size(self._split, config.data.batch_size, world.world_size)
+
+    def run_guarded(self) -> int:
+        """Run, and whatever happens leave a summary that says how it ended."""
+        try:
+            return self._run()
+        except WrongUse as error:
+            self._close_failed("wrong use", str(error), None)
+            if self._world.rank == 0:
+                warn(str(error))
+            return EXIT_WRONG_USE
+        except RankLost as error:
+            self._close_failed("rank lost", str(error), error.ranks[0])
+            raise
+        except Terminated as error:
+            self._close_terminated(error)
+            raise
+        except BaseException as error:
+            self._close_failed("failed", f"{type(error).__name__}: {error}", self._world.rank)
+            raise
+
+    def _run(self) -> int:
+        if self._world.rank == 0:
+            config_yaml = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self._config)))
+            self._directory.create(config_yaml, dataclasses.asdict(self._environment), self._summary("running"))
+            for reason in self._grid.left_out:
+                say(f"left out: {reason}")
+        with Progress(len(self._grid.cells), enabled=self._world.rank == 0) as progress:
+            for index, cell in enumerate(self._grid.cells):
+                progress.begin(cell.label())
+                result = self._run_cell(index, cell)
+                self._results.append(result)
+                if self._world.rank == 0:
+                    self._directory.write_summary(self._summary("running"))
+                progress.finish()
+        failed = any(result.unmet for result in self._results)
+        if self._world.rank == 0:
+            self._directory.write_summary(self._summary("expectations failed" if failed else "ok"))
+            print_result(self._config, self._environment, self._results, self._directory.path)
+        # A rank that leaves with an exit code makes the launcher stop the others: leave together.
+        self._world.collect("finished", True, GATHER_SECONDS)
+        return EXIT_FAILED if failed else EXIT_OK
+
+    def _run_cell(self, index: int, cell: Cell) -> TrialResult:
+        reference = self._reference(cell)
+        reports = self._run_trial(f"trial{index}", cell, observe=self._config.probes.enabled, reference=reference)
+        evidence = merge_reports(cell, self._config, self._environment, reports)
+        verdicts = judge(evidence)
+        expected = expected_verdicts(cell, self._config.expect) if self._config.probes.enabled else {}
+        result = TrialResult(evidence, verdicts, expected, unmet(verdicts, expected))
+        if self._world.rank == 0:
+            self._write_trial(cell, result, reports)
+        return result
+
+    def _reference(self, cell: Cell) -> Tensor | None:
+        """Return the synchronised run's parameters: plain DDP, wrapped(x), the same model, data and seed."""
+        if cell.model not in self._references:
+            synchronised = Cell(wrapper=Wrapper.DDP.value, path="call", model=cell.model)
+            reports = self._run_trial(f"reference{len(self._references)}", synchronised, observe=False)
+            self._references[cell.model] = reports[self._world.rank].parameters
+        return self._references[cell.model]
+
+    def _run_trial(
+        self, name: str, cell: Cell, *, observe: bool, reference: Tensor | None = None
+    ) -> list[RankReport]:
+        self._where = f"{name} ({cell.label()})"
+        trial = Trial(cell, self._config, self._split, self._world, self._accelerator, observe=observe)
+        with self._deadline.limit(self._where, self._config.trial_timeout_s):
+            report = trial.run(name, reference)
+            # Parameters stay where they are; everything else is small.
+            parameters, report.parameters = report.parameters, None
+            reports = self._world.collect(f"{name}/report", report, self._config.trial_timeout_s)
+        reports[self._world.rank].parameters = parameters
+        return reports
+
+    def _write_trial(self, cell: Cell, result: TrialResult, reports: list[RankReport]) -> None:
+        record = {
+            **to_json(result.evidence),
+            "verdicts": dataclasses.asdict(result.verdicts),
+            "expected": result.expected,
+            "expectation_met": expectation_met(result),
+        }
+        self._directory.append("evidence.jsonl", [record])
+        self._directory.append("steps.jsonl", step_records(cell, reports))
+        if self._config.tensorboard:
+            write_events(self._directory.path / "tensorboard", result.evidence, reports)
+
+    def _summary(self, outcome: str) -> dict[str, Any]:
+        return {
+            "experiment": self._config.name,
+            "question": self._config.question,
+            "outcome": outcome,
+            "reason": None,
+            "first_failing_rank": None,
+            "environment": dataclasses.asdict(self._environment),
+            "num_trials": len(self._grid.cells),
+            "left_out": list(self._grid.left_out),
+            "trials": [summarize(result) for result in self._results],
+        }
+
+    def _close_failed(self, outcome: str, reason: str, first_failing_rank: int | None, **more: Any) -> None:
+        if self._world.claim("summary_closer"):
+            where = f"during {self._where}: {reason}"
+            self._directory.fail(outcome, where, first_failing_rank, **more)
+
+    def _close_terminated(self, error: Terminated) -> None:
+        """Tell a rank that died (the launcher then stops the others) from a run that somebody stopped."""
+        self._world.publish("farewell", True)
+        missing = self._world.wait_for("farewell", FAREWELL_SECONDS)
+        if missing:
+            self._close_failed("rank lost", str(RankLost(missing, self._where)), missing[0])
+        else:
+            self._close_failed("interrupted", str(error), None)
+
+    def _report_hang(self, name: str, stacks: dict[int, str], missing: list[int]) -> None:
+        seconds = self._config.trial_timeout_s
+        reason = f"no end after {seconds:g} s (trial_timeout_s)"
+        if missing:
+            reason += f"; no answer from rank {', '.join(map(str, missing))}: dead or stopped"
+        self._close_failed("hung", reason, missing[0] if missing else None, stacks=stacks)
+        for rank, stack in sorted(stacks.items()):
+            warn(f"rank {rank} was here when {name} was cut:\n{stack}")
+        warn(f"{name}: {reason}. The stacks are also in {self._directory.path / 'summary.json'}")
+
+
+def describe_environment(accelerator: Accelerator, world_size: int) -> Environment:
+    """Describe what this process runs on."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {
+        package: importlib.metadata.version(package)
+        for package in ("ddpcall", "hydra-core", "numpy", "scikit-learn")
+    }
+    return Environment(
+        torch=torch.__version__,
+        python=platform.python_version(),
+        backend=accelerator.backend,
+        device=device.type,
+        device_name=name,
+        world_size=world_size,
+        versions=versions,
+    )
+
+
+def merge_reports(
+    cell: Cell, config: TrainConfig, environment: Environment, reports: list[RankReport]
+) -> Evidence:
+    """Merge what the ranks reported into the evidence of one trial.
+
+    Hooks, reducer and compiled code are told by rank 0; what compares ranks was measured on all of them.
+    """
+    first = reports[0]
+    failures = [report.failure for report in reports if report.failure is not None]
+    return Evidence(
+        cell=cell,
+        environment=environment,
+        seed=config.seed,
+        steps=config.steps,
+        step_ms=median_step_ms(first),
+        failures=tuple(sorted(failures, key=lambda failure: (is_consequence(failure), failure.seconds))),
+        hooks=first.hooks,
+        reducer=first.reducer,
+        collectives=first.collectives,
+        gradients=first.gradients,
+        replicas=first.replicas,
+        compiled=first.compiled,
+        consequence=None if failures else _consequence(reports),
+    )
+
+
+def is_consequence(failure: Failure) -> bool:
+    """Say whether a rank failed because another one did."""
+    return any(phrase in failure.message.lower() for phrase in CONSEQUENCES)
+
+
+def _consequence(reports: list[RankReport]) -> Consequence:
+    losses = [report.test_loss for report in reports if report.test_loss is not None]
+    accuracies = [report.test_accuracy for report in reports if report.test_accuracy is not None]
+    distances = [report.distance for report in reports if report.distance is not None]
+    return Consequence(
+        test_loss=tuple(losses),
+        test_accuracy=tuple(accuracies) or None,
+        distance=tuple(distances) or None,
+        spread=max((report.spread or 0.0 for report in reports), default=0.0),
+    )
+
+
+def expectation_met(result: TrialResult) -> bool | None:
+    """Return whether a cell is as expected; None where nothing was expected and nothing crashed."""
+    if not result.expected and not result.unmet:
+        return None
+    return not result.unmet
+
+
+def summarize(result: TrialResult) -> dict[str, Any]:
+    """Return one trial as it stands in summary.json."""
+    evidence = result.evidence
+    consequence = evidence.consequence
+    return {
+        **dataclasses.asdict(evidence.cell),
+        "verdicts": dataclasses.asdict(result.verdicts),
+        "expected": result.expected,
+        "expectation_met": expectation_met(result),
+        "unmet": result.unmet,
+        "error": _first_line(evidence.failures),
+        "witness_agrees": evidence.collectives.agrees if evidence.collectives else None,
+        "consequence": dataclasses.asdict(consequence) if consequence else None,
+    }
+
+
+def _first_line(failures: tuple[Failure, ...]) -> str | None:
+    if not failures:
+        return None
+    first = failures[0]
+    return f"rank {first.rank}, step {first.step}: {first.kind}: {first.message.strip().splitlines()[0]}"
+
+
+def step_records(cell: Cell, reports: list[RankReport]) -> list[dict[str, Any]]:
+    """Return one record for each step and rank: loss, time, and what the reducer saw."""
+    records = []
+    for rank, report in enumerate(reports):
+        for step, loss in enumerate(report.losses):
+            record = {**dataclasses.asdict(cell), "rank": rank, "step": step, "loss": loss}
+            record["step_ms"] = report.step_ms[step]
+            if report.reducer is not None:
+                record["armings"] = report.reducer.armings[step]
+                record["arrivals_armed"] = report.reducer.arrivals_armed[step]
+                record["arrivals_unarmed"] = report.reducer.arrivals_unarmed[step]
+            if report.gradients is not None:
+                record["gradient_max_difference"] = report.gradients.max_difference[step]
+            records.append(record)
+    return records

@@ -1,0 +1,125 @@
+"""From a configuration to the cells of its grid, and from expectations to what one cell should show. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import product
+from typing import Any
+
+from ddpcall.evidence import Cell
+from ddpcall.lab.errors import WrongUse
+from ddpcall.lab.schema import ExpectationConfig, TrainConfig
+from ddpcall.paths import CallPath, SyncWindow
+from ddpcall.verdicts import Verdicts
+from ddpcall.wrappers import Wrapper, meaningful_paths, meaningful_windows
+
+SELECTORS = ("wrapper", "path", "window", "hooks", "model")
+VERDICT_WORDS = {
+    "gradients": ("synced", "local", "sharded", "none", "crashed"),
+    "hooks_wrapped": ("fired", "skipped", "none"),
+    "hooks_inner": ("fired", "skipped", "none"),
+    "hooks_submodules": ("fired", "skipped", "none"),
+    "compiled": ("compiled", "eager", "none"),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells to run, and those left out because the pair makes no sense, each with its reason."""
+
+    cells: tuple[Cell, ...]
+    left_out: tuple[str, ...]
+
+
+def expand_grid(config: TrainConfig) -> Grid:
+    """Cross the axes and keep the meaningful cells.
+
+    Raises:
+        WrongUse: An unknown name on an axis, or nothing meaningful left: the message lists the pairs that are.
+    """
+    wrappers = _names(Wrapper, config.grid.wrapper or [config.wrapper.name], "wrapper")
+    paths = _names(CallPath, config.grid.path or [config.path.name], "path")
+    windows = _names(SyncWindow, config.grid.window or ["plain"], "grid.window")
+    hooks = _words(("early", "late"), config.grid.hooks or ["early"], "grid.hooks")
+    models = config.grid.model or [str(config.model.get("_target_", ""))]
+    cells, left_out = [], []
+    for model, wrapper, path, window, when in product(models, wrappers, paths, windows, hooks):
+        reason = _why_meaningless(Wrapper(wrapper), CallPath(path), SyncWindow(window))
+        if reason:
+            left_out.append(reason)
+        else:
+            cells.append(Cell(wrapper=wrapper, path=path, window=window, hooks=when, model=model))
+    if not cells:
+        raise WrongUse("\n".join([*dict.fromkeys(left_out), "Pairs that make sense:", *_meaningful_pairs()]))
+    return Grid(tuple(cells), tuple(dict.fromkeys(left_out)))
+
+
+def _names(kind: type[StrEnum], names: Sequence[str], axis: str) -> list[str]:
+    return _words([member.value for member in kind], names, axis)
+
+
+def _words(known: Sequence[str], names: Sequence[str], axis: str) -> list[str]:
+    for name in names:
+        if name not in known:
+            raise WrongUse(f"{axis}: {name!r} is unknown; write one of: {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def _why_meaningless(wrapper: Wrapper, path: CallPath, window: SyncWindow) -> str | None:
+    if path not in meaningful_paths(wrapper):
+        return (
+            f"{wrapper} × {path} makes no sense: {wrapper} works in place, the wrapped object is the inner module"
+        )
+    if window not in meaningful_windows(wrapper):
+        return f"{wrapper} × {window} makes no sense: {wrapper} has no no_sync() of its own"
+    return None
+
+
+def _meaningful_pairs() -> list[str]:
+    return [f"  {wrapper} × {', '.join(meaningful_paths(wrapper))}" for wrapper in Wrapper]
+
+
+def check_expectations(config: TrainConfig) -> None:
+    """Refuse expectations that could never be compared.
+
+    Raises:
+        WrongUse: An unknown verdict word.
+    """
+    for expectation in config.expect:
+        for name, words in VERDICT_WORDS.items():
+            word = getattr(expectation, name)
+            if word is not None and word not in words:
+                raise WrongUse(f"expect: {name}: {word!r} is unknown; write one of: {', '.join(words)}")
+
+
+def expected_verdicts(cell: Cell, expectations: Sequence[ExpectationConfig]) -> dict[str, str]:
+    """Collect what the matching expectations say of one cell; a later one wins over an earlier one."""
+    expected: dict[str, str] = {}
+    for expectation in expectations:
+        if all(_matches(getattr(expectation, name), getattr(cell, name)) for name in SELECTORS):
+            stated = {name: getattr(expectation, name) for name in VERDICT_WORDS}
+            expected |= {name: word for name, word in stated.items() if word is not None}
+    return expected
+
+
+def _matches(wanted: str | None, actual: str) -> bool:
+    return wanted is None or wanted == actual or actual.endswith(f".{wanted}")
+
+
+def unmet(verdicts: Verdicts, expected: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Compare verdicts with expectations; a crash that nobody expected is always unmet.
+
+    Returns:
+        For each verdict that is not as expected: `{"expected": word, "measured": word}`. Empty: all met.
+    """
+    measured: dict[str, Any] = dataclasses.asdict(verdicts)
+    if measured["gradients"] == "crashed":
+        expected = {"gradients": "no crash", **expected}
+    return {
+        name: {"expected": word, "measured": measured[name]}
+        for name, word in expected.items()
+        if measured[name] != word
+    }

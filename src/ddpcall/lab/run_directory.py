@@ -1,0 +1,83 @@
+"""The run directory: everything a run leaves behind, written by one rank, summary.json always whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+SUMMARY_SCHEMA = 1
+SUMMARY = "summary.json"
+
+
+def new_run_id() -> str:
+    """Return a fresh name for a run: local time to the second, and four random hex digits."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+class RunDirectory:
+    """Writes and reads the files of one run.
+
+    `config.yaml` (resolved), `environment.json`, `evidence.jsonl` (one record a trial), `steps.jsonl` (one a step
+    and rank), `summary.json` (the contract; see docs/run_directory.md), `tensorboard/`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self, config_yaml: str, environment: dict[str, Any], summary: dict[str, Any]) -> None:
+        """Start the directory, with a summary whose outcome is `running`.
+
+        Raises:
+            OSError: The directory cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._replace("config.yaml", config_yaml)
+        self._replace("environment.json", json.dumps(environment, indent=2) + "\n")
+        for name in ("evidence.jsonl", "steps.jsonl"):
+            self._replace(name, "")
+        self.write_summary(summary)
+
+    def append(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Append records to a JSONL file, one line each."""
+        with (self.path / name).open("a") as file:
+            file.writelines(json.dumps(json_safe(record)) + "\n" for record in records)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Replace the summary atomically: a reader sees the old one or the new one, never a part."""
+        self._replace(SUMMARY, json.dumps(json_safe({"schema": SUMMARY_SCHEMA, **summary}), indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return the summary as it stands; empty where there is none."""
+        try:
+            return json.loads((self.path / SUMMARY).read_text())
+        except (OSError, json.JSONDecodeError):
+            return {}
+
+    def fail(self, outcome: str, reason: str, first_failing_rank: int | None, **more: Any) -> None:
+        """Close a run that could not end by itself, keeping the trials already there."""
+        summary = self.read_summary()
+        if summary.get("outcome") != "running":
+            return
+        summary.update(outcome=outcome, reason=reason, first_failing_rank=first_failing_rank, **more)
+        self.write_summary(summary)
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.{os.getpid()}"
+        temporary.write_text(text)
+        temporary.replace(self.path / name)
+
+
+def json_safe(value: Any) -> Any:
+    """Return the value with infinities and NaN as strings: JSON has no word for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(item) for item in value]
+    return value

@@ -1,0 +1,148 @@
+"""The typed configuration: types and defaults live here, choices in `conf/`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass(kw_only=True)
+class WrapperConfig:
+    """How the model is prepared.
+
+    Attributes:
+        name: A `ddpcall.wrappers.Wrapper`.
+        compile_backend: torch.compile's backend, for the compiling wrappers.
+        ddp: Keyword arguments for DDP's constructor, such as `{static_graph: true}`.
+    """
+
+    name: str = MISSING
+    compile_backend: str = "eager"
+    ddp: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class PathConfig:
+    """How the model is reached: a `ddpcall.paths.CallPath`."""
+
+    name: str = MISSING
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What the model is trained on.
+
+    Attributes:
+        name: digits or regression.
+        batch_size: Samples per rank and step.
+        test_fraction: Share of the samples kept for the test set, the same on every rank.
+        num_samples: Size of the synthetic data; digits has 1,797.
+        noise: Standard deviation of the synthetic targets' noise.
+    """
+
+    name: str = MISSING
+    batch_size: int = 32
+    test_fraction: float = 0.2
+    num_samples: int = 2048
+    noise: float = 0.1
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """The optimizer: `name` is sgd or adamw."""
+
+    name: str = MISSING
+    lr: float = MISSING
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclass(kw_only=True)
+class GridConfig:
+    """The axes of an experiment; an empty axis means the one value chosen outside the grid.
+
+    Attributes:
+        wrapper: Names of wrappers.
+        path: Names of call paths.
+        window: Names of sync windows.
+        hooks: `early` and `late`.
+        model: Import paths of models, as for `model._target_`.
+    """
+
+    wrapper: list[str] = field(default_factory=list)
+    path: list[str] = field(default_factory=list)
+    window: list[str] = field(default_factory=list)
+    hooks: list[str] = field(default_factory=list)
+    model: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class ProbesConfig:
+    """Which probes run.
+
+    Attributes:
+        enabled: False runs the bare trials: losses and consequences only.
+        global_hooks: Also witness hooks registered for all modules at once.
+    """
+
+    enabled: bool = True
+    global_hooks: bool = False
+
+
+@dataclass(kw_only=True)
+class ExpectationConfig:
+    """What the verdicts of the cells that match should be; null matches any cell, or expects nothing."""
+
+    wrapper: str | None = None
+    path: str | None = None
+    window: str | None = None
+    hooks: str | None = None
+    model: str | None = None
+    gradients: str | None = None
+    hooks_wrapped: str | None = None
+    hooks_inner: str | None = None
+    hooks_submodules: str | None = None
+    compiled: str | None = None
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """One experiment: a grid of trials, the same data and seed for all of them, and what they should show.
+
+    Attributes:
+        name: The experiment's name; names its run directory.
+        question: The question it answers, in one sentence.
+        ranks: How many ranks it needs; missing ones are started on this machine.
+        steps: Optimizer steps a trial.
+        seed: Seed of initial parameters, data order and noise.
+        device: auto, cpu or cuda.
+        backend: auto, gloo or nccl.
+        trial_timeout_s: A trial that takes longer, in seconds, is cut and reported with every rank's stack.
+        tensorboard: Whether to write TensorBoard events.
+    """
+
+    name: str = "train"
+    question: str = "What does this way of calling the model lose?"
+    ranks: int = 2
+    steps: int = 60
+    seed: int = 0
+    device: str = "auto"
+    backend: str = "auto"
+    trial_timeout_s: float = 120.0
+    tensorboard: bool = True
+    wrapper: WrapperConfig = field(default_factory=WrapperConfig)
+    path: PathConfig = field(default_factory=PathConfig)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    grid: GridConfig = field(default_factory=GridConfig)
+    probes: ProbesConfig = field(default_factory=ProbesConfig)
+    expect: list[ExpectationConfig] = field(default_factory=list)
+
+
+def register_schema() -> None:
+    """Put the schema where `conf/train.yaml` finds it by the name `schema`."""
+    ConfigStore.instance().store(name="schema", node=TrainConfig)

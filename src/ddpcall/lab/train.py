@@ -1,0 +1,143 @@
+"""The entry point behind `launch/train.py` and `ddpcall train`: Hydra composes, the lab runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE
+from ddpcall.lab.run_directory import RunDirectory, new_run_id
+from ddpcall.lab.schema import TrainConfig, register_schema
+
+_LOOKING_ONLY = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--resolve")
+
+
+def main() -> None:
+    """Compose the configuration from the command line and run it; exits with 0, 1 or 2.
+
+    Under torchrun every rank calls this. Hydra's own messages (a typo, an unknown option) come from rank 0 only.
+    """
+    register_schema()
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # so that model._target_=my.module.MyNet finds the user's module
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and {"-m", "--multirun"} & set(sys.argv[1:]):
+        if rank == 0:
+            _complain(
+                "--multirun on several ranks would let them drift apart. Start one process and let every job "
+                "start its own ranks: python launch/train.py --multirun …; or put the sweep into one grid: grid.path=[…]"
+            )
+        sys.exit(EXIT_WRONG_USE)
+    exit_codes: list[int] = []
+    try:
+        run_id = _agree_on_run_id(rank, world_size)
+        OmegaConf.register_new_resolver("run_id", lambda: run_id, replace=True)
+        OmegaConf.register_new_resolver("on_rank_0", lambda text: text if rank == 0 else None, replace=True)
+        _compose_and_run(rank, exit_codes)
+    except SystemExit as stop:
+        # Before the job began, Hydra found the command line wrong and has said so.
+        sys.exit(EXIT_WRONG_USE if stop.code and not exit_codes else stop.code)
+    sys.exit(max(exit_codes, default=EXIT_OK))
+
+
+def _compose_and_run(rank: int, exit_codes: list[int]) -> None:
+    with contextlib.ExitStack() as silence:
+        if rank != 0:
+            silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+
+        @hydra.main(version_base="1.3", config_path="pkg://ddpcall.conf", config_name="train")
+        def job(composed: DictConfig) -> None:
+            silence.close()
+            exit_codes.append(EXIT_FAILED)  # until the run says otherwise
+            exit_codes[-1] = _run(composed)
+
+        job()
+
+
+def _run(composed: DictConfig) -> int:
+    """Turn the composed configuration into typed objects, and run it on as many ranks as it needs."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from ddpcall.lab.experiment import run_experiment
+
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, TrainConfig)
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started < config.ranks:
+        return _run_on_missing_ranks(config, directory, started)
+    code = record(run_experiment)(config, directory)
+    return EXIT_FAILED if code is None else code
+
+
+def _run_on_missing_ranks(config: TrainConfig, directory: Path, started: int) -> int:
+    """Start the ranks that the launcher did not, on this machine, from one of its processes."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from ddpcall.lab.console import say
+    from ddpcall.lab.errors import WrongUse
+    from ddpcall.lab.experiment import check_config, run_experiment
+    from ddpcall.lab.world import World, launch_local_ranks
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    if started > local:
+        if rank == 0:
+            _complain(
+                f"experiment {config.name} needs {config.ranks} ranks and {started} were started on several "
+                f"machines. Start more of them, or write ranks={started}"
+            )
+        return EXIT_WRONG_USE
+    if rank != 0:
+        return EXIT_OK  # rank 0 starts all ranks anew
+    try:
+        check_config(config, World(local_world_size=config.ranks))
+    except WrongUse as error:
+        _complain(str(error))
+        return EXIT_WRONG_USE
+    say(
+        f"{config.name} needs {config.ranks} ranks, {started} was started: starting {config.ranks} on this machine"
+    )
+    try:
+        return launch_local_ranks(run_experiment, config.ranks, config, directory)
+    except ChildFailedError as error:
+        first, failure = error.get_first_failure()
+        RunDirectory(directory).fail("failed", failure.message.splitlines()[-1], first)
+        summary = RunDirectory(directory).read_summary()
+        _complain(
+            f"{summary.get('outcome', 'failed')}: {summary.get('reason', failure.message)}\n{failure.message}"
+        )
+        return EXIT_FAILED
+
+
+def _agree_on_run_id(rank: int, world_size: int) -> str:
+    """Return one id for all ranks, agreed on before Hydra composes: two clocks would make two directories."""
+    if world_size == 1 or any(argument in _LOOKING_ONLY for argument in sys.argv[1:]):
+        return new_run_id()
+    from ddpcall.lab.errors import WrongUse
+    from ddpcall.lab.world import open_world
+
+    try:
+        world = open_world()
+    except WrongUse as error:
+        if rank == 0:
+            _complain(str(error))
+        sys.exit(EXIT_WRONG_USE)
+    assert world.store is not None
+    return world.store.compare_set("run_id", "", new_run_id()).decode()
+
+
+def _complain(message: str) -> None:
+    print(f"ddpcall: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

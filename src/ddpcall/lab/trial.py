@@ -1,0 +1,340 @@
+"""One trial: build the model, wrap it, train it N steps along one call path, observe, and take it all down."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import traceback
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ddpcall.evidence import (
+    Cell,
+    CollectiveEvidence,
+    CompiledEvidence,
+    Failure,
+    GradientEvidence,
+    HookCount,
+    ReducerEvidence,
+    ReplicaEvidence,
+)
+from ddpcall.lab.data import Split, iterate_batches
+from ddpcall.lab.errors import WrongUse
+from ddpcall.lab.models import build_model, default_loss
+from ddpcall.lab.schema import OptimizerConfig, TrainConfig
+from ddpcall.lab.world import Accelerator, World, process_group
+from ddpcall.paths import Batch, CallPath, SyncWindow, enter_backward_window, enter_forward_window, invoke
+from ddpcall.probes.collectives import CollectivesObserver, observe_collectives
+from ddpcall.probes.compiled import CompiledObserver, observe_compiled
+from ddpcall.probes.gradients import GradientsObserver, observe_gradients
+from ddpcall.probes.hooks import HooksObserver, observe_hooks
+from ddpcall.probes.reducer import ReducerObserver, observe_reducer
+from ddpcall.probes.replicas import ReplicasObserver, observe_replicas
+from ddpcall.wrappers import COMPILING, Subject, Wrapper, apply_wrapper
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+
+
+@dataclass
+class RankReport:
+    """What one rank has to say after a trial; picklable. Parts that were not reached stay None.
+
+    Attributes:
+        failure: What this rank raised.
+        losses: Loss of each finished step.
+        step_ms: Wall-clock time of each finished step, milliseconds.
+        parameters: The trained parameters, flat, float32, on the CPU; only kept on its own rank.
+        test_loss: Mean loss of this rank's model on the test set.
+        test_accuracy: Share classified correctly; None for regression.
+        spread: L2 distance of this rank's parameters from rank 0's, relative to the norm of the latter.
+        distance: L2 distance from the synchronised run's parameters, relative to the norm of the latter.
+    """
+
+    failure: Failure | None = None
+    losses: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+    hooks: tuple[HookCount, ...] | None = None
+    reducer: ReducerEvidence | None = None
+    collectives: CollectiveEvidence | None = None
+    gradients: GradientEvidence | None = None
+    replicas: ReplicaEvidence | None = None
+    compiled: CompiledEvidence | None = None
+    parameters: Tensor | None = None
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+    spread: float | None = None
+    distance: float | None = None
+
+
+@dataclass
+class _Probes:
+    hooks: HooksObserver | None = None
+    reducer: ReducerObserver | None = None
+    collectives: CollectivesObserver | None = None
+    gradients: GradientsObserver | None = None
+    replicas: ReplicasObserver | None = None
+    compiled: CompiledObserver | None = None
+
+
+class Trial:
+    """One cell of a grid on one rank."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        config: TrainConfig,
+        split: Split,
+        world: World,
+        accelerator: Accelerator,
+        *,
+        observe: bool,
+    ) -> None:
+        self.cell = cell
+        self._config = config
+        self._split = split
+        self._world = world
+        self._accelerator = accelerator
+        self._observe = observe
+        self._path = CallPath(cell.path)
+        self._window = SyncWindow(cell.window)
+        self._step = -1
+        self._probes = _Probes()
+        self._began = time.monotonic()
+        self.report = RankReport()
+
+    def run(self, name: str, reference: Tensor | None = None) -> RankReport:
+        """Run the trial in a process group of its own; an exception becomes part of the report.
+
+        Args:
+            name: Unique in the run; names the process group's keys in the store.
+            reference: The synchronised run's parameters, flat; None: no distance is computed.
+
+        Raises:
+            WrongUse: The model cannot be built, or lacks what the call path needs.
+        """
+        # gloo gives up after the deadline has spoken, so that a hang is reported with its stacks.
+        timeout_s = self._config.trial_timeout_s + 60
+        with process_group(self._world, self._accelerator, name, timeout_s) as probe_group:
+            try:
+                self._run_observed(probe_group, reference)
+            except WrongUse:
+                raise
+            except Exception as error:
+                self.report.failure = self._describe(error)
+                # The traceback's frames hold the DDP object, which must be gone before the group is.
+                traceback.clear_frames(error.__traceback__)
+            self._probes = _Probes()
+        return self.report
+
+    def _describe(self, error: Exception) -> Failure:
+        return Failure(
+            rank=self._world.rank,
+            step=self._step,
+            kind=type(error).__name__,
+            message=str(error),
+            traceback="".join(traceback.format_exception(error)),
+            seconds=time.monotonic() - self._began,
+        )
+
+    def _run_observed(self, probe_group: dist.ProcessGroup | None, reference: Tensor | None) -> None:
+        torch.manual_seed(self._config.seed)
+        model = self._build_model()
+        optimizer = build_optimizer(model, self._config.optimizer)
+        with ExitStack() as compiling:
+            subject = self._wrap(compiling, model)
+            with ExitStack() as stack:
+                self._enter_probes(stack, subject, probe_group)
+                try:
+                    self._train(stack, subject, optimizer)
+                finally:
+                    self._take_local_evidence()
+                self._take_shared_evidence()
+            self._probes.replicas = self._probes.gradients = None
+            self._evaluate(subject.inner)
+            self._compare_parameters(subject.inner, probe_group, reference)
+        if self._probes.compiled is not None:
+            self.report.compiled = self._probes.compiled.evidence()
+
+    def _build_model(self) -> nn.Module:
+        settings = self._config.model if not self._config.grid.model else {"_target_": self.cell.model}
+        model = build_model(settings, self._split.in_features, self._split.out_features)
+        if self._path is CallPath.INNER_METHOD and not hasattr(model, "compute_loss"):
+            raise WrongUse(
+                f"path inner_method calls model.compute_loss(inputs, targets), which {type(model).__name__} does "
+                "not have. Add it, or choose another path"
+            )
+        if self._path is CallPath.SUBMODULES:
+            check_runs_children_in_order(model, self._split.test.inputs[:2])
+        return model.to(self._accelerator.device)
+
+    def _wrap(self, stack: ExitStack, model: nn.Module) -> Subject:
+        wrapper = Wrapper(self.cell.wrapper)
+        backend: Any = self._config.wrapper.compile_backend
+        if self._observe:
+            observer = stack.enter_context(observe_compiled(wrapper in COMPILING, backend))
+            self._probes.compiled = observer
+            backend = observer.backend
+        return apply_wrapper(
+            wrapper,
+            model,
+            device=self._accelerator.device,
+            compile_backend=backend,
+            **self._config.wrapper.ddp,
+        )
+
+    def _enter_probes(self, stack: ExitStack, subject: Subject, group: dist.ProcessGroup | None) -> None:
+        if not self._observe:
+            return
+        self._probes.collectives = stack.enter_context(observe_collectives())
+        self._probes.reducer = stack.enter_context(observe_reducer(subject))
+        self._probes.gradients = stack.enter_context(observe_gradients(subject.inner, group))
+        self._probes.replicas = stack.enter_context(observe_replicas(subject.inner, group))
+        if self.cell.hooks == "early":
+            self._enter_hooks_probe(stack, subject)
+        self._probes.collectives.begin_steps()
+
+    def _enter_hooks_probe(self, stack: ExitStack, subject: Subject) -> None:
+        self._probes.hooks = stack.enter_context(
+            observe_hooks(
+                subject.wrapped,
+                subject.inner,
+                device=self._accelerator.device,
+                global_hooks=self._config.probes.global_hooks,
+            )
+        )
+
+    def _train(self, stack: ExitStack, subject: Subject, optimizer: torch.optim.Optimizer) -> None:
+        batches = iterate_batches(
+            self._split,
+            batch_size=self._config.data.batch_size,
+            steps=self._config.steps,
+            rank=self._world.rank,
+            world_size=self._world.world_size,
+            seed=self._config.seed,
+            device=self._accelerator.device,
+        )
+        subject.wrapped.train()
+        for self._step, batch in enumerate(batches):
+            began = time.perf_counter()
+            if self._step == 1 and self._observe and self.cell.hooks == "late":
+                self._enter_hooks_probe(stack, subject)
+            loss = self._train_step(subject, optimizer, batch)
+            self.report.losses.append(loss)
+            self.report.step_ms.append((time.perf_counter() - began) * 1000)
+
+    def _train_step(self, subject: Subject, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+        optimizer.zero_grad()
+        with enter_forward_window(self._window, subject.wrapped, batch):
+            loss = invoke(self._path, subject.wrapped, subject.inner, batch, default_loss)
+        with enter_backward_window(self._window, subject.wrapped):
+            loss.backward()
+        if self._observe:
+            self._observe_backward(batch)
+        optimizer.step()
+        if self._probes.replicas is not None:
+            self._probes.replicas.end_step()
+        return loss.item()
+
+    def _observe_backward(self, batch: Batch) -> None:
+        probes = self._probes
+        assert probes.collectives is not None
+        assert probes.reducer is not None
+        assert probes.gradients is not None
+        assert probes.compiled is not None
+        probes.collectives.end_step()
+        probes.reducer.end_step()
+        probes.compiled.end_step()
+        probes.gradients.end_step(batch)
+
+    def _take_local_evidence(self) -> None:
+        """Keep what needs no other rank, also when the trial raised."""
+        if self._probes.hooks is not None:
+            self.report.hooks = self._probes.hooks.evidence()
+
+    def _take_shared_evidence(self) -> None:
+        """Compare with the other ranks; only reached when the training ran to its end."""
+        probes = self._probes
+        if probes.gradients is None or probes.replicas is None or probes.reducer is None:
+            return
+        self.report.gradients = probes.gradients.evidence()
+        self.report.replicas = probes.replicas.evidence()
+        probes.reducer.read_logger()
+        self.report.reducer = probes.reducer.evidence()
+        assert probes.collectives is not None
+        probes.collectives.read_recorder()
+        self.report.collectives = probes.collectives.evidence(self.report.reducer)
+
+    def _evaluate(self, inner: nn.Module) -> None:
+        test = self._split.test
+        device = self._accelerator.device
+        inner.eval()
+        with torch.no_grad():
+            outputs = inner(test.inputs.to(device)).cpu()
+        inner.train()
+        self.report.test_loss = default_loss(outputs, test.targets).item()
+        if not test.targets.is_floating_point():
+            self.report.test_accuracy = (outputs.argmax(dim=1) == test.targets).float().mean().item()
+
+    def _compare_parameters(
+        self, inner: nn.Module, group: dist.ProcessGroup | None, reference: Tensor | None
+    ) -> None:
+        flat = torch.cat([parameter.detach().reshape(-1).float().cpu() for parameter in inner.parameters()])
+        of_rank_0 = flat.clone()
+        if group is not None:
+            dist.broadcast(of_rank_0, src=0, group=group)
+        self.report.parameters = flat
+        self.report.spread = _relative_distance(flat, of_rank_0)
+        if reference is not None:
+            self.report.distance = _relative_distance(flat, reference)
+
+
+def median_step_ms(report: RankReport) -> float | None:
+    """Return the median step time in milliseconds, the first step left out; None before two steps."""
+    return statistics.median(report.step_ms[1:]) if len(report.step_ms) > 1 else None
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Build the optimizer over all parameters.
+
+    Raises:
+        WrongUse: Unknown name.
+    """
+    if config.name not in OPTIMIZERS:
+        raise WrongUse(f"optimizer.name={config.name} is unknown; write one of: {', '.join(OPTIMIZERS)}")
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name == "sgd":
+        options["momentum"] = config.momentum
+    return OPTIMIZERS[config.name](model.parameters(), **options)
+
+
+def check_runs_children_in_order(model: nn.Module, inputs: Tensor) -> None:
+    """Refuse the path `submodules` for models whose forward is not the chain of their children.
+
+    Raises:
+        WrongUse: The chain raises or gives another result.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected, outputs = model(inputs), inputs
+            for child in model.children():
+                outputs = child(outputs)
+        same = torch.equal(outputs, expected)
+    except Exception:
+        same = False
+    model.train(training)
+    if not same:
+        raise WrongUse(
+            f"path submodules calls the children one after the other, which is not what {type(model).__name__}"
+            ".forward computes. Choose another path, or a model that runs its children in order"
+        )
+
+
+def _relative_distance(parameters: Tensor, reference: Tensor) -> float:
+    return ((parameters - reference).norm() / reference.norm()).item()

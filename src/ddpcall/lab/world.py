@@ -1,0 +1,336 @@
+"""This process among its ranks: the shared store, a deadline for hangs, process groups, starting missing ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ddpcall.lab.errors import EXIT_FAILED, WrongUse
+
+CONNECT_TIMEOUT = timedelta(seconds=60)
+POLL_SECONDS = 0.005
+# How long ranks wait for each other's last words once something has gone wrong.
+FAREWELL_SECONDS = 5.0
+
+
+class RankLost(RuntimeError):
+    """Some ranks gave no sign of life where they had to.
+
+    Attributes:
+        ranks: The missing ranks.
+    """
+
+    def __init__(self, ranks: list[int], where: str) -> None:
+        self.ranks = ranks
+        names = ", ".join(map(str, ranks))
+        super().__init__(f"rank {names} disappeared during {where}: killed, stopped or exited early")
+
+
+class Terminated(RuntimeError):
+    """This process was asked to stop by SIGTERM."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of one run.
+
+    Attributes:
+        rank: This process, from 0.
+        world_size: Number of ranks.
+        local_rank: This process on its machine.
+        local_world_size: Ranks on this machine.
+        store: Key-value store that every rank reaches; None in a world of one.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    store: dist.Store | None = None
+
+    def publish(self, key: str, value: Any) -> None:
+        """Leave a picklable value where every rank can read it."""
+        if self.store is not None:
+            self.store.set(f"{key}/{self.rank}", pickle.dumps(value))
+
+    def collect(self, key: str, own: Any, timeout_s: float) -> list[Any]:
+        """Publish a value and wait for everybody's; the list has one entry a rank.
+
+        Raises:
+            RankLost: Some rank published nothing within the timeout.
+        """
+        if self.store is None:
+            return [own]
+        self.publish(key, own)
+        missing = self.wait_for(key, timeout_s)
+        if missing:
+            raise RankLost(missing, key)
+        return [self.read(key, rank) for rank in range(self.world_size)]
+
+    def wait_for(self, key: str, timeout_s: float) -> list[int]:
+        """Wait until every rank has published `key`; return the ranks that have not by then.
+
+        Polls, so that a signal handler can interrupt it.
+        """
+        deadline = time.monotonic() + timeout_s
+        missing = list(range(self.world_size)) if self.store is not None else []
+        while missing:
+            missing = [rank for rank in missing if not self.has(key, rank)]
+            if missing and time.monotonic() > deadline:
+                return missing
+            if missing:
+                time.sleep(POLL_SECONDS)
+        return []
+
+    def has(self, key: str, rank: int) -> bool:
+        """Say whether a rank has published `key`."""
+        return self.store is not None and self.store.check([f"{key}/{rank}"])
+
+    def read(self, key: str, rank: int) -> Any:
+        """Return what a rank published; it must be there."""
+        assert self.store is not None
+        return pickle.loads(self.store.get(f"{key}/{rank}"))
+
+    def claim(self, key: str) -> bool:
+        """Return True on exactly one of the ranks that ask."""
+        if self.store is None:
+            return True
+        return self.store.compare_set(key, "", str(self.rank)) == str(self.rank).encode()
+
+
+def open_world() -> World:
+    """Join the ranks that the environment speaks of (`RANK`, `WORLD_SIZE`, `MASTER_ADDR` …, as torchrun does).
+
+    Under torchrun the agent hosts the store, so it outlives any rank. Other launchers: rank 0 hosts it.
+
+    Raises:
+        WrongUse: The store cannot be opened: a port in use, or nobody listening.
+    """
+    if "RANK" not in os.environ:
+        return World()
+    try:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    except (KeyError, ValueError) as error:
+        raise WrongUse(
+            f"RANK is set, but WORLD_SIZE or another variable is missing or no number: {error}"
+        ) from None
+    store = _open_store(rank, world_size) if world_size > 1 else None
+    return World(rank, world_size, local_rank, local_world_size, store)
+
+
+def _open_store(rank: int, world_size: int) -> dist.Store:
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+    hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(
+            address,
+            int(port),
+            world_size=None,
+            is_master=rank == 0 and not hosted_by_agent,
+            timeout=CONNECT_TIMEOUT,
+            wait_for_workers=False,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise WrongUse(
+            f"rank {rank} cannot open the store at {address}:{port}: {str(error).splitlines()[0]}\n"
+            "If another program uses the port, choose a free one (MASTER_PORT, torchrun --master-port), or let "
+            "torchrun choose: torchrun --standalone --nproc-per-node 2 …"
+        ) from None
+    # A restarted attempt must not meet the keys of the one that failed.
+    return dist.PrefixStore(f"ddpcall/attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Where tensors live and who talks: device and process-group backend."""
+
+    device: torch.device
+    backend: str
+
+
+def choose_accelerator(device: str, backend: str, local_rank: int, local_world_size: int) -> Accelerator:
+    """Choose device and backend for this rank.
+
+    CPU and gloo where there is no GPU; CUDA and nccl with a GPU for every local rank; CUDA and gloo where
+    ranks share one.
+
+    Raises:
+        WrongUse: A device or backend that is not there.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device not in ("auto", "cpu", "cuda") or backend not in ("auto", "gloo", "nccl"):
+        raise WrongUse(f"device={device} backend={backend}: write device=auto|cpu|cuda and backend=auto|gloo|nccl")
+    if device == "cuda" and not num_gpus:
+        raise WrongUse("device=cuda, but torch sees no GPU here. Write device=cpu")
+    kind = ("cuda" if num_gpus else "cpu") if device == "auto" else device
+    if backend == "nccl" and kind == "cpu":
+        raise WrongUse("backend=nccl needs CUDA tensors, but the device is the CPU. Write backend=gloo")
+    if backend == "nccl" and num_gpus < local_world_size:
+        raise WrongUse(
+            f"backend=nccl needs a GPU for each of the {local_world_size} local ranks, and there are {num_gpus}. "
+            "Write backend=gloo to let ranks share a GPU"
+        )
+    if backend == "auto":
+        backend = "nccl" if kind == "cuda" and num_gpus >= local_world_size else "gloo"
+    index = local_rank % num_gpus if kind == "cuda" else None
+    return Accelerator(torch.device(kind, index), backend)
+
+
+@contextlib.contextmanager
+def process_group(
+    world: World, accelerator: Accelerator, name: str, timeout_s: float
+) -> Iterator[dist.ProcessGroup | None]:
+    """Open a fresh default process group, and yield a gloo group for the probes beside it; None in a world of one.
+
+    A world of one still gets a default group, since DDP asks for one. On exit, whatever held on to DDP objects
+    must be gone: they are collected before the group is destroyed (a DDP freed later can hang the process;
+    pytorch #56297).
+    """
+    store = dist.PrefixStore(name, world.store) if world.store is not None else dist.HashStore()
+    timeout = timedelta(seconds=timeout_s)
+    options: dict[str, Any] = {"device_id": accelerator.device} if accelerator.backend == "nccl" else {}
+    dist.init_process_group(
+        accelerator.backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout, **options
+    )
+    try:
+        probe_group = None
+        if world.world_size > 1:
+            probe_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="probes")
+        yield probe_group
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
+
+
+@dataclass
+class Deadline:
+    """A thread that ends the process, with every rank's stacks told, when a trial takes too long.
+
+    Attributes:
+        world: The ranks.
+        on_expiry: Called on the one rank that reports, with the trial's name, the stacks by rank and the
+            ranks that gave none.
+    """
+
+    world: World
+    on_expiry: Callable[[str, dict[int, str], list[int]], None]
+    _timer: threading.Timer | None = field(default=None, repr=False)
+
+    @contextlib.contextmanager
+    def limit(self, name: str, seconds: float) -> Iterator[None]:
+        """Allow the body this many seconds."""
+        self._timer = threading.Timer(seconds, self._expire, args=(name,))
+        self._timer.daemon = True
+        self._timer.start()
+        try:
+            yield
+        finally:
+            self._timer.cancel()
+
+    def _expire(self, name: str) -> None:
+        self.world.publish("stacks", dump_stacks())
+        missing = self.world.wait_for("stacks", FAREWELL_SECONDS)
+        try:
+            if self.world.claim("hang_reporter"):
+                ranks = [rank for rank in range(self.world.world_size) if rank not in missing]
+                stacks = {rank: self._stacks_of(rank) for rank in ranks}
+                self.on_expiry(name, stacks, missing)
+                self.world.publish("hang_reported", True)
+            else:
+                _wait_for_any(self.world, "hang_reported", FAREWELL_SECONDS)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_FAILED)
+
+    def _stacks_of(self, rank: int) -> str:
+        return dump_stacks() if self.world.store is None else self.world.read("stacks", rank)
+
+
+def _wait_for_any(world: World, key: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and not any(world.has(key, rank) for rank in range(world.world_size)):
+        time.sleep(POLL_SECONDS)
+
+
+def dump_stacks() -> str:
+    """Return the Python stack of every thread of this process, most recent call first."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
+
+
+@contextlib.contextmanager
+def terminate_as_exception() -> Iterator[None]:
+    """Turn SIGTERM into `Terminated` in the main thread, so that a summary can still be written."""
+
+    def handle(*_: Any) -> None:
+        raise Terminated("stopped by SIGTERM")
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def launch_local_ranks(function: Callable[..., int], num_ranks: int, *args: Any) -> int:
+    """Run `function(*args)` on fresh local ranks, with torch's own launcher, and return the worst exit code.
+
+    Args:
+        function: Importable by name; returns an exit code on every rank.
+        num_ranks: How many processes.
+        *args: Picklable arguments.
+
+    Raises:
+        torch.distributed.elastic.multiprocessing.errors.ChildFailedError: A rank died or raised.
+    """
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: one thread a rank
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=f"ddpcall-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+    )
+    with _without_torchrun_variables():
+        results = elastic_launch(launch, function)(*args)
+    return max(results.values())
+
+
+@contextlib.contextmanager
+def _without_torchrun_variables() -> Iterator[None]:
+    """Hide an outer torchrun's variables, which would reach the new ranks and mislead their rendezvous."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    hidden = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name in names or name.startswith(("TORCHELASTIC_", "ROLE_", "GROUP_"))
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
