@@ -124,6 +124,7 @@ class GradientEvidence:
         max_magnitude: By step: largest absolute gradient on any rank.
         parameters: Over all steps: largest absolute difference of each parameter that differed.
         with_gradient: Number of parameters that received a gradient in the last step.
+        without_gradient: Names of those that received none.
         batches_differ: Whether the ranks had different batches in every step (else equality proves nothing).
     """
 
@@ -131,6 +132,7 @@ class GradientEvidence:
     max_magnitude: tuple[float, ...]
     parameters: dict[str, float]
     with_gradient: int
+    without_gradient: tuple[str, ...]
     batches_differ: bool
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor
+
+from ddpcall.taps import is_lazy
 
 
 def digest_tensor(tensor: Tensor) -> int:
@@ -18,10 +21,11 @@ def digest_tensor(tensor: Tensor) -> int:
 
     Blind to: shape and dtype (same bytes, same digest); uninitialized lazy parameters digest to 0.
     """
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if is_lazy(tensor):
         return 0
     flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return _signed(xxhash.xxh3_64_intdigest(flat.numpy()))
+    values: Any = flat.numpy()
+    return _signed(xxhash.xxh3_64_intdigest(values))
 
 
 def digest_tensors(tensors: Iterable[Tensor]) -> Tensor:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue]
 
 Undo = Callable[[], None]
 
@@ -37,7 +39,7 @@ def wrap_method(owner: Any, name: str, wrapping: Callable[[Callable[..., Any]], 
     Blind to: calls through the class, such as `type(m).forward(m, x)`.
     """
     had_own = name in owner.__dict__
-    original = getattr(owner, name)
+    original = owner.__dict__[name] if had_own else partial(_call_class_method, owner, name)
     owner.__dict__[name] = wrapping(original)
 
     def undo() -> None:
@@ -47,6 +49,11 @@ def wrap_method(owner: Any, name: str, wrapping: Callable[[Callable[..., Any]], 
             owner.__dict__.pop(name, None)
 
     return undo
+
+
+def _call_class_method(owner: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Look the method up when it is called: lazy modules change their class in their first forward."""
+    return getattr(type(owner), name)(owner, *args, **kwargs)
 
 
 def count_forwards(module: nn.Module, counter: Tensor, differentiable: Tensor) -> Undo:
@@ -102,12 +109,14 @@ def count_hook(module: nn.Module, kind: str, counter: Tensor) -> Undo:
         "forward": module.register_forward_hook,
         "full_backward": module.register_full_backward_hook,
     }[kind]
-    had_full = module._is_full_backward_hook
+    # A compiled module writes this flag through to the module it holds, and keeps its own.
+    flag_owner = getattr(module, "_orig_mod", module)
+    had_full = flag_owner._is_full_backward_hook
     handle: Any = register(witness)
 
     def undo() -> None:
         handle.remove()
-        module._is_full_backward_hook = had_full
+        flag_owner._is_full_backward_hook = had_full
 
     return undo
 
@@ -219,26 +228,29 @@ def tap_lazy_reducer(replicate_state: Any, log: ReducerLog) -> Undo:
     return undos.close
 
 
+def is_lazy(tensor: Tensor) -> bool:
+    """Say whether a tensor belongs to a lazy module and has no values yet."""
+    return isinstance(tensor, UninitializedTensorMixin)
+
+
 def tap_gradient_arrivals(parameters: Iterable[nn.Parameter], log: ReducerLog) -> Undo:
     """Tell `log` whenever a parameter's gradient was accumulated.
 
-    Blind to: `torch.autograd.grad`, which accumulates nothing, and parameters that do not require a gradient.
+    Blind to: `torch.autograd.grad`, which accumulates nothing, parameters that do not require a gradient, and
+    lazy ones that have no values yet.
     """
 
     def arrived(_: Tensor) -> None:
         log.arrive()
 
-    handles = [
-        parameter.register_post_accumulate_grad_hook(arrived)
-        for parameter in parameters
-        if parameter.requires_grad
-    ]
+    tapped = [parameter for parameter in parameters if parameter.requires_grad and not is_lazy(parameter)]
+    handles = [parameter.register_post_accumulate_grad_hook(arrived) for parameter in tapped]
 
     def undo() -> None:
         for handle in handles:
             handle.remove()
-        for parameter in parameters:
+        for parameter in tapped:
             if not parameter._post_accumulate_grad_hooks:
-                parameter._post_accumulate_grad_hooks = None
+                setattr(parameter, "_post_accumulate_grad_hooks", None)  # noqa: B010 (typed as a dict, None at first)
 
     return undo

@@ -70,9 +70,7 @@ def meaningful_paths(wrapper: Wrapper) -> list[CallPath]:
 
 def meaningful_windows(wrapper: Wrapper) -> list[SyncWindow]:
     """List the sync windows a wrapper can stand in: `no_sync()` is a method of DDP alone."""
-    return [
-        window for window in SyncWindow if wrapper in _WITH_NO_SYNC or not window.value.startswith("no_sync")
-    ]
+    return [window for window in SyncWindow if wrapper in _WITH_NO_SYNC or not window.value.startswith("no_sync")]
 
 
 def apply_wrapper(
@@ -96,6 +94,7 @@ def apply_wrapper(
         ValueError: No default process group, for wrappers that need one (torch's own error).
     """
     compiling: dict[str, Any] = {"backend": compile_backend}
+    wrapped: Any
     match wrapper:
         case Wrapper.NONE:
             wrapped = model
@@ -104,18 +103,23 @@ def apply_wrapper(
         case Wrapper.REPLICATE:
             wrapped = apply_replicate(model, device)
         case Wrapper.COMPILE:
-            wrapped = torch.compile(model, **compiling)
+            wrapped = _compile(model, **compiling)
         case Wrapper.COMPILE_INPLACE:
             model.compile(**compiling)
             wrapped = model
         case Wrapper.DDP_OF_COMPILE:
-            wrapped = apply_ddp(torch.compile(model, **compiling), device, **ddp_options)
+            wrapped = apply_ddp(_compile(model, **compiling), device, **ddp_options)
         case Wrapper.COMPILE_OF_DDP:
-            wrapped = torch.compile(apply_ddp(model, device, **ddp_options), **compiling)
+            wrapped = _compile(apply_ddp(model, device, **ddp_options), **compiling)
         case Wrapper.DDP_COMPILE_INPLACE:
             wrapped = apply_ddp(model, device, **ddp_options)
             wrapped.compile(**compiling)
     return Subject(wrapper, wrapped, model)
+
+
+def _compile(model: nn.Module, **options: Any) -> nn.Module:
+    compiled: Any = torch.compile(model, **options)
+    return compiled
 
 
 def apply_ddp(model: nn.Module, device: torch.device, **options: Any) -> DistributedDataParallel:

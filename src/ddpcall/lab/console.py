@@ -18,7 +18,7 @@ from ddpcall.verdicts import skipped_kinds
 if TYPE_CHECKING:
     from ddpcall.lab.experiment import TrialResult
 
-PIPED_WIDTH = 150
+PIPED_WIDTH = 160
 _COLOURS = {
     "synced": "green",
     "fired": "green",
@@ -97,14 +97,14 @@ def print_result(
 
 def _table(config: TrainConfig, environment: Environment, results: list[TrialResult]) -> Table:
     caption = (
-        f"{environment.world_size} ranks, {environment.backend} on {environment.device}, "
+        f"{_plural(environment.world_size, 'rank')}, {environment.backend} on {environment.device}, "
         f"torch {environment.torch}, {config.steps} steps, seed {config.seed}"
     )
     table = Table(title=f"{config.name}: {config.question}", caption=caption, title_justify="left")
     several_models = len({result.evidence.cell.model for result in results}) > 1
     compiling = any(result.verdicts.compiled != "none" for result in results)
     columns = ["model"] if several_models else []
-    columns += ["wrapper × path", "gradients", "ranks' gradients differ by", "hooks\nwrapped", "inner", "below"]
+    columns += ["wrapper × path", "gradients", "gradients\ndiffer by", "hooks\nwrapped", "inner", "below"]
     columns += ["compiled"] if compiling else []
     columns += ["test accuracy\nby rank", "distance from\nsynced run", "as expected"]
     for column in columns:
@@ -123,6 +123,10 @@ def _row(result: TrialResult, several_models: bool, compiling: bool) -> list[str
     row += [_quality(evidence.consequence), _distance(evidence.consequence)]
     met = "[bold red]NO[/]" if result.unmet else ("yes" if result.expected else "[dim]-[/]")
     return [*row, met]
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _coloured(word: str) -> str:
@@ -152,7 +156,8 @@ def _distance(consequence: Consequence | None) -> str:
 
 def _explain(result: TrialResult) -> list[str]:
     """Return lines on what needs words: a crash, an expectation that failed, a witness that disagrees."""
-    label = escape(result.evidence.cell.label())
+    cell = result.evidence.cell
+    label = escape(f"{cell.model.rsplit('.', 1)[-1]}: {cell.label()}")
     lines = []
     for failure in result.evidence.failures[:1]:
         first_line = failure.message.strip().splitlines()[0] if failure.message.strip() else ""
@@ -160,6 +165,9 @@ def _explain(result: TrialResult) -> list[str]:
             f"[magenta]crashed[/] {label}: rank {failure.rank}, step {failure.step}: "
             f"{failure.kind}: {escape(first_line)}"
         )
+    gradients = result.evidence.gradients
+    if gradients is not None and gradients.without_gradient:
+        lines.append(f"[yellow]no gradient[/] {label}: {', '.join(gradients.without_gradient)}")
     for name, words in result.unmet.items():
         lines.append(
             f"[bold red]not as expected[/] {label}: {name} is {words['measured']}, expected {words['expected']}"

@@ -117,8 +117,8 @@ class LazyFlatLinear(nn.LazyLinear):
         super().__init__(out_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map (batch, *features) to (batch, out_features)."""
-        return super().forward(input.flatten(1))
+        """Map (batch, *features) to (batch, out_features). No `super()`: the class changes during the call."""
+        return F.linear(input.flatten(1), self.weight, self.bias)
 
     def initialize_parameters(self, input: Tensor) -> None:
         """Infer the input size from flattened inputs."""

@@ -32,7 +32,8 @@ def main() -> None:
         if rank == 0:
             _complain(
                 "--multirun on several ranks would let them drift apart. Start one process and let every job "
-                "start its own ranks: python launch/train.py --multirun …; or put the sweep into one grid: grid.path=[…]"
+                "start its own ranks: python launch/train.py --multirun …; or write the sweep as one "
+                "grid: grid.path=[…]"
             )
         sys.exit(EXIT_WRONG_USE)
     exit_codes: list[int] = []

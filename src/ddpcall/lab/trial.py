@@ -150,19 +150,22 @@ class Trial:
             with ExitStack() as stack:
                 self._enter_probes(stack, subject, probe_group)
                 try:
-                    self._train(stack, subject, optimizer)
+                    self._train(subject, optimizer)
                 finally:
                     self._take_local_evidence()
                 self._take_shared_evidence()
             self._probes.replicas = self._probes.gradients = None
-            self._evaluate(subject.inner)
             self._compare_parameters(subject.inner, probe_group, reference)
+            self._evaluate(subject.inner)
         if self._probes.compiled is not None:
             self.report.compiled = self._probes.compiled.evidence()
 
+    def _build(self) -> nn.Module:
+        settings = {"_target_": self.cell.model} if self._config.grid.model else self._config.model
+        return build_model(settings, self._split.in_features, self._split.out_features)
+
     def _build_model(self) -> nn.Module:
-        settings = self._config.model if not self._config.grid.model else {"_target_": self.cell.model}
-        model = build_model(settings, self._split.in_features, self._split.out_features)
+        model = self._build()
         if self._path is CallPath.INNER_METHOD and not hasattr(model, "compute_loss"):
             raise WrongUse(
                 f"path inner_method calls model.compute_loss(inputs, targets), which {type(model).__name__} does "
@@ -194,8 +197,7 @@ class Trial:
         self._probes.reducer = stack.enter_context(observe_reducer(subject))
         self._probes.gradients = stack.enter_context(observe_gradients(subject.inner, group))
         self._probes.replicas = stack.enter_context(observe_replicas(subject.inner, group))
-        if self.cell.hooks == "early":
-            self._enter_hooks_probe(stack, subject)
+        self._enter_hooks_probe(stack, subject)
         self._probes.collectives.begin_steps()
 
     def _enter_hooks_probe(self, stack: ExitStack, subject: Subject) -> None:
@@ -207,8 +209,10 @@ class Trial:
                 global_hooks=self._config.probes.global_hooks,
             )
         )
+        if self.cell.hooks == "early":
+            self._probes.hooks.register()
 
-    def _train(self, stack: ExitStack, subject: Subject, optimizer: torch.optim.Optimizer) -> None:
+    def _train(self, subject: Subject, optimizer: torch.optim.Optimizer) -> None:
         batches = iterate_batches(
             self._split,
             batch_size=self._config.data.batch_size,
@@ -221,8 +225,8 @@ class Trial:
         subject.wrapped.train()
         for self._step, batch in enumerate(batches):
             began = time.perf_counter()
-            if self._step == 1 and self._observe and self.cell.hooks == "late":
-                self._enter_hooks_probe(stack, subject)
+            if self._step == 1 and self._probes.hooks is not None and self.cell.hooks == "late":
+                self._probes.hooks.register()
             loss = self._train_step(subject, optimizer, batch)
             self.report.losses.append(loss)
             self.report.step_ms.append((time.perf_counter() - began) * 1000)
@@ -270,12 +274,16 @@ class Trial:
         self.report.collectives = probes.collectives.evidence(self.report.reducer)
 
     def _evaluate(self, inner: nn.Module) -> None:
-        test = self._split.test
-        device = self._accelerator.device
-        inner.eval()
+        """Test a fresh copy: calling the trained one would run its wrapper's hooks, which may change it.
+
+        (`replicate` broadcasts rank 0's parameters in its first call, whenever that is.)
+        """
+        test, device = self._split.test, self._accelerator.device
+        fresh = self._build()
+        fresh.load_state_dict(inner.state_dict())
+        fresh.to(device).eval()
         with torch.no_grad():
-            outputs = inner(test.inputs.to(device)).cpu()
-        inner.train()
+            outputs = fresh(test.inputs.to(device)).cpu()
         self.report.test_loss = default_loss(outputs, test.targets).item()
         if not test.targets.is_floating_point():
             self.report.test_accuracy = (outputs.argmax(dim=1) == test.targets).float().mean().item()

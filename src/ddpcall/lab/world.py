@@ -66,7 +66,8 @@ class World:
     def publish(self, key: str, value: Any) -> None:
         """Leave a picklable value where every rank can read it."""
         if self.store is not None:
-            self.store.set(f"{key}/{self.rank}", pickle.dumps(value))
+            pickled: Any = pickle.dumps(value)  # the stub says str; the store takes bytes
+            self.store.set(f"{key}/{self.rank}", pickled)
 
     def collect(self, key: str, own: Any, timeout_s: float) -> list[Any]:
         """Publish a value and wait for everybody's; the list has one entry a rank.
@@ -189,8 +190,8 @@ def choose_accelerator(device: str, backend: str, local_rank: int, local_world_s
         )
     if backend == "auto":
         backend = "nccl" if kind == "cuda" and num_gpus >= local_world_size else "gloo"
-    index = local_rank % num_gpus if kind == "cuda" else None
-    return Accelerator(torch.device(kind, index), backend)
+    chosen = torch.device("cuda", local_rank % num_gpus) if kind == "cuda" else torch.device("cpu")
+    return Accelerator(chosen, backend)
 
 
 @contextlib.contextmanager
@@ -210,7 +211,7 @@ def process_group(
         accelerator.backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout, **options
     )
     try:
-        probe_group = None
+        probe_group: Any = None
         if world.world_size > 1:
             probe_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="probes")
         yield probe_group

@@ -85,7 +85,7 @@ def count_all_reduces(entries: list[dict[str, Any]], marks_ns: list[int]) -> lis
 def _recorded_entries() -> list[dict[str, Any]] | None:
     """Read the entries of the default group (name "0" or description "default_pg") from torch's private dump."""
     try:
-        from torch._C._distributed_c10d import _dump_fr_trace_json
+        from torch._C._distributed_c10d import _dump_fr_trace_json  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError:
         return None
     entries = json.loads(_dump_fr_trace_json()).get("entries", [])

@@ -29,7 +29,7 @@ class GradientsObserver:
         self._max_difference: list[float] = []
         self._max_magnitude: list[float] = []
         self._parameters: dict[str, float] = {}
-        self._with_gradient = 0
+        self._without_gradient: list[str] = []
 
     def end_step(self, batch: Batch) -> None:
         """Keep the gradients of this step; call it after the backward, before the optimizer steps.
@@ -38,7 +38,7 @@ class GradientsObserver:
         """
         parameters = dict(self._model.named_parameters())
         self._names = list(parameters)
-        self._with_gradient = sum(parameter.grad is not None for parameter in parameters.values())
+        self._without_gradient = [name for name, parameter in parameters.items() if parameter.grad is None]
         self._pending.append(torch.cat([_flat_gradient(parameter) for parameter in parameters.values()]))
         self._batches.append(digest_tensors([batch.inputs, batch.targets]))
         # Every rank holds the same sizes, so every rank flushes in the same step.
@@ -77,7 +77,8 @@ class GradientsObserver:
             max_difference=tuple(self._max_difference),
             max_magnitude=tuple(self._max_magnitude),
             parameters=dict(self._parameters),
-            with_gradient=self._with_gradient,
+            with_gradient=len(self._names) - len(self._without_gradient),
+            without_gradient=tuple(self._without_gradient),
             batches_differ=batches_differ,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,64 +22,70 @@ from ddpcall.taps import (
 GLOBAL = "global_"
 
 
-@dataclass
-class _Witness:
+@dataclass(frozen=True)
+class _Watched:
     module: nn.Module
     roles: tuple[str, ...]
     name: str
+    runs: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Witness:
+    watched: _Watched
     kind: str
     fired: Tensor
-    forwards: Tensor
+    runs: Tensor
+    runs_before: int
+
+    def count(self, role: str) -> HookCount:
+        module = self.watched.module
+        is_global = self.kind.startswith(GLOBAL)
+        return HookCount(
+            role=role,
+            module=self.watched.name,
+            kind=self.kind,
+            registered=1 if is_global else count_registered_hooks(module, self.kind),
+            fired=int(self.fired),
+            forwards=int(self.runs) - self.runs_before,
+        )
 
 
 class HooksObserver:
-    """Counts for every module of a subject; read them with `evidence()` at any time."""
+    """Counts the forwards of every module of a subject from the start, and hooks once `register` was called."""
 
-    def __init__(self) -> None:
-        self._witnesses: list[_Witness] = []
-        self._global_hooks = dict.fromkeys(HOOK_DICTS, 0)
-
-    def watch_module(
-        self, stack: ExitStack, module: nn.Module, roles: tuple[str, ...], name: str, device: torch.device
-    ) -> dict[str, Tensor]:
-        """Register one witness of each kind on a module, and count its forwards; return their counters by kind."""
-        runs = {"forward": _counter(device), "full_backward": _counter(device)}
-        runs["forward_pre"] = runs["forward"]
-        stack.callback(count_forwards(module, runs["forward"], runs["full_backward"]))
-        for kind in HOOK_DICTS:
-            fired = _counter(device)
-            stack.callback(count_hook(module, kind, fired))
-            self._witnesses.append(_Witness(module, roles, name, kind, fired, runs[kind]))
-        return runs
-
-    def watch_globally(
-        self,
-        stack: ExitStack,
-        watched: list[tuple[nn.Module, tuple[str, ...], str, dict[str, Tensor]]],
-        device: torch.device,
+    def __init__(
+        self, watched: list[_Watched], stack: ExitStack, device: torch.device, global_hooks: bool
     ) -> None:
-        """Register one witness of each kind for all modules at once."""
+        self._watched = watched
+        self._stack = stack
+        self._device = device
+        self._global_hooks = global_hooks
+        self._witnesses: list[_Witness] = []
+
+    def register(self) -> None:
+        """Register one witness of each kind on every module: the moment a user would register theirs."""
         for kind in HOOK_DICTS:
-            counters = {id(module): _counter(device) for module, *_ in watched}
-            stack.callback(count_global_hook(kind, counters))
-            for module, roles, name, runs in watched:
-                fired = counters[id(module)]
-                self._witnesses.append(_Witness(module, roles, name, GLOBAL + kind, fired, runs[kind]))
+            for watched in self._watched:
+                fired = _counter(self._device)
+                self._stack.callback(count_hook(watched.module, kind, fired))
+                self._add(watched, kind, kind, fired)
+            if self._global_hooks:
+                self._register_globally(kind)
+
+    def _register_globally(self, kind: str) -> None:
+        counters = {id(watched.module): _counter(self._device) for watched in self._watched}
+        self._stack.callback(count_global_hook(kind, counters))
+        for watched in self._watched:
+            self._add(watched, GLOBAL + kind, kind, counters[id(watched.module)])
+
+    def _add(self, watched: _Watched, name: str, kind: str, fired: Tensor) -> None:
+        runs = watched.runs[kind]
+        self._witnesses.append(_Witness(watched, name, fired, runs, int(runs)))
 
     def evidence(self) -> tuple[HookCount, ...]:
         """Return the counts so far, one record for each role, module and kind."""
-        return tuple(
-            HookCount(
-                role=role,
-                module=witness.name,
-                kind=witness.kind,
-                registered=_num_registered(witness),
-                fired=int(witness.fired),
-                forwards=int(witness.forwards),
-            )
-            for witness in self._witnesses
-            for role in witness.roles
-        )
+        return tuple(witness.count(role) for witness in self._witnesses for role in witness.watched.roles)
 
 
 @contextmanager
@@ -94,24 +101,29 @@ def observe_hooks(
         global_hooks: Also register the three kinds for all modules (`register_module_forward_hook` …).
 
     Yields:
-        The observer. "fired" stands beside "forwards": a hook that did not fire is evidence only where
-        a forward ran; for backward hooks, one whose output required a gradient.
+        The observer; no hook is there before its `register()`. "fired" stands beside "forwards": a hook that
+        did not fire is evidence only where a forward ran; for backward hooks, one whose output required a
+        gradient.
 
     Blind to: hooks registered by others that raise or return early before ours; modules between the wrapped
-    and the inner one (DDP under torch.compile). Changes: a hooked module never takes torch's short cut around
-    hooks, and a full-backward hook adds a node to the autograd graph.
+    and the inner one (DDP under torch.compile); late hooks on the children of an nn.Sequential compiled in
+    place, which fire without our forward counters and do not with them.
+
+    Changes: a hooked module never takes torch's short cut around hooks, and a full-backward hook adds a node
+    to the autograd graph. torch's warning that a full-backward hook fires on inputs that need no gradient is
+    silenced meanwhile: our own witness causes it.
 
     Source: `torch/nn/modules/module.py`, `_call_impl`.
     """
-    observer = HooksObserver()
-    with ExitStack() as stack:
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
         watched = []
         for module, roles, name in _roles(wrapped, inner):
-            runs = observer.watch_module(stack, module, roles, name, device)
-            watched.append((module, roles, name, runs))
-        if global_hooks:
-            observer.watch_globally(stack, watched, device)
-        yield observer
+            runs = {"forward": _counter(device), "full_backward": _counter(device)}
+            runs["forward_pre"] = runs["forward"]
+            stack.callback(count_forwards(module, runs["forward"], runs["full_backward"]))
+            watched.append(_Watched(module, roles, name, runs))
+        yield HooksObserver(watched, stack, device, global_hooks)
 
 
 def _roles(wrapped: nn.Module, inner: nn.Module) -> list[tuple[nn.Module, tuple[str, ...], str]]:
@@ -122,12 +134,6 @@ def _roles(wrapped: nn.Module, inner: nn.Module) -> list[tuple[nn.Module, tuple[
         roots = [(wrapped, ("wrapped",), ""), (inner, ("inner",), "")]
     below = [(module, ("submodules",), name) for name, module in inner.named_modules() if module is not inner]
     return roots + below
-
-
-def _num_registered(witness: _Witness) -> int:
-    if witness.kind.startswith(GLOBAL):
-        return 1
-    return count_registered_hooks(witness.module, witness.kind)
 
 
 def _counter(device: torch.device) -> Tensor:
