@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def load_split(config: DataConfig, seed: int) -> Split:
 def _load_digits() -> tuple[Tensor, Tensor, int]:
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32) / 16
     return images, torch.tensor(digits.target, dtype=torch.int64), 10
 

@@ -26,6 +26,7 @@ from ddpcall.lab.world import (
     FAREWELL_SECONDS,
     Accelerator,
     Deadline,
+    RankFailed,
     RankLost,
     Terminated,
     World,
@@ -39,6 +40,8 @@ from ddpcall.wrappers import Wrapper
 # What a rank raises because another one failed first.
 CONSEQUENCES = ("connection reset", "connection closed", "closed by peer", "timed out", "timeout", "broken pipe")
 GATHER_SECONDS = 30.0
+# How long a rank whose trial raised waits for the others, which should have raised alike.
+AFTER_FAILURE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,9 @@ def run_experiment(config: TrainConfig, run_directory: Path) -> int:
         run_directory: Where rank 0 writes; the same on every rank.
 
     Returns:
-        0 when every expectation holds, 1 when one does not, 2 for wrong use. The same on every rank.
+        0 when every expectation holds, 1 when one does not or the run was cut short (a rank lost, a signal;
+        the summary says so), 2 for wrong use.
 
-    Raises:
-        RankLost: A rank disappeared; the summary says which.
-        Terminated: SIGTERM; the summary says so.
     """
     world = World()
     try:
@@ -159,12 +160,13 @@ class _Run:
             return EXIT_WRONG_USE
         except RankLost as error:
             self._close_failed("rank lost", str(error), error.ranks[0])
-            raise
+            return EXIT_FAILED
         except Terminated as error:
             self._close_terminated(error)
-            raise
+            return EXIT_FAILED
         except BaseException as error:
             self._close_failed("failed", f"{type(error).__name__}: {error}", self._world.rank)
+            self._world.end()
             raise
 
     def _run(self) -> int:
@@ -217,9 +219,24 @@ class _Run:
             report = trial.run(name, reference)
             # Parameters stay where they are; everything else is small.
             parameters, report.parameters = report.parameters, None
-            reports = self._world.collect(f"{name}/report", report, self._config.trial_timeout_s)
+            patience_s = self._config.trial_timeout_s
+            if report.failure is not None:
+                patience_s = min(patience_s, AFTER_FAILURE_SECONDS)
+            reports = self._collect(name, report, patience_s)
         reports[self._world.rank].parameters = parameters
         return reports
+
+    def _collect(self, name: str, report: RankReport, patience_s: float) -> list[RankReport]:
+        try:
+            return self._world.collect(f"{name}/report", report, patience_s)
+        except RankLost:
+            if report.failure is None or is_consequence(report.failure):
+                raise
+            failure = report.failure
+            raise RankFailed(
+                f"rank {failure.rank} raised in step {failure.step}, and the others wait for it in a collective:\n"
+                f"{failure.traceback}"
+            ) from None
 
     def _write_trial(self, cell: Cell, result: TrialResult, reports: list[RankReport]) -> None:
         record = {
@@ -248,8 +265,9 @@ class _Run:
 
     def _close_failed(self, outcome: str, reason: str, first_failing_rank: int | None, **more: Any) -> None:
         if self._world.claim("summary_closer"):
-            where = f"during {self._where}: {reason}"
-            self._directory.fail(outcome, where, first_failing_rank, **more)
+            self._directory.fail(outcome, f"{self._where}: {reason}", first_failing_rank, **more)
+            if outcome != "wrong use":
+                warn(f"{outcome}: {self._where}: {reason}\nWhat was measured before is in {self._directory.path}")
 
     def _close_terminated(self, error: Terminated) -> None:
         """Tell a rank that died (the launcher then stops the others) from a run that somebody stopped."""
@@ -265,10 +283,9 @@ class _Run:
         reason = f"no end after {seconds:g} s (trial_timeout_s)"
         if missing:
             reason += f"; no answer from rank {', '.join(map(str, missing))}: dead or stopped"
-        self._close_failed("hung", reason, missing[0] if missing else None, stacks=stacks)
         for rank, stack in sorted(stacks.items()):
             warn(f"rank {rank} was here when {name} was cut:\n{stack}")
-        warn(f"{name}: {reason}. The stacks are also in {self._directory.path / 'summary.json'}")
+        self._close_failed("hung", reason, missing[0] if missing else None, stacks=stacks)
 
 
 def describe_environment(accelerator: Accelerator, world_size: int) -> Environment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import warnings
 from typing import Any
 
@@ -157,14 +158,12 @@ def build_model(config: dict[str, Any], in_features: int, out_features: int) -> 
     Raises:
         WrongUse: The target cannot be imported, is no model, or does not take these arguments.
     """
-    from hydra.utils import get_object
-
     arguments = dict(config)
     path = arguments.pop("_target_", None)
     if not path:
         raise WrongUse("model._target_ is missing. Write model=mlp, or model._target_=my.module.MyNet")
     try:
-        target = get_object(path)
+        target: Any = pkgutil.resolve_name(path)
     except Exception as error:  # whatever the user's module raises while it is imported
         raise WrongUse(f"model._target_={path} cannot be imported: {error}") from error
     sizes = {"in_features": in_features, "out_features": out_features}

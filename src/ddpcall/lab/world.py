@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +24,7 @@ from ddpcall.lab.errors import EXIT_FAILED, WrongUse
 
 CONNECT_TIMEOUT = timedelta(seconds=60)
 POLL_SECONDS = 0.005
+GUARD_SECONDS = 0.25
 # How long ranks wait for each other's last words once something has gone wrong.
 FAREWELL_SECONDS = 5.0
 
@@ -38,7 +39,11 @@ class RankLost(RuntimeError):
     def __init__(self, ranks: list[int], where: str) -> None:
         self.ranks = ranks
         names = ", ".join(map(str, ranks))
-        super().__init__(f"rank {names} disappeared during {where}: killed, stopped or exited early")
+        super().__init__(f"rank {names} disappeared: killed, stopped or exited early (nothing came for {where})")
+
+
+class RankFailed(RuntimeError):
+    """This rank raised in a trial and the others did not; they may be waiting for it in a collective."""
 
 
 class Terminated(RuntimeError):
@@ -106,6 +111,15 @@ class World:
         """Return what a rank published; it must be there."""
         assert self.store is not None
         return pickle.loads(self.store.get(f"{key}/{rank}"))
+
+    def end(self) -> None:
+        """Tell ranks that are stuck in a collective that the run is over."""
+        if self.store is not None:
+            self.store.set("over", "yes")
+
+    def is_over(self) -> bool:
+        """Say whether some rank ended the run."""
+        return self.store is not None and self.store.check(["over"])
 
     def claim(self, key: str) -> bool:
         """Return True on exactly one of the ranks that ask."""
@@ -222,7 +236,9 @@ def process_group(
 
 @dataclass
 class Deadline:
-    """A thread that ends the process, with every rank's stacks told, when a trial takes too long.
+    """A thread beside the trial: it ends the process when the trial takes too long, or another rank gave up.
+
+    The main thread cannot: it may be blocked inside a collective, where no signal handler runs.
 
     Attributes:
         world: The ranks.
@@ -232,18 +248,26 @@ class Deadline:
 
     world: World
     on_expiry: Callable[[str, dict[int, str], list[int]], None]
-    _timer: threading.Timer | None = field(default=None, repr=False)
 
     @contextlib.contextmanager
     def limit(self, name: str, seconds: float) -> Iterator[None]:
         """Allow the body this many seconds."""
-        self._timer = threading.Timer(seconds, self._expire, args=(name,))
-        self._timer.daemon = True
-        self._timer.start()
+        done = threading.Event()
+        thread = threading.Thread(target=self._guard, args=(name, seconds, done), daemon=True)
+        thread.start()
         try:
             yield
         finally:
-            self._timer.cancel()
+            done.set()
+            thread.join()
+
+    def _guard(self, name: str, seconds: float, done: threading.Event) -> None:
+        deadline = time.monotonic() + seconds
+        while not done.wait(GUARD_SECONDS):
+            if time.monotonic() > deadline:
+                self._expire(name)
+            if self.world.is_over():
+                _leave()
 
     def _expire(self, name: str) -> None:
         self.world.publish("stacks", dump_stacks())
@@ -257,12 +281,16 @@ class Deadline:
             else:
                 _wait_for_any(self.world, "hang_reported", FAREWELL_SECONDS)
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(EXIT_FAILED)
+            _leave()
 
     def _stacks_of(self, rank: int) -> str:
         return dump_stacks() if self.world.store is None else self.world.read("stacks", rank)
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_FAILED)
 
 
 def _wait_for_any(world: World, key: str, timeout_s: float) -> None:
