@@ -1,0 +1,59 @@
+"""Every file of the configuration tree composes into the typed schema."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from ddpcall.lab.grid import check_expectations, expand_grid, expected_verdicts
+from ddpcall.lab.schema import TrainConfig, register_schema
+
+CONF = Path(__file__).parents[2] / "conf"
+OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name != "hydra"]
+EXPERIMENTS = [name for group, name in OPTIONS if group == "experiment"]
+
+
+def compose_typed(*overrides: str) -> TrainConfig:
+    register_schema()
+    with initialize_config_module("ddpcall.conf", version_base="1.3"):
+        config = OmegaConf.to_object(compose("train", list(overrides)))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_of_every_group_composes_and_makes_a_grid(group, option):
+    config = compose_typed(f"{group}={option}")
+    if group in ("wrapper", "path", "data"):
+        assert getattr(config, group).name == option
+    if group == "path" or group == "wrapper":
+        return  # some pairs with the default of the other group are refused, which test_grid shows
+    assert expand_grid(config).cells
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_states_an_expectation_for_each_of_its_cells(name):
+    config = compose_typed(f"experiment={name}")
+    assert config.name == name
+    check_expectations(config)
+    for cell in expand_grid(config).cells:
+        assert "gradients" in expected_verdicts(cell, config.expect), cell.label()
+
+
+def test_the_experiments_the_readme_speaks_of_are_there():
+    assert {"forward_bypass", "arming", "replicate_bypass", "compile_bypass", "hooks_bypass"} <= set(EXPERIMENTS)
+
+
+def test_experiments_and_overrides_win_over_the_main_file():
+    config = compose_typed("experiment=compile_bypass", "steps=3", "model=convnet", "optimizer=adamw")
+    assert (config.steps, config.optimizer.lr) == (3, 0.002)
+    assert config.model == {"_target_": "ddpcall.lab.models.ConvNet"}
+    assert compose_typed("experiment=compile_bypass").steps == 6
+
+
+def test_a_typo_inside_an_experiment_is_an_error(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nstepz: 3\n")
+    with pytest.raises(Exception, match="stepz"):
+        compose_typed("experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")

@@ -1,0 +1,189 @@
+"""Every shipped experiment, run as a user runs it; its verdicts are stated here, apart from the YAML."""
+
+import json
+
+import pytest
+
+from tests.ranks.lab_process import Run, run_lab
+
+DDP_TABLE = {
+    "call": ("synced", "fired", "fired", "fired"),
+    "forward": ("synced", "skipped", "fired", "fired"),
+    "inner_call": ("local", "skipped", "fired", "fired"),
+    "inner_forward": ("local", "skipped", "skipped", "fired"),
+    "inner_method": ("local", "skipped", "fired", "fired"),
+    "submodules": ("local", "skipped", "skipped", "fired"),
+    "functional": ("local", "skipped", "fired", "fired"),
+}
+
+
+def verdict_rows(run: Run, *keys: str) -> dict[tuple, tuple]:
+    return {
+        tuple(trial[key] for key in keys): tuple(
+            trial["verdicts"][name] for name in ("gradients", "hooks_wrapped", "hooks_inner", "hooks_submodules")
+        )
+        for trial in run.summary()["trials"]
+    }
+
+
+@pytest.fixture(scope="module")
+def forward_bypass(tmp_path_factory) -> Run:
+    run = run_lab(tmp_path_factory.mktemp("forward_bypass"), "experiment=forward_bypass", ranks=2)
+    assert run.code == 0, run.err
+    return run
+
+
+def test_forward_bypass_measures_who_synchronises_and_which_hooks_fire(forward_bypass):
+    assert verdict_rows(forward_bypass, "path") == {(path,): row for path, row in DDP_TABLE.items()}
+
+
+def test_the_consequence_of_local_gradients_is_two_models(forward_bypass):
+    for trial in forward_bypass.summary()["trials"]:
+        consequence, synced = trial["consequence"], trial["verdicts"]["gradients"] == "synced"
+        assert len(consequence["test_accuracy"]) == 2
+        if synced:
+            assert consequence["spread"] == 0
+            assert consequence["distance"] == [0, 0]
+            assert consequence["test_accuracy"][0] == consequence["test_accuracy"][1]
+        else:
+            assert consequence["spread"] > 0.01
+            assert min(consequence["distance"]) > 0.01
+
+
+def test_the_flight_recorder_agrees_with_the_reducer_probe(forward_bypass):
+    for record in forward_bypass.records("evidence.jsonl"):
+        synced = record["verdicts"]["gradients"] == "synced"
+        assert record["collectives"]["agrees"]
+        assert [bool(count) for count in record["collectives"]["all_reduces"]] == [synced] * 60
+        assert [bool(count) for count in record["reducer"]["arrivals_armed"]] == [synced] * 60
+        assert [bool(count) for count in record["reducer"]["arrivals_unarmed"]] == [not synced] * 60
+
+
+def test_replicas_part_after_the_first_local_step_and_in_every_parameter(forward_bypass):
+    for record in forward_bypass.records("evidence.jsonl"):
+        local = record["verdicts"]["gradients"] == "local"
+        assert record["replicas"]["first_step_parameters"] == (0 if local else None)
+        assert len(record["replicas"]["parameters"]) == (6 if local else 0)
+    assert len({record["replicas"]["initial_digest"] for record in forward_bypass.records("evidence.jsonl")}) == 1
+
+
+def test_steps_are_recorded_for_every_rank_with_the_same_losses_at_first(forward_bypass):
+    steps = forward_bypass.records("steps.jsonl")
+    assert len(steps) == 7 * 2 * 60
+    first = {(step["path"], step["rank"]): step["loss"] for step in steps if step["step"] == 0}
+    assert len({loss for (_, rank), loss in first.items() if rank == 0}) == 1
+    assert first["call", 0] != first["call", 1]
+
+
+def test_one_run_directory_holds_all_that_was_promised(forward_bypass):
+    names = {path.name for path in forward_bypass.only_run().iterdir()}
+    assert names == {
+        ".hydra",
+        "config.yaml",
+        "environment.json",
+        "evidence.jsonl",
+        "steps.jsonl",
+        "summary.json",
+        "tensorboard",
+    }
+    environment = json.loads((forward_bypass.only_run() / "environment.json").read_text())
+    assert (environment["backend"], environment["world_size"]) == ("gloo", 2)
+    assert len(list((forward_bypass.only_run() / "tensorboard").glob("*/events*"))) == 7
+
+
+def test_the_table_shows_each_cell_and_no_progress_bar_when_piped(forward_bypass):
+    for path in DDP_TABLE:
+        assert f"ddp × {path} " in forward_bypass.out
+    assert "7 of 7 cells have expectations, and all hold" in forward_bypass.out
+    assert "━" not in forward_bypass.err
+
+
+def test_arming_decides_not_the_attribute(tmp_path):
+    run = run_lab(tmp_path, "experiment=arming", "steps=6", "tensorboard=false", ranks=2)
+    assert run.code == 0, run.err
+    gradients = {key: row[0] for key, row in verdict_rows(run, "path", "window").items()}
+    assert gradients == {
+        ("call", "plain"): "synced",
+        ("call", "wrapped_forward_first"): "synced",
+        ("call", "wrapped_forward_no_grad_first"): "synced",
+        ("call", "no_sync_forward"): "local",
+        ("call", "no_sync_backward"): "synced",
+        ("call", "no_sync_both"): "local",
+        ("inner_call", "plain"): "local",
+        ("inner_call", "wrapped_forward_first"): "synced",
+        ("inner_call", "wrapped_forward_no_grad_first"): "local",
+        ("inner_call", "no_sync_forward"): "local",
+        ("inner_call", "no_sync_backward"): "local",
+        ("inner_call", "no_sync_both"): "local",
+    }
+    assert all(record["collectives"]["agrees"] for record in run.records("evidence.jsonl"))
+
+
+def test_replicate_loses_synchronisation_on_forward_alone(tmp_path):
+    run = run_lab(tmp_path, "experiment=replicate_bypass", "steps=6", "tensorboard=false", ranks=2)
+    assert run.code == 0, run.err
+    assert verdict_rows(run, "path") == {
+        ("call",): ("synced", "fired", "fired", "fired"),
+        ("forward",): ("local", "skipped", "skipped", "fired"),
+        ("inner_method",): ("synced", "fired", "fired", "fired"),
+        ("submodules",): ("local", "skipped", "skipped", "fired"),
+        ("functional",): ("synced", "fired", "fired", "fired"),
+    }
+    assert all(record["collectives"]["agrees"] for record in run.records("evidence.jsonl"))
+
+
+def test_compiled_code_is_slipped_past_and_ignores_late_hooks(tmp_path):
+    run = run_lab(tmp_path, "experiment=compile_bypass", "steps=3", "tensorboard=false", ranks=2)
+    assert run.code == 0, run.err
+    rows = {
+        (trial["wrapper"], trial["path"]): trial["verdicts"]
+        for trial in run.summary()["trials"]
+        if trial["hooks"] == "late"
+    }
+    compiled = {pair for pair, verdicts in rows.items() if verdicts["compiled"] == "compiled"}
+    assert compiled == {
+        *((wrapper, "call") for wrapper, _ in rows),
+        *((wrapper, "forward") for wrapper in ("compile", "ddp_of_compile", "compile_of_ddp")),
+    }
+    assert all(verdicts["hooks_submodules"] == "skipped" for pair, verdicts in rows.items() if pair in compiled)
+    assert all(verdicts["hooks_submodules"] == "fired" for pair, verdicts in rows.items() if pair not in compiled)
+    early = [trial for trial in run.summary()["trials"] if trial["hooks"] == "early"]
+    assert {trial["verdicts"]["hooks_submodules"] for trial in early} == {"fired"}
+    assert "left out: compile_inplace × inner_call makes no sense" in run.out
+
+
+def test_forward_skips_hooks_and_what_lives_in_hooks_on_one_process(tmp_path):
+    run = run_lab(tmp_path, "experiment=hooks_bypass", "tensorboard=false")
+    assert run.code == 0, run.err
+    rows = verdict_rows(run, "model", "path")
+    models = "ddpcall.lab.models."
+    assert {row for (_, path), row in rows.items() if path == "call"} == {
+        ("local", "fired", "fired", "fired"),
+        ("local", "fired", "fired", "none"),
+    }
+    forward = {model.removeprefix(models): row[0] for (model, path), row in rows.items() if path == "forward"}
+    assert forward == {
+        "Mlp": "local",
+        "spectral_norm_linear": "local",
+        "weight_norm_linear": "crashed",
+        "pruned_linear": "crashed",
+        "LazyFlatLinear": "crashed",
+    }
+    stale = {
+        record["cell"]["path"]: record["gradients"]["without_gradient"]
+        for record in run.records("evidence.jsonl")
+        if record["cell"]["model"].endswith("spectral_norm_linear")
+    }
+    assert stale == {"call": [], "forward": ["weight_orig"]}
+    kinds = {
+        (hook["kind"], hook["fired"] > 0)
+        for record in run.records("evidence.jsonl")
+        if record["cell"]["model"].endswith("Mlp") and record["cell"]["path"] == "forward"
+        for hook in record["hooks"]
+        if hook["role"] == "inner"
+    }
+    assert kinds == {
+        (prefix + kind, False)
+        for prefix in ("", "global_")
+        for kind in ("forward_pre", "forward", "full_backward")
+    }

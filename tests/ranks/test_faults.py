@@ -1,0 +1,210 @@
+"""What goes wrong is told once, in a file and on the terminal, and nothing is left hanging."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks.lab_process import ROOT, SCRIPT, clean_environment, run_lab, torchrun
+
+USER_MODELS = {"PYTHONPATH": str(ROOT)}
+QUICK = ("steps=5", "tensorboard=false")
+
+
+def model(name: str) -> str:
+    return f"model._target_=tests.ranks.user_models.{name}"
+
+
+def processes_in(directory) -> list[str]:
+    """Return the command lines of processes whose working directory this is."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            try:
+                if os.readlink(f"{entry.path}/cwd") == str(directory):
+                    found.append(Path(entry.path, "cmdline").read_text())
+            except OSError:
+                continue
+    return found
+
+
+def wait_until_gone(directory, seconds: float = 20) -> list[str]:
+    deadline = time.monotonic() + seconds
+    while (left := processes_in(directory)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("experiment=nope",), "Could not find 'experiment/nope'"),
+        (("stepz=3",), "Key 'stepz' not in 'TrainConfig'"),
+        (("steps=abc",), "Value 'abc' of type 'str' could not be converted to Integer"),
+        (("backend=nccl", "device=cpu"), "backend=nccl needs CUDA tensors, but the device is the CPU"),
+        (("data.batch_size=5000",), "data.batch_size=5000 on 2 ranks does not fit the 1438 training samples"),
+        (("wrapper=none", "path=inner_call"), "none × inner_call makes no sense"),
+        (("grid.path=[sideways]",), "'sideways' is unknown; write one of: call, forward"),
+        (("steps=0",), "steps=0: write steps=1 or more"),
+        (("model._target_=my.module.MyNet",), "model._target_=my.module.MyNet cannot be imported"),
+        (("path=inner_method", model("Good")), "which Good does not have"),
+    ],
+)
+def test_wrong_use_is_one_message_exit_code_2_and_no_traceback_of_ours(tmp_path, overrides, message):
+    run = run_lab(tmp_path, *overrides, **USER_MODELS)
+    assert run.code == 2
+    assert run.err.count(message) == 1
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("stepz=3",), "Key 'stepz' not in 'TrainConfig'"),
+        (("backend=nccl", "device=cpu"), "backend=nccl needs CUDA tensors"),
+        (("--multirun", "steps=3,4"), "--multirun on several ranks would let them drift apart"),
+    ],
+)
+def test_two_ranks_say_what_is_wrong_once(tmp_path, overrides, message):
+    run = run_lab(tmp_path, *overrides, ranks=2)
+    assert run.code != 0
+    assert run.err.count(message) == 1
+    assert "ddpcall/" not in run.err
+
+
+def test_help_and_cfg_do_not_import_torch(tmp_path):
+    for option in ("--help", "--cfg=job"):
+        code = (
+            f"import sys, runpy; sys.argv = ['train.py', {option!r}]\n"
+            f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+            "except SystemExit: pass\n"
+            "sys.exit('torch' in sys.modules)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "forward_bypass" in done.stdout or "trial_timeout_s" in done.stdout
+
+
+def test_multirun_from_one_process_runs_each_job_on_its_own_ranks(tmp_path):
+    run = run_lab(tmp_path, "--multirun", "steps=2,3", "tensorboard=false")
+    assert run.code == 0, run.err
+    assert len(list(tmp_path.glob("runs/train/*/*/summary.json"))) == 2
+
+
+def test_hydra_run_dir_is_honoured_on_every_rank(tmp_path):
+    run = run_lab(tmp_path, "hydra.run.dir=here", *QUICK, ranks=2)
+    assert run.code == 0, run.err
+    assert (tmp_path / "here" / "summary.json").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_ranks_are_started_and_said_in_one_line(tmp_path):
+    run = run_lab(tmp_path, *QUICK, ranks=1)
+    assert run.code == 0, run.err
+    assert run.out.count("train needs 2 ranks, 1 was started: starting 2 on this machine") == 1
+    assert run.summary()["environment"]["world_size"] == 2
+
+
+def test_an_expectation_that_does_not_hold_is_listed_and_fails_the_run(tmp_path):
+    run = run_lab(tmp_path, "expect=[{gradients: local}]", *QUICK)
+    assert run.code == 1
+    assert "not as expected Mlp: ddp × call: gradients is synced, expected local" in run.out
+    summary = run.summary()
+    assert summary["outcome"] == "expectations failed"
+    assert summary["trials"][0]["unmet"] == {"gradients": {"expected": "local", "measured": "synced"}}
+    assert summary["trials"][0]["expectation_met"] is False
+
+
+def test_a_model_that_raises_everywhere_is_evidence_and_the_next_trial_runs(tmp_path):
+    models = "grid.model=[tests.ranks.user_models.Raising,ddpcall.lab.models.Mlp]"
+    run = run_lab(tmp_path, models, *QUICK, ranks=2, **USER_MODELS)
+    raising, working = run.summary()["trials"]
+    assert run.code == 1
+    assert raising["verdicts"]["gradients"] == "crashed"
+    assert raising["error"].endswith("step 0: ValueError: my model is broken")
+    assert working["verdicts"]["gradients"] == "synced"
+    (failures,) = [record["failures"] for record in run.records("evidence.jsonl") if record["failures"]]
+    assert sorted(failure["rank"] for failure in failures) == [0, 1]
+
+
+def test_a_rank_that_raises_alone_ends_the_run_with_its_own_traceback(tmp_path):
+    run = run_lab(tmp_path, model("RaisingOnOne"), *QUICK, ranks=2, **USER_MODELS)
+    assert run.code != 0
+    assert "ValueError: rank one is broken" in run.err
+    assert (run.summary()["outcome"], run.summary()["first_failing_rank"]) == ("failed", 1)
+    assert wait_until_gone(tmp_path) == []
+
+
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_a_killed_rank_is_named_and_leaves_no_orphan(tmp_path, victim):
+    run = run_lab(tmp_path, model("Killed"), *QUICK, ranks=2, VICTIM=victim, **USER_MODELS)
+    assert run.code != 0
+    assert run.err.count(f"rank {victim} disappeared") == 1
+    assert (run.summary()["outcome"], run.summary()["first_failing_rank"]) == ("rank lost", int(victim))
+    assert wait_until_gone(tmp_path) == []
+
+
+def test_a_rank_that_exits_with_0_halfway_is_no_success(tmp_path):
+    run = run_lab(tmp_path, model("Exiting"), *QUICK, ranks=2, **USER_MODELS)
+    assert run.code != 0
+    assert (run.summary()["outcome"], run.summary()["first_failing_rank"]) == ("rank lost", 1)
+
+
+def test_a_rank_killed_under_plain_python_fails_the_run_too(tmp_path):
+    run = run_lab(tmp_path, model("Killed"), *QUICK, **USER_MODELS)
+    assert run.code == 1
+    assert run.summary()["outcome"] == "rank lost"
+    assert wait_until_gone(tmp_path) == []
+
+
+def test_a_hang_is_cut_and_every_ranks_stack_reported(tmp_path):
+    run = run_lab(tmp_path, model("Hanging"), *QUICK, "trial_timeout_s=4", ranks=2, **USER_MODELS)
+    summary = run.summary()
+    assert run.code != 0
+    assert (summary["outcome"], sorted(summary["stacks"])) == ("hung", ["0", "1"])
+    assert "in misbehave" in summary["stacks"]["1"]
+    assert "in misbehave" not in summary["stacks"]["0"]
+    assert "_engine_run_backward" in summary["stacks"]["0"]
+    assert wait_until_gone(tmp_path) == []
+
+
+def test_ranks_started_with_different_configurations_are_told_by_name(tmp_path):
+    script = f"exec {sys.executable} {SCRIPT} steps=$((5 + RANK)) seed=7 tensorboard=false"
+    done = subprocess.run(
+        [*torchrun(2), "--no-python", "bash", "-c", script],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("the ranks were started with different configurations") == 1
+    assert "steps: 5 on rank 0, 6 on rank 1" in done.stderr
+    assert "seed" not in done.stderr
+    assert list(tmp_path.glob("runs/*/*/summary.json")) == []
+
+
+def test_sigterm_leaves_a_summary_that_says_so(tmp_path):
+    process = subprocess.Popen(
+        [*torchrun(2), str(SCRIPT), "experiment=forward_bypass", "steps=20000", "tensorboard=false"],
+        cwd=tmp_path,
+        env=clean_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not list(tmp_path.glob("runs/*/*/summary.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    (summary,) = tmp_path.glob("runs/*/*/summary.json")
+    assert '"outcome": "interrupted"' in summary.read_text()
+    assert wait_until_gone(tmp_path) == []

@@ -1,0 +1,190 @@
+"""Each probe on the path that must trip it and on the path that must not, with real processes."""
+
+import gc
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from ddpcall.lab.models import Mlp
+from ddpcall.paths import Batch, CallPath, invoke
+from ddpcall.probes.compiled import observe_compiled
+from ddpcall.probes.gradients import observe_gradients
+from ddpcall.probes.reducer import observe_reducer
+from ddpcall.probes.replicas import observe_replicas
+from ddpcall.ranks import run_on_ranks
+from ddpcall.wrappers import Wrapper, apply_wrapper
+
+CPU = torch.device("cpu")
+
+
+def make_batch(seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(torch.rand(8, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator))
+
+
+def make_subject(wrapper: Wrapper):
+    torch.manual_seed(0)
+    return apply_wrapper(wrapper, Mlp(), device=CPU)
+
+
+def measure_gradients(path: CallPath, same_batch: bool):
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
+    subject = make_subject(Wrapper.DDP)
+    batch = make_batch(0 if same_batch else dist.get_rank())
+    with observe_gradients(subject.inner, group) as observer:
+        for _ in range(3):
+            subject.inner.zero_grad()
+            invoke(path, subject.wrapped, subject.inner, batch, F.cross_entropy).backward()
+            observer.end_step(batch)
+        evidence = observer.evidence()
+    own = [parameter.grad.clone() for parameter in subject.inner.parameters()]
+    del subject
+    gc.collect()
+    return evidence, own
+
+
+def test_the_gradients_probe_measures_the_true_difference_of_local_gradients():
+    (first, own_0), (second, own_1) = run_on_ranks(measure_gradients, 2, CallPath.INNER_CALL, False)
+    assert first == second
+    true = max((a - b).abs().max().item() for a, b in zip(own_0, own_1, strict=True))
+    assert first.max_difference == pytest.approx([true] * 3)
+    assert set(first.parameters) == {name for name, _ in Mlp().named_parameters()}
+    assert first.batches_differ
+
+
+def test_the_gradients_probe_is_silent_on_synchronised_ones():
+    (evidence, _), _ = run_on_ranks(measure_gradients, 2, CallPath.CALL, False)
+    assert evidence.max_difference == (0.0, 0.0, 0.0)
+    assert min(evidence.max_magnitude) > 0
+    assert evidence.parameters == {}
+
+
+def test_equal_batches_are_reported_since_equality_then_proves_nothing():
+    (evidence, _), _ = run_on_ranks(measure_gradients, 2, CallPath.INNER_CALL, True)
+    assert evidence.max_difference == (0.0, 0.0, 0.0)
+    assert not evidence.batches_differ
+
+
+def measure_gradient_on_one_rank():
+    model = nn.Linear(2, 1)
+    if dist.get_rank() == 1:
+        model(torch.ones(1, 2)).sum().backward()
+    with observe_gradients(model, dist.new_group(backend="gloo")) as observer:
+        observer.end_step(Batch(torch.ones(1) * dist.get_rank(), torch.ones(1)))
+        return observer.evidence()
+
+
+def test_a_gradient_that_only_one_rank_has_is_a_difference():
+    first, second = run_on_ranks(measure_gradient_on_one_rank, 2)
+    assert first.parameters == {"weight": 1.0, "bias": 1.0}
+    assert (first.with_gradient, first.without_gradient) == (0, ("weight", "bias"))
+    assert (second.with_gradient, second.without_gradient) == (2, ())
+
+
+def measure_reducer(wrapper: Wrapper, path: CallPath, no_sync: bool):
+    subject = make_subject(wrapper)
+    batch = make_batch(dist.get_rank())
+    before = {name: dict(module.__dict__) for name, module in subject.wrapped.named_modules()}
+    with observe_reducer(subject) as observer:
+        for _ in range(2):
+            if no_sync:
+                with subject.wrapped.no_sync():
+                    loss = invoke(path, subject.wrapped, subject.inner, batch, F.cross_entropy)
+            else:
+                loss = invoke(path, subject.wrapped, subject.inner, batch, F.cross_entropy)
+            loss.backward()
+            observer.end_step()
+        observer.read_logger()
+        evidence = observer.evidence()
+    left = [
+        name for name, module in subject.wrapped.named_modules() if module.__dict__.keys() != before[name].keys()
+    ]
+    left += [name for name, p in subject.inner.named_parameters() if p._post_accumulate_grad_hooks]
+    del subject, observer
+    gc.collect()
+    return evidence, left
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "path", "no_sync", "armings", "armed", "unarmed"),
+    [
+        (Wrapper.DDP, CallPath.CALL, False, (1, 1), (6, 6), (0, 0)),
+        (Wrapper.DDP, CallPath.FORWARD, False, (1, 1), (6, 6), (0, 0)),
+        (Wrapper.DDP, CallPath.CALL, True, (0, 0), (0, 0), (6, 6)),
+        (Wrapper.DDP, CallPath.INNER_CALL, False, (0, 0), (0, 0), (6, 6)),
+        (Wrapper.DDP, CallPath.FUNCTIONAL, False, (0, 0), (0, 0), (6, 6)),
+        (Wrapper.REPLICATE, CallPath.CALL, False, (1, 1), (6, 6), (0, 0)),
+        (Wrapper.REPLICATE, CallPath.FORWARD, False, (0, 0), (0, 0), (6, 6)),
+    ],
+)
+def test_the_reducer_probe_tells_armed_from_unarmed_arrivals(wrapper, path, no_sync, armings, armed, unarmed):
+    for evidence, left in run_on_ranks(measure_reducer, 2, wrapper, path, no_sync):
+        assert (evidence.armings, evidence.arrivals_armed, evidence.arrivals_unarmed) == (armings, armed, unarmed)
+        assert left == []
+
+
+def measure_replicas(touch: str):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    with observe_replicas(model, dist.new_group(backend="gloo")) as observer:
+        for step in range(3):
+            if step == 1 and dist.get_rank() == 1:
+                with torch.no_grad():
+                    dict(model.named_parameters(), **dict(model.named_buffers()))[touch].flatten()[0] += 1
+            observer.end_step()
+        return observer.evidence()
+
+
+def test_the_replicas_probe_names_the_step_and_the_parameter_that_parted():
+    first, second = run_on_ranks(measure_replicas, 2, "0.weight")
+    assert first == second
+    assert (first.first_step_parameters, first.parameters) == (1, ("0.weight",))
+    assert (first.first_step_buffers, first.buffers) == (None, ())
+
+
+def test_the_replicas_probe_tells_buffers_from_parameters():
+    first, _ = run_on_ranks(measure_replicas, 2, "1.running_mean")
+    assert (first.first_step_parameters, first.parameters) == (None, ())
+    assert (first.first_step_buffers, first.buffers) == (1, ("1.running_mean",))
+
+
+def measure_compiled(path: CallPath):
+    model = Mlp()
+    with observe_compiled(True, "eager") as observer:
+        subject = apply_wrapper(Wrapper.COMPILE, model, device=CPU, compile_backend=observer.backend)
+        for _ in range(2):
+            invoke(path, subject.wrapped, subject.inner, make_batch(0), F.cross_entropy)
+            observer.end_step()
+    return observer.evidence()
+
+
+@pytest.mark.parametrize(
+    ("path", "frames", "calls"), [(CallPath.CALL, 1, (2, 0)), (CallPath.INNER_CALL, 0, (0, 2))]
+)
+def test_the_compiled_probe_counts_compiled_and_eager_calls(path, frames, calls):
+    evidence = measure_compiled(path)
+    assert (evidence.frames > 0, evidence.calls_compiled, evidence.calls_eager) == (bool(frames), *calls)
+
+
+def train_two_trials_in_one_process():
+    from ddpcall.lab.world import Accelerator, World, process_group
+
+    states = []
+    dist.destroy_process_group()
+    for trial in range(2):
+        world = World(0, 1)
+        with process_group(world, Accelerator(CPU, "gloo"), f"trial{trial}", 30):
+            subject = make_subject(Wrapper.DDP)
+            subject.wrapped(torch.zeros(2, 8, 8)).sum().backward()
+            del subject
+        states.append(dist.is_initialized())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return states
+
+
+def test_a_trials_process_group_is_gone_afterwards():
+    assert run_on_ranks(train_two_trials_in_one_process, 1) == [[False, False]]

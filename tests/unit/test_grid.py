@@ -1,0 +1,78 @@
+import pytest
+
+from ddpcall.evidence import Cell
+from ddpcall.lab.errors import WrongUse
+from ddpcall.lab.grid import check_expectations, expand_grid, expected_verdicts, unmet
+from ddpcall.lab.schema import ExpectationConfig, GridConfig, PathConfig, TrainConfig, WrapperConfig
+from ddpcall.verdicts import Verdicts
+
+
+def make_config(**grid: list[str]) -> TrainConfig:
+    return TrainConfig(wrapper=WrapperConfig(name="ddp"), path=PathConfig(name="call"), grid=GridConfig(**grid))
+
+
+def make_verdicts(gradients: str) -> Verdicts:
+    return Verdicts(
+        gradients=gradients, hooks_wrapped="fired", hooks_inner="fired", hooks_submodules="fired", compiled="none"
+    )
+
+
+def test_an_empty_grid_is_the_one_chosen_cell():
+    grid = expand_grid(make_config())
+    assert [cell.label() for cell in grid.cells] == ["ddp × call"]
+    assert grid.left_out == ()
+
+
+def test_the_axes_are_crossed_in_order_and_meaningless_pairs_left_out_with_their_reason():
+    grid = expand_grid(make_config(wrapper=["none", "ddp"], path=["call", "inner_call"]))
+    assert [cell.label() for cell in grid.cells] == ["none × call", "ddp × call", "ddp × inner_call"]
+    assert grid.left_out == (
+        "none × inner_call makes no sense: none works in place, the wrapped object is the inner module",
+    )
+
+
+def test_no_sync_makes_no_sense_without_ddp():
+    grid = expand_grid(make_config(wrapper=["replicate"], window=["plain", "no_sync_forward"]))
+    assert [cell.label() for cell in grid.cells] == ["replicate × call"]
+
+
+def test_a_meaningless_pair_alone_is_refused_with_those_that_make_sense():
+    with pytest.raises(WrongUse, match=r"none × inner_call makes no sense(.|\n)*ddp × call, forward, inner_call"):
+        expand_grid(make_config(wrapper=["none"], path=["inner_call"]))
+
+
+@pytest.mark.parametrize("axis", ["wrapper", "path", "window", "hooks"])
+def test_unknown_names_are_refused_with_the_known_ones(axis):
+    with pytest.raises(WrongUse, match=r"'nonsense' is unknown; write one of: \w+"):
+        expand_grid(make_config(**{axis: ["nonsense"]}))
+
+
+def test_later_expectations_win_and_models_match_by_their_short_name():
+    expectations = [
+        ExpectationConfig(gradients="synced", hooks_inner="fired"),
+        ExpectationConfig(path="forward", gradients="local"),
+        ExpectationConfig(model="Mlp", compiled="none"),
+        ExpectationConfig(model="lp", compiled="eager"),
+    ]
+    cell = Cell(wrapper="replicate", path="forward", model="ddpcall.lab.models.Mlp")
+    expected = expected_verdicts(cell, expectations)
+    assert expected == {"gradients": "local", "hooks_inner": "fired", "compiled": "none"}
+
+
+def test_an_expectation_can_fail_and_says_how():
+    assert unmet(make_verdicts("local"), {"gradients": "synced", "hooks_inner": "fired"}) == {
+        "gradients": {"expected": "synced", "measured": "local"}
+    }
+    assert unmet(make_verdicts("synced"), {"gradients": "synced"}) == {}
+
+
+def test_a_crash_must_have_been_expected():
+    assert unmet(make_verdicts("crashed"), {}) == {"gradients": {"expected": "no crash", "measured": "crashed"}}
+    assert unmet(make_verdicts("crashed"), {"gradients": "crashed"}) == {}
+
+
+def test_an_expectation_that_can_never_hold_is_refused():
+    config = make_config()
+    config.expect = [ExpectationConfig(gradients="synchronised")]
+    with pytest.raises(WrongUse, match="gradients: 'synchronised' is unknown; write one of: synced, local"):
+        check_expectations(config)

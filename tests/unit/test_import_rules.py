@@ -1,0 +1,63 @@
+"""Design rule: a room imports only what lies below it, and `import ddpcall` does no work."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "ddpcall"
+LEAVES = {"paths", "wrappers", "evidence", "findings", "taps", "ranks"}
+MIDDLE = LEAVES | {"verdicts", "replicas", "probes"}
+MAY_IMPORT = {
+    "paths": set(),
+    "evidence": set(),
+    "findings": set(),
+    "taps": set(),
+    "ranks": {"ranks"},
+    "wrappers": {"paths"},
+    "verdicts": LEAVES,
+    "replicas": LEAVES,
+    "probes": MIDDLE,
+    "lab": MIDDLE | {"lab"},
+    "watch": MIDDLE | {"watch"},
+    "pytest_plugin": MIDDLE | {"pytest_plugin"},
+    "cli": MIDDLE | {"lab", "watch", "ddpcall"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+ONLY_IN_LAB = {"hydra", "omegaconf", "sklearn"}
+
+
+def find_imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {
+                f"{node.module}.{alias.name}" if node.module == "ddpcall" else node.module for alias in node.names
+            }
+    return found
+
+
+def room_of(path: Path) -> str:
+    name = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    return "pytest_plugin" if name.startswith("pytest_plugin") else name
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_room_imports_only_rooms_below_it(path):
+    imported = find_imports(path)
+    rooms = {name.split(".")[1] for name in imported if name.startswith("ddpcall.")} - {"__version__"}
+    rooms = {"pytest_plugin" if room.startswith("pytest_plugin") else room for room in rooms}
+    assert rooms <= MAY_IMPORT[room_of(path)] | ({room_of(path)} if path.parent != SOURCE else set())
+    if room_of(path) != "lab":
+        assert not {name.split(".")[0] for name in imported} & ONLY_IN_LAB
+
+
+@pytest.mark.parametrize("package", ["torch", "hydra", "numpy", "rich", "accelerate"])
+def test_importing_ddpcall_imports_nothing_heavy(package):
+    code = f"import sys, ddpcall; sys.exit({package!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

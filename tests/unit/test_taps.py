@@ -1,0 +1,119 @@
+import pytest
+import torch
+from torch import nn
+
+from ddpcall.lab.models import Mlp
+from ddpcall.probes.hooks import observe_hooks
+from ddpcall.taps import ReducerLog, count_forwards, requires_gradient, tap_gradient_arrivals, wrap_method
+
+
+def counter() -> torch.Tensor:
+    return torch.zeros((), dtype=torch.int64)
+
+
+def snapshot(model: nn.Module) -> list[tuple]:
+    """Return everything a tap could leave behind: every module's own `__dict__`, and every parameter's hooks."""
+    modules = [
+        (
+            name,
+            {key: repr(value) for key, value in module.__dict__.items() if key not in ("_parameters", "_buffers")},
+        )
+        for name, module in model.named_modules()
+    ]
+    parameters = [(name, parameter._post_accumulate_grad_hooks) for name, parameter in model.named_parameters()]
+    return modules + parameters
+
+
+def test_wrapping_a_method_is_undone_to_the_letter():
+    module = nn.Linear(2, 2)
+    undo = wrap_method(module, "forward", lambda original: lambda x: original(x) + 1)
+    assert torch.equal(module(torch.zeros(1, 2)), module.bias[None] + 1)
+    undo()
+    assert "forward" not in module.__dict__
+
+
+def test_a_method_the_instance_already_had_is_put_back():
+    module = nn.Linear(2, 2)
+    own = module.__dict__["forward"] = lambda x: x
+    wrap_method(module, "forward", lambda original: lambda x: original(x) + 1)()
+    assert module.__dict__["forward"] is own
+
+
+def test_forwards_are_counted_whichever_way_they_are_reached():
+    module, runs, differentiable = nn.Linear(2, 2), counter(), counter()
+    undo = count_forwards(module, runs, differentiable)
+    module(torch.zeros(1, 2))
+    module.forward(torch.zeros(1, 2))
+    with torch.no_grad():
+        module(torch.zeros(1, 2))
+    undo()
+    module(torch.zeros(1, 2))
+    assert (runs.item(), differentiable.item()) == (3, 2)
+
+
+def test_gradients_are_found_in_nested_outputs():
+    wanting = torch.ones(1, requires_grad=True)
+    assert requires_gradient({"loss": [torch.ones(1), (wanting,)]})
+    assert not requires_gradient((torch.ones(1), "text", None))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_hooks_probe_leaves_nothing_behind_also_after_an_exception(fails):
+    model = Mlp()
+    before = snapshot(model)
+    try:
+        with observe_hooks(model, model, device=torch.device("cpu"), global_hooks=True) as observer:
+            observer.register()
+            model(torch.zeros(2, 8, 8)).sum().backward()
+            assert snapshot(model) != before
+            if fails:
+                raise KeyError("user code")
+    except KeyError:
+        assert fails
+    assert snapshot(model) == before
+    hooks = nn.modules.module
+    assert not hooks._global_forward_hooks
+    assert not hooks._global_forward_pre_hooks
+    assert not hooks._global_backward_hooks
+    assert hooks._global_is_full_backward_hook is None
+
+
+def test_the_hooks_probe_leaves_nothing_on_a_compiled_module():
+    compiled = torch.compile(Mlp(), backend="eager")
+    before = snapshot(compiled)
+    with observe_hooks(compiled, compiled._orig_mod, device=torch.device("cpu")) as observer:
+        observer.register()
+    assert snapshot(compiled) == before
+
+
+def test_gradient_arrivals_are_unarmed_without_a_reducer_and_armed_until_the_backward_ends():
+    model, log = Mlp(), ReducerLog()
+    undo = tap_gradient_arrivals(list(model.parameters()), log)
+    model(torch.zeros(2, 8, 8)).sum().backward()
+    assert log.take() == (0, 0, 6)
+    log.arm()
+    model(torch.zeros(2, 8, 8)).sum().backward()
+    assert not log.armed
+    model(torch.zeros(2, 8, 8)).sum().backward()
+    assert log.take() == (1, 6, 6)
+    undo()
+    assert all(parameter._post_accumulate_grad_hooks is None for parameter in model.parameters())
+
+
+def test_hooks_fire_on_call_and_not_on_forward():
+    model = Mlp()
+    with observe_hooks(model, model, device=torch.device("cpu"), global_hooks=True) as observer:
+        observer.register()
+        model(torch.zeros(2, 8, 8)).sum().backward()
+        model.forward(torch.zeros(2, 8, 8)).sum().backward()
+    root = {count.kind: (count.fired, count.forwards) for count in observer.evidence() if count.role == "inner"}
+    assert root == {
+        "forward_pre": (1, 2),
+        "forward": (1, 2),
+        "full_backward": (1, 2),
+        "global_forward_pre": (1, 2),
+        "global_forward": (1, 2),
+        "global_full_backward": (1, 2),
+    }
+    head = {count.kind: count.fired for count in observer.evidence() if count.module == "head"}
+    assert set(head.values()) == {2}
