@@ -69,8 +69,10 @@ def run_experiment(config: TrainConfig, run_directory: Path) -> int:
         run_directory: Where rank 0 writes; the same on every rank.
 
     Returns:
-        0 when every expectation holds, 1 when one does not or the run was cut short (a rank lost, a signal;
-        the summary says so), 2 for wrong use.
+        0 when every expectation holds, 1 when one does not, 2 for wrong use.
+
+    Raises:
+        SystemExit: With 1, when the run was cut short by a lost rank or a signal; the summary says which.
 
     """
     world = World()
@@ -160,10 +162,12 @@ class _Run:
             return EXIT_WRONG_USE
         except RankLost as error:
             self._close_failed("rank lost", str(error), error.ranks[0])
-            return EXIT_FAILED
+            self._world.end()
+            raise SystemExit(EXIT_FAILED) from None
         except Terminated as error:
             self._close_terminated(error)
-            return EXIT_FAILED
+            self._world.end()
+            raise SystemExit(EXIT_FAILED) from None
         except BaseException as error:
             self._close_failed("failed", f"{type(error).__name__}: {error}", self._world.rank)
             self._world.end()
@@ -271,8 +275,7 @@ class _Run:
 
     def _close_terminated(self, error: Terminated) -> None:
         """Tell a rank that died (the launcher then stops the others) from a run that somebody stopped."""
-        self._world.publish("farewell", True)
-        missing = self._world.wait_for("farewell", FAREWELL_SECONDS)
+        missing = self._world.call_roll(FAREWELL_SECONDS)
         if missing:
             self._close_failed("rank lost", str(RankLost(missing, self._where)), missing[0])
         else:

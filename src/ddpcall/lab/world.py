@@ -46,8 +46,8 @@ class RankFailed(RuntimeError):
     """This rank raised in a trial and the others did not; they may be waiting for it in a collective."""
 
 
-class Terminated(RuntimeError):
-    """This process was asked to stop by SIGTERM."""
+class Terminated(BaseException):
+    """This process was asked to stop by SIGTERM. No `Exception`: it must not pass for a trial that raised."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,18 @@ class World:
         """Return what a rank published; it must be there."""
         assert self.store is not None
         return pickle.loads(self.store.get(f"{key}/{rank}"))
+
+    def call_roll(self, timeout_s: float) -> list[int]:
+        """Ask every rank for a sign of life, also those that are blocked; return the ranks that gave none."""
+        if self.store is not None:
+            self.store.set("roll_call", "yes")
+        self.publish("alive", True)
+        return self.wait_for("alive", timeout_s)
+
+    def answer_roll(self) -> None:
+        """Give the sign of life, if somebody asked for it."""
+        if self.store is not None and self.store.check(["roll_call"]):
+            self.publish("alive", True)
 
     def end(self) -> None:
         """Tell ranks that are stuck in a collective that the run is over."""
@@ -266,6 +278,7 @@ class Deadline:
         while not done.wait(GUARD_SECONDS):
             if time.monotonic() > deadline:
                 self._expire(name)
+            self.world.answer_roll()
             if self.world.is_over():
                 _leave()
 
