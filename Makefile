@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test check bench wheel clean
+.PHONY: help lab test check bench tables wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -32,6 +32,14 @@ check: $(VENV)/.dev  ## format, lint and type check
 
 bench: $(VENV)/.dev  ## measure the cost of the harness, as ratios
 	$(BIN)/python -m bench
+
+tables: $(VENV)/.lab  ## rewrite the tables of README and docs from fresh runs
+	mkdir -p runs
+	for name in forward_bypass arming replicate_bypass compile_bypass hooks_bypass; do \
+	  $(BIN)/python launch/train.py experiment=$$name device=cpu hydra.run.dir=runs/tables/$$name > runs/$$name.txt || exit 1; done
+	$(BIN)/python -m ddpcall.lab.truth_table README.md runs/tables/forward_bypass runs/tables/arming
+	$(BIN)/python -m ddpcall.lab.truth_table docs/experiments.md \
+	  runs/tables/replicate_bypass runs/tables/compile_bypass runs/tables/hooks_bypass
 
 wheel: $(VENV)/.dev  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

@@ -23,8 +23,10 @@ def digest_tensor(tensor: Tensor) -> int:
     """
     if is_lazy(tensor):
         return 0
-    flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    values: Any = flat.numpy()
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype is torch.bfloat16:  # numpy has no such type
+        tensor = tensor.view(torch.int16)
+    values: Any = tensor.numpy()
     return _signed(xxhash.xxh3_64_intdigest(values))
 
 

@@ -36,10 +36,17 @@ class GradientsObserver:
 
         A parameter without a gradient counts as zeros, and on one rank only, as a difference.
         """
-        parameters = dict(self._model.named_parameters())
-        self._names = list(parameters)
-        self._without_gradient = [name for name, parameter in parameters.items() if parameter.grad is None]
-        self._pending.append(torch.cat([_flat_gradient(parameter) for parameter in parameters.values()]))
+        names, gradients = [], []
+        self._without_gradient = []
+        for name, parameter in self._model.named_parameters():
+            names.append(name)
+            if parameter.grad is None:
+                self._without_gradient.append(name)
+                gradients.append(torch.zeros(parameter.numel(), device=parameter.device))
+            else:
+                gradients.append(parameter.grad.reshape(-1))
+        self._names = names
+        self._pending.append(torch.cat(gradients).to("cpu", torch.float32))
         self._batches.append(digest_tensors([batch.inputs, batch.targets]))
         # Every rank holds the same sizes, so every rank flushes in the same step.
         if sum(flat.numel() * flat.element_size() for flat in self._pending) >= BUFFER_BYTES:
@@ -99,9 +106,3 @@ def observe_gradients(model: nn.Module, group: dist.ProcessGroup | None) -> Iter
     another part.
     """
     yield GradientsObserver(model, group)
-
-
-def _flat_gradient(parameter: nn.Parameter) -> Tensor:
-    if parameter.grad is None:
-        return torch.zeros(parameter.numel(), dtype=torch.float32)
-    return parameter.grad.detach().reshape(-1).to("cpu", torch.float32, copy=True)
