@@ -71,8 +71,8 @@ def replace_table(text: str, summary: dict[str, Any]) -> str:
     _, tail = rest.split(end, 1)
     environment = summary["environment"]
     caption = (
-        f"\n\nMeasured with torch {environment['torch']}, Python {environment['python']}, {environment['backend']} on "
-        f"{environment['device']}, world size {environment['world_size']}.\n"
+        f"\n\nMeasured with torch {environment['torch']}, Python {environment['python']}, "
+        f"{environment['backend']} on {environment['device']}, world size {environment['world_size']}.\n"
     )
     return head + begin + verdict_table(summary) + caption + end + tail
 

@@ -1,0 +1,245 @@
+"""The loop inside a rank: receive a task, join its process group, run it, reply, put everything back."""
+
+import ctypes
+import datetime
+import faulthandler
+import gc
+import os
+import pickle
+import runpy
+import signal
+import sys
+import time
+import traceback
+import types
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+STACKS_SIGNAL = signal.SIGUSR2
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A worker's place in its pool: its rank and the files that its output and its stacks go to."""
+
+    rank: int
+    directory: Path
+
+    @property
+    def stdout(self) -> Path:
+        return self.directory / f"rank{self.rank}.out"
+
+    @property
+    def stderr(self) -> Path:
+        return self.directory / f"rank{self.rank}.err"
+
+    @property
+    def stacks(self) -> Path:
+        return self.directory / f"rank{self.rank}.stacks"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call for every rank, with the surroundings of the process that asks for it."""
+
+    number: int
+    world_size: int
+    backend: str
+    payload: bytes  # pickle of (function, args, kwargs)
+    store_port: int
+    group_timeout_s: float
+    main: tuple[str, str] | None  # how to import the caller's __main__: ("name", …) or ("path", …)
+    environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    directory: str = field(default_factory=os.getcwd)
+    sys_path: list[str] = field(default_factory=lambda: list(sys.path))
+
+
+@dataclass
+class Reply:
+    """What a worker sends back. `value` is a pickle, so that a value the parent cannot load hurts nobody."""
+
+    value: bytes | None = None
+    error: str = ""
+    details: str = ""
+    leaks: list[str] = field(default_factory=list)
+    ended_s: float = 0.0
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process as soon as its parent is gone, however it went.
+
+    Blind to: systems without prctl (macOS); there a worker ends when it next waits for a task.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)  # the parent went before the call above
+
+
+def serve(connection_fd: int) -> None:
+    """Run tasks until the parent closes the connection. Does not return."""
+    connection = Connection(connection_fd)
+    seat: Seat = connection.recv()
+    _take_seat(seat)
+    from ddpcall.ranks import isolation  # imports torch: after the seat, so that its warnings are captured
+
+    baseline = isolation.RankState()
+    gc.collect()
+    gc.freeze()  # what is there now is never garbage: collections after each task stay cheap
+    while True:
+        try:
+            task: Task = connection.recv()
+        except EOFError:
+            os._exit(0)
+        connection.send(_run(task, seat, baseline))
+
+
+def _take_seat(seat: Seat) -> None:
+    for path, descriptor in ((seat.stdout, 1), (seat.stderr, 2)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        os.dup2(file, descriptor)
+        os.close(file)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    for stream, descriptor in (("stdout", 1), ("stderr", 2)):
+        text = open(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        text.reconfigure(write_through=True)  # a killed rank must not take its last words along
+        setattr(sys, stream, text)
+        setattr(sys, f"__{stream}__", text)
+
+
+def _run(task: Task, seat: Seat, baseline: Any) -> Reply:
+    """Run one task from a clean state to a clean state."""
+    from ddpcall.ranks import isolation
+
+    for path in (seat.stdout, seat.stderr):
+        os.truncate(path, 0)
+    with seat.stacks.open("w") as stacks:
+        faulthandler.register(STACKS_SIGNAL, stacks, all_threads=True, chain=False)
+        faulthandler.enable(sys.stderr)
+        _enter(task, seat)
+        isolation.seed_everything()
+        reply = _attempt(task, seat)
+        _leave_group()
+        baseline.restore()
+        reply.leaks = isolation.find_leaks()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        faulthandler.unregister(STACKS_SIGNAL)
+        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # a late request for stacks must not kill a healthy worker
+    return reply
+
+
+def _enter(task: Task, seat: Seat) -> None:
+    """Take over the caller's environment, directory and import path."""
+    environ = task.environ | rank_environment(task, seat.rank)
+    for name in set(os.environ) - set(environ):
+        del os.environ[name]
+    for name, value in environ.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+    os.chdir(task.directory)
+    sys.path[:] = task.sys_path
+
+
+def rank_environment(task: Task, rank: int) -> dict[str, str]:
+    """The variables torchrun sets, so that `init_process_group("env://")` and accelerate work inside a task too.
+
+    `TORCHELASTIC_RESTART_COUNT` is what torch makes its store prefix of: the task's number keeps tasks apart.
+
+    Source: torch/distributed/rendezvous.py, `_env_rendezvous_handler`.
+    """
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(task.world_size),
+        "LOCAL_WORLD_SIZE": str(task.world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(task.store_port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": str(task.number),
+    }
+
+
+def _attempt(task: Task, seat: Seat) -> Reply:
+    """Run the function; nothing of it, not even its frames, is alive when this returns."""
+    reply = Reply()
+    try:
+        if task.main is not None:
+            _adopt_main(*task.main)
+        function, args, kwargs = pickle.loads(task.payload)
+        _join_group(task, seat)
+        value = function(*args, **kwargs)
+        reply.ended_s = time.monotonic()
+        reply.value = _pickle_value(value)
+    except BaseException as error:  # SystemExit and KeyboardInterrupt too: a rank that leaves early has failed
+        reply.ended_s = time.monotonic()
+        reply.error = "".join(traceback.format_exception_only(error)).strip()
+        reply.details = _format_traceback(error)
+    return reply
+
+
+def _pickle_value(value: object) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except Exception as error:
+        raise TypeError(
+            f"the function returned something that cannot be pickled ({type(value).__name__}): {error}. "
+            "Return numbers, strings, tensors or plain containers of them."
+        ) from None
+
+
+def _format_traceback(error: BaseException) -> str:
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames))
+
+
+def _join_group(task: Task, seat: Seat) -> None:
+    import torch
+    import torch.distributed as dist
+
+    if task.backend == "nccl":
+        torch.cuda.set_device(seat.rank)
+    store = dist.TCPStore("127.0.0.1", task.store_port, is_master=False, wait_for_workers=False)
+    dist.init_process_group(
+        backend=task.backend,
+        store=dist.PrefixStore(f"task{task.number}", store),
+        rank=seat.rank,
+        world_size=task.world_size,
+        timeout=datetime.timedelta(seconds=task.group_timeout_s),
+    )
+
+
+def _leave_group() -> None:
+    """Free what the task left, then the process group.
+
+    The order matters: a DistributedDataParallel that outlives `destroy_process_group` can deadlock when it is
+    freed (pytorch issue 56297).
+    """
+    import torch.distributed as dist
+
+    sys.last_value = sys.last_traceback = None
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _adopt_main(how: str, target: str) -> None:
+    """Make the caller's script importable as `__main__`, without running its main block.
+
+    Source: multiprocessing/spawn.py, `_fixup_main_from_path`.
+    """
+    if hasattr(sys.modules["__main__"], "__ddpcall_adopted__"):
+        return
+    run = runpy.run_module if how == "name" else runpy.run_path
+    module = types.ModuleType("__mp_main__")
+    module.__dict__["__ddpcall_adopted__"] = target
+    module.__dict__.update(run(target, run_name="__mp_main__"))
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = module
