@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.ranks.lab_process import Run, run_lab
+from ddpcall.lab.truth_table import replace_table, verdict_table
+from tests.ranks.lab_process import ROOT, Run, run_lab
 
 DDP_TABLE = {
     "call": ("synced", "fired", "fired", "fired"),
@@ -26,6 +27,14 @@ def verdict_rows(run: Run, *keys: str) -> dict[tuple, tuple]:
     }
 
 
+def assert_documented(run: Run, document: str) -> None:
+    """The table between the experiment's markers is the one this run would write."""
+    text, summary = (ROOT / document).read_text(), run.summary()
+    name = summary["experiment"]
+    table = text.split(f"<!-- table {name} -->\n")[1].split("\n\nMeasured with")[0]
+    assert table == verdict_table(summary), "stale: write `make tables`"
+
+
 @pytest.fixture(scope="module")
 def forward_bypass(tmp_path_factory) -> Run:
     run = run_lab(tmp_path_factory.mktemp("forward_bypass"), "experiment=forward_bypass", ranks=2)
@@ -35,6 +44,12 @@ def forward_bypass(tmp_path_factory) -> Run:
 
 def test_forward_bypass_measures_who_synchronises_and_which_hooks_fire(forward_bypass):
     assert verdict_rows(forward_bypass, "path") == {(path,): row for path, row in DDP_TABLE.items()}
+
+
+def test_the_readmes_table_is_what_was_measured(forward_bypass):
+    assert_documented(forward_bypass, "README.md")
+    with pytest.raises(ValueError, match="no markers"):
+        replace_table("a text without markers", forward_bypass.summary())
 
 
 def test_the_consequence_of_local_gradients_is_two_models(forward_bypass):
@@ -84,6 +99,7 @@ def test_one_run_directory_holds_all_that_was_promised(forward_bypass):
         "evidence.jsonl",
         "steps.jsonl",
         "summary.json",
+        "table.txt",
         "tensorboard",
     }
     environment = json.loads((forward_bypass.only_run() / "environment.json").read_text())
@@ -101,6 +117,7 @@ def test_the_table_shows_each_cell_and_no_progress_bar_when_piped(forward_bypass
 def test_arming_decides_not_the_attribute(tmp_path):
     run = run_lab(tmp_path, "experiment=arming", "steps=6", "tensorboard=false", ranks=2)
     assert run.code == 0, run.err
+    assert_documented(run, "README.md")
     gradients = {key: row[0] for key, row in verdict_rows(run, "path", "window").items()}
     assert gradients == {
         ("call", "plain"): "synced",
@@ -122,6 +139,7 @@ def test_arming_decides_not_the_attribute(tmp_path):
 def test_replicate_loses_synchronisation_on_forward_alone(tmp_path):
     run = run_lab(tmp_path, "experiment=replicate_bypass", "steps=6", "tensorboard=false", ranks=2)
     assert run.code == 0, run.err
+    assert_documented(run, "docs/experiments.md")
     assert verdict_rows(run, "path") == {
         ("call",): ("synced", "fired", "fired", "fired"),
         ("forward",): ("local", "skipped", "skipped", "fired"),
@@ -135,6 +153,7 @@ def test_replicate_loses_synchronisation_on_forward_alone(tmp_path):
 def test_compiled_code_is_slipped_past_and_ignores_late_hooks(tmp_path):
     run = run_lab(tmp_path, "experiment=compile_bypass", "steps=3", "tensorboard=false", ranks=2)
     assert run.code == 0, run.err
+    assert_documented(run, "docs/experiments.md")
     rows = {
         (trial["wrapper"], trial["path"]): trial["verdicts"]
         for trial in run.summary()["trials"]
@@ -155,6 +174,7 @@ def test_compiled_code_is_slipped_past_and_ignores_late_hooks(tmp_path):
 def test_forward_skips_hooks_and_what_lives_in_hooks_on_one_process(tmp_path):
     run = run_lab(tmp_path, "experiment=hooks_bypass", "tensorboard=false")
     assert run.code == 0, run.err
+    assert_documented(run, "docs/experiments.md")
     rows = verdict_rows(run, "model", "path")
     models = "ddpcall.lab.models."
     assert {row for (_, path), row in rows.items() if path == "call"} == {

@@ -43,8 +43,8 @@ def warn(message: str) -> None:
 
 
 def _console() -> Console:
-    console = Console(soft_wrap=False)
-    return console if console.is_terminal else Console(width=PIPED_WIDTH)
+    console = Console(record=True)
+    return console if console.is_terminal else Console(record=True, width=PIPED_WIDTH)
 
 
 class Progress:
@@ -85,13 +85,15 @@ class Progress:
 def print_result(
     config: TrainConfig, environment: Environment, results: list[TrialResult], directory: Path
 ) -> None:
-    """Print the table of cells, what did not hold, and where the evidence lies."""
+    """Print the table of cells, what did not hold, and where the evidence lies; keep a copy as table.txt."""
     console = _console()
     console.print(_table(config, environment, results))
     for result in results:
         for line in _explain(result):
             console.print(line, highlight=False)
     console.print(_conclusion(results), highlight=False)
+    lines = console.export_text().splitlines()
+    (directory / "table.txt").write_text("".join(f"{line.rstrip()}\n" for line in lines))
     console.print(f"evidence: {escape(str(directory))}", highlight=False, soft_wrap=True)
 
 

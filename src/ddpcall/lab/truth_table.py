@@ -77,12 +77,24 @@ def replace_table(text: str, summary: dict[str, Any]) -> str:
     return head + begin + verdict_table(summary) + caption + end + tail
 
 
+def replace_output(text: str, name: str, output: str) -> str:
+    """Put what a run printed between the markers for it, where the text has any."""
+    begin, end = f"<!-- output {name} -->\n", "<!-- end output -->"
+    if begin not in text:
+        return text
+    head, rest = text.split(begin, 1)
+    _, tail = rest.split(end, 1)
+    return f"{head}{begin}```text\n{output.strip()}\n```\n{end}{tail}"
+
+
 def main() -> None:
     """Rewrite the tables of a Markdown file from run directories."""
     document, *runs = sys.argv[1:]
     text = Path(document).read_text()
     for run in runs:
-        text = replace_table(text, RunDirectory(Path(run)).read_summary())
+        summary = RunDirectory(Path(run)).read_summary()
+        text = replace_table(text, summary)
+        text = replace_output(text, summary["experiment"], Path(run, "table.txt").read_text())
     Path(document).write_text(text)
 
 
