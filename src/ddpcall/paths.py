@@ -43,11 +43,11 @@ class SyncWindow(StrEnum):
 SPELLING = {
     CallPath.CALL: "wrapped(x)",
     CallPath.FORWARD: "wrapped.forward(x)",
-    CallPath.INNER_CALL: "wrapped.module(x)",
-    CallPath.INNER_FORWARD: "wrapped.module.forward(x)",
-    CallPath.INNER_METHOD: "wrapped.module.compute_loss(x, y)",
-    CallPath.SUBMODULES: "for child in wrapped.module.children(): x = child(x)",
-    CallPath.FUNCTIONAL: "functional_call(wrapped.module, parameters, (x,))",
+    CallPath.INNER_CALL: "inner(x)",
+    CallPath.INNER_FORWARD: "inner.forward(x)",
+    CallPath.INNER_METHOD: "inner.compute_loss(x, y)",
+    CallPath.SUBMODULES: "for child in inner.children(): x = child(x)",
+    CallPath.FUNCTIONAL: "functional_call(inner, parameters, (x,))",
 }
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]

@@ -56,13 +56,13 @@ def torchrun(num_ranks: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
 
 
-def run_lab(directory: Path, *overrides: str, ranks: int = 0, **environment: str) -> Run:
+def run_lab(directory: Path, *overrides: str, ranks: int = 0, environment: dict[str, str] | None = None) -> Run:
     """Run launch/train.py in a directory: under torchrun with `ranks` processes, plainly for 0."""
     launcher = torchrun(ranks) if ranks else [sys.executable]
     finished = subprocess.run(
         [*launcher, str(SCRIPT), *overrides],
         cwd=directory,
-        env=clean_environment(**environment),
+        env=clean_environment(**(environment or {})),
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,

@@ -55,7 +55,7 @@ def wait_until_gone(directory, seconds: float = 20) -> list[str]:
     ],
 )
 def test_wrong_use_is_one_message_exit_code_2_and_no_traceback_of_ours(tmp_path, overrides, message):
-    run = run_lab(tmp_path, *overrides, **USER_MODELS)
+    run = run_lab(tmp_path, *overrides, environment=USER_MODELS)
     assert run.code == 2
     assert run.err.count(message) == 1
     assert "Traceback" not in run.err
@@ -123,7 +123,7 @@ def test_an_expectation_that_does_not_hold_is_listed_and_fails_the_run(tmp_path)
 
 def test_a_model_that_raises_everywhere_is_evidence_and_the_next_trial_runs(tmp_path):
     models = "grid.model=[tests.ranks.user_models.Raising,ddpcall.lab.models.Mlp]"
-    run = run_lab(tmp_path, models, *QUICK, ranks=2, **USER_MODELS)
+    run = run_lab(tmp_path, models, *QUICK, ranks=2, environment=USER_MODELS)
     raising, working = run.summary()["trials"]
     assert run.code == 1
     assert raising["verdicts"]["gradients"] == "crashed"
@@ -134,7 +134,7 @@ def test_a_model_that_raises_everywhere_is_evidence_and_the_next_trial_runs(tmp_
 
 
 def test_a_rank_that_raises_alone_ends_the_run_with_its_own_traceback(tmp_path):
-    run = run_lab(tmp_path, model("RaisingOnOne"), *QUICK, ranks=2, **USER_MODELS)
+    run = run_lab(tmp_path, model("RaisingOnOne"), *QUICK, ranks=2, environment=USER_MODELS)
     assert run.code != 0
     assert "ValueError: rank one is broken" in run.err
     assert (run.summary()["outcome"], run.summary()["first_failing_rank"]) == ("failed", 1)
@@ -143,7 +143,7 @@ def test_a_rank_that_raises_alone_ends_the_run_with_its_own_traceback(tmp_path):
 
 @pytest.mark.parametrize("victim", ["0", "1"])
 def test_a_killed_rank_is_named_and_leaves_no_orphan(tmp_path, victim):
-    run = run_lab(tmp_path, model("Killed"), *QUICK, ranks=2, VICTIM=victim, **USER_MODELS)
+    run = run_lab(tmp_path, model("Killed"), *QUICK, ranks=2, environment={**USER_MODELS, "VICTIM": victim})
     assert run.code != 0
     assert run.err.count(f"rank {victim} disappeared") == 1
     assert (run.summary()["outcome"], run.summary()["first_failing_rank"]) == ("rank lost", int(victim))
@@ -151,20 +151,20 @@ def test_a_killed_rank_is_named_and_leaves_no_orphan(tmp_path, victim):
 
 
 def test_a_rank_that_exits_with_0_halfway_is_no_success(tmp_path):
-    run = run_lab(tmp_path, model("Exiting"), *QUICK, ranks=2, **USER_MODELS)
+    run = run_lab(tmp_path, model("Exiting"), *QUICK, ranks=2, environment=USER_MODELS)
     assert run.code != 0
     assert (run.summary()["outcome"], run.summary()["first_failing_rank"]) == ("rank lost", 1)
 
 
 def test_a_rank_killed_under_plain_python_fails_the_run_too(tmp_path):
-    run = run_lab(tmp_path, model("Killed"), *QUICK, **USER_MODELS)
+    run = run_lab(tmp_path, model("Killed"), *QUICK, environment=USER_MODELS)
     assert run.code == 1
     assert run.summary()["outcome"] == "rank lost"
     assert wait_until_gone(tmp_path) == []
 
 
 def test_a_hang_is_cut_and_every_ranks_stack_reported(tmp_path):
-    run = run_lab(tmp_path, model("Hanging"), *QUICK, "trial_timeout_s=4", ranks=2, **USER_MODELS)
+    run = run_lab(tmp_path, model("Hanging"), *QUICK, "trial_timeout_s=4", ranks=2, environment=USER_MODELS)
     summary = run.summary()
     assert run.code != 0
     assert (summary["outcome"], sorted(summary["stacks"])) == ("hung", ["0", "1"])

@@ -2,6 +2,7 @@
 
 import gc
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -26,13 +27,17 @@ def make_batch(seed: int) -> Batch:
     return Batch(torch.rand(8, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator))
 
 
+def new_group() -> Any:
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
+
+
 def make_subject(wrapper: Wrapper):
     torch.manual_seed(0)
     return apply_wrapper(wrapper, Mlp(), device=CPU)
 
 
 def measure_gradients(path: CallPath, same_batch: bool):
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
+    group = new_group()
     subject = make_subject(Wrapper.DDP)
     batch = make_batch(0 if same_batch else dist.get_rank())
     with observe_gradients(subject.inner, group) as observer:
@@ -41,7 +46,7 @@ def measure_gradients(path: CallPath, same_batch: bool):
             invoke(path, subject.wrapped, subject.inner, batch, F.cross_entropy).backward()
             observer.end_step(batch)
         evidence = observer.evidence()
-    own = [parameter.grad.clone() for parameter in subject.inner.parameters()]
+    own = [parameter.grad.clone() for parameter in subject.inner.parameters() if parameter.grad is not None]
     del subject
     gc.collect()
     return evidence, own
@@ -73,7 +78,7 @@ def measure_gradient_on_one_rank():
     model = nn.Linear(2, 1)
     if dist.get_rank() == 1:
         model(torch.ones(1, 2)).sum().backward()
-    with observe_gradients(model, dist.new_group(backend="gloo")) as observer:
+    with observe_gradients(model, new_group()) as observer:
         observer.end_step(Batch(torch.ones(1) * dist.get_rank(), torch.ones(1)))
         return observer.evidence()
 
@@ -92,7 +97,8 @@ def measure_reducer(wrapper: Wrapper, path: CallPath, no_sync: bool):
     with observe_reducer(subject) as observer:
         for _ in range(2):
             if no_sync:
-                with subject.wrapped.no_sync():
+                wrapped: Any = subject.wrapped
+                with wrapped.no_sync():
                     loss = invoke(path, subject.wrapped, subject.inner, batch, F.cross_entropy)
             else:
                 loss = invoke(path, subject.wrapped, subject.inner, batch, F.cross_entropy)
@@ -130,7 +136,7 @@ def test_the_reducer_probe_tells_armed_from_unarmed_arrivals(wrapper, path, no_s
 def measure_replicas(touch: str):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    with observe_replicas(model, dist.new_group(backend="gloo")) as observer:
+    with observe_replicas(model, new_group()) as observer:
         for step in range(3):
             if step == 1 and dist.get_rank() == 1:
                 with torch.no_grad():

@@ -46,7 +46,7 @@ def install(wheel: Path, directory: Path) -> Path:
 
 
 def lend_dependencies(environment: Path) -> None:
-    """Let the environment see this one's packages, without its editable ddpcall (nested .pth files are not read)."""
+    """Let the environment see this one's packages; not its editable ddpcall, as nested .pth files are not read."""
     (site,) = environment.glob("lib/python*/site-packages")
     site.joinpath("dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
 

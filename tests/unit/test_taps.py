@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -79,7 +81,7 @@ def test_the_hooks_probe_leaves_nothing_behind_also_after_an_exception(fails):
 
 
 def test_the_hooks_probe_leaves_nothing_on_a_compiled_module():
-    compiled = torch.compile(Mlp(), backend="eager")
+    compiled: Any = torch.compile(Mlp(), backend="eager")
     before = snapshot(compiled)
     with observe_hooks(compiled, compiled._orig_mod, device=torch.device("cpu")) as observer:
         observer.register()
