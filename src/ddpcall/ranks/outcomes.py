@@ -92,7 +92,7 @@ def split_causes(outcomes: Sequence[RankOutcome]) -> tuple[list[RankOutcome], li
 
 
 def _is_own_fault(outcome: RankOutcome) -> bool:
-    stopped = outcome.ending == "hung" and "stopped" in outcome.error
+    stopped = outcome.ending == "hung" and outcome.error.startswith("stopped")
     return stopped or (outcome.ending != "hung" and not is_consequence(outcome.error))
 
 
@@ -107,6 +107,8 @@ def describe_failure(task: str, outcomes: Sequence[RankOutcome]) -> str:
     lines += [_describe_cause(outcome) for outcome in _fold_alike(causes)]
     if returned := [o for o in outcomes if not o.failed]:
         lines.append(f"{_name_ranks(returned)} returned without an error.")
+        if all(o.ending == "hung" or is_consequence(o.error) for o in causes):
+            lines.append("So the ranks did not issue the same collectives: compare what each rank called.")
     if consequences:
         lines.append("Consequences (folded; the cause is above):")
         lines += [f"  rank {o.rank}: {o.error.splitlines()[0][:300]}" for o in consequences]
@@ -125,7 +127,8 @@ def _fold_alike(causes: Sequence[RankOutcome]) -> list[RankOutcome]:
 
 
 def _describe_cause(outcome: RankOutcome) -> str:
-    rule = f"----- rank {outcome.rank}: {outcome.error.splitlines()[0] if outcome.error else outcome.ending} "
+    headline = outcome.error.splitlines()[0][:150] if outcome.error else outcome.ending
+    rule = f"----- rank {outcome.rank}: {headline} "
     parts = [rule.ljust(100, "-"), outcome.details.rstrip(), describe_output(outcome)]
     return "\n".join(part for part in parts if part)
 

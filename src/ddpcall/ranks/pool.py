@@ -352,9 +352,9 @@ def _describe_hang(worker: _Worker, timeout_s: float) -> RankOutcome:
     stacks = shorten(trim_stacks(_dump_stacks(worker)), 16_000)
     place = locate_main_thread(stacks)
     doing = "waiting for other ranks in" if waits_for_peers(stacks) else "still running in"
-    error = f"{doing} {place or 'native code'} when the time was up (timeout {timeout_s:g} s)"
     if stopped:
-        error = f"the process was stopped (SIGSTOP), {error}"
+        doing = "stopped (SIGSTOP) in"
+    error = f"{doing} {place or 'native code'} when the time was up (timeout {timeout_s:g} s)"
     output = _read_output(worker.seat)
     return RankOutcome(worker.seat.rank, "hung", error=error, details=stacks, ended_s=time.monotonic(), **output)
 

@@ -3,6 +3,7 @@
 import ctypes
 import datetime
 import faulthandler
+import functools
 import gc
 import os
 import pickle
@@ -207,14 +208,31 @@ def _join_group(task: Task, seat: Seat) -> None:
 
     if task.backend == "nccl":
         torch.cuda.set_device(seat.rank)
-    store = dist.TCPStore("127.0.0.1", task.store_port, is_master=False, wait_for_workers=False)
+    store = dist.PrefixStore(f"task{task.number}", _connect_store(task.store_port))
     dist.init_process_group(
         backend=task.backend,
-        store=dist.PrefixStore(f"task{task.number}", store),
+        store=store,
         rank=seat.rank,
         world_size=task.world_size,
         timeout=datetime.timedelta(seconds=task.group_timeout_s),
     )
+
+
+    if store.add("joined", 1) == task.world_size:
+        store.set("all_joined", "")
+    # A rank that were done at once would close connections that a slower one is still making.
+    store.wait(["all_joined"])
+
+
+@functools.cache
+def _connect_store(port: int) -> Any:
+    """Connect to the parent's store once: every connection makes torch look up the name of 127.0.0.1.
+
+    Where the name server answers slowly that lookup takes seconds.
+    """
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
 
 
 def _leave_group() -> None:
