@@ -208,3 +208,16 @@ def test_sigterm_leaves_a_summary_that_says_so(tmp_path):
     (summary,) = tmp_path.glob("runs/*/*/summary.json")
     assert '"outcome": "interrupted"' in summary.read_text()
     assert wait_until_gone(tmp_path) == []
+
+
+def test_a_reader_that_stops_reading_changes_nothing(tmp_path):
+    command = [sys.executable, str(SCRIPT), "grid.path=[call,forward]", *QUICK]
+    environment = clean_environment()
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

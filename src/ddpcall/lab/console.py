@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ddpcall.lab.experiment import TrialResult
 
 PIPED_WIDTH = 160
+LABEL_WIDTH = 19  # the longest path under ddp stays on one line
 _COLOURS = {
     "synced": "green",
     "fired": "green",
@@ -42,9 +45,16 @@ def warn(message: str) -> None:
     Console(stderr=True, soft_wrap=True).print(f"ddpcall: {escape(message)}", highlight=False)
 
 
+class _Terminal(Console):
+    """A console whose reader may leave (`| head`): what was measured stands, so nothing is raised."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _console() -> Console:
-    console = Console(record=True)
-    return console if console.is_terminal else Console(record=True, width=PIPED_WIDTH)
+    console = _Terminal()
+    return console if console.is_terminal else _Terminal(width=PIPED_WIDTH)
 
 
 class Progress:
@@ -86,15 +96,19 @@ def print_result(
     config: TrainConfig, environment: Environment, results: list[TrialResult], directory: Path
 ) -> None:
     """Print the table of cells, what did not hold, and where the evidence lies; keep a copy as table.txt."""
+    with (directory / "table.txt").open("w") as file:
+        _show(Console(file=file, width=PIPED_WIDTH), config, environment, results)
     console = _console()
+    _show(console, config, environment, results)
+    console.print(f"evidence: {escape(str(directory))}", highlight=False, soft_wrap=True)
+
+
+def _show(console: Console, config: TrainConfig, environment: Environment, results: list[TrialResult]) -> None:
     console.print(_table(config, environment, results))
     for result in results:
         for line in _explain(result):
             console.print(line, highlight=False)
     console.print(_conclusion(results), highlight=False)
-    lines = console.export_text().splitlines()
-    (directory / "table.txt").write_text("".join(f"{line.rstrip()}\n" for line in lines))
-    console.print(f"evidence: {escape(str(directory))}", highlight=False, soft_wrap=True)
 
 
 def _table(config: TrainConfig, environment: Environment, results: list[TrialResult]) -> Table:
@@ -108,9 +122,10 @@ def _table(config: TrainConfig, environment: Environment, results: list[TrialRes
     columns = ["model"] if several_models else []
     columns += ["wrapper × path", "gradients", "gradients\ndiffer by", "hooks\nwrapped", "inner", "below"]
     columns += ["compiled"] if compiling else []
-    columns += ["test accuracy\nby rank", "distance from\nsynced run", "as expected"]
+    columns += ["test accuracy\nby rank", "distance from\nsynced run", "as\nexpected"]
     for column in columns:
-        table.add_column(column)
+        is_label = column == "wrapper × path"
+        table.add_column(column, overflow="fold", min_width=LABEL_WIDTH if is_label else None)
     for result in results:
         table.add_row(*_row(result, several_models, compiling))
     return table

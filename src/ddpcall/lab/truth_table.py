@@ -84,7 +84,8 @@ def replace_output(text: str, name: str, output: str) -> str:
         return text
     head, rest = text.split(begin, 1)
     _, tail = rest.split(end, 1)
-    return f"{head}{begin}```text\n{output.strip()}\n```\n{end}{tail}"
+    lines = "\n".join(line.rstrip() for line in output.strip().splitlines())
+    return f"{head}{begin}```text\n{lines}\n```\n{end}{tail}"
 
 
 def main() -> None:

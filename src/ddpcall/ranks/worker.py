@@ -217,7 +217,6 @@ def _join_group(task: Task, seat: Seat) -> None:
         timeout=datetime.timedelta(seconds=task.group_timeout_s),
     )
 
-
     if store.add("joined", 1) == task.world_size:
         store.set("all_joined", "")
     # A rank that were done at once would close connections that a slower one is still making.
