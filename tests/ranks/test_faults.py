@@ -192,19 +192,26 @@ def test_ranks_started_with_different_configurations_are_told_by_name(tmp_path):
     assert list(tmp_path.glob("runs/*/*/summary.json")) == []
 
 
-def test_sigterm_leaves_a_summary_that_says_so(tmp_path):
-    process = subprocess.Popen(
-        [*torchrun(2), str(SCRIPT), "experiment=forward_bypass", "steps=20000", "tensorboard=false"],
+@pytest.mark.parametrize("launcher", [torchrun(2), [sys.executable]], ids=["torchrun", "python"])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_leaves_a_summary_that_says_so_and_no_process(tmp_path, launcher, stop):
+    options = ("experiment=forward_bypass", "steps=20000", "tensorboard=false")
+    with subprocess.Popen(
+        [*launcher, str(SCRIPT), *options],
         cwd=tmp_path,
         env=clean_environment(),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not list(tmp_path.glob("runs/*/*/summary.json")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not list(tmp_path.glob("runs/*/*/summary.json")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(stop)
+        assert process.stderr is not None
+        messages = process.stderr.read()
+    assert process.returncode != 0
+    assert messages.count("ddpcall: interrupted") == 1
     (summary,) = tmp_path.glob("runs/*/*/summary.json")
     assert '"outcome": "interrupted"' in summary.read_text()
     assert wait_until_gone(tmp_path) == []

@@ -23,16 +23,13 @@ from ddpcall.lab.schema import TrainConfig
 from ddpcall.lab.tensorboard import write_events
 from ddpcall.lab.trial import RankReport, Trial, median_step_ms
 from ddpcall.lab.world import (
-    FAREWELL_SECONDS,
     Accelerator,
-    Deadline,
+    Guard,
     RankFailed,
     RankLost,
-    Terminated,
     World,
     choose_accelerator,
     open_world,
-    terminate_as_exception,
 )
 from ddpcall.verdicts import Verdicts, judge
 from ddpcall.wrappers import Wrapper
@@ -72,8 +69,8 @@ def run_experiment(config: TrainConfig, run_directory: Path) -> int:
         0 when every expectation holds, 1 when one does not, 2 for wrong use.
 
     Raises:
-        SystemExit: With 1, when the run was cut short by a lost rank or a signal; the summary says which.
-
+        SystemExit: With 1, when a rank was lost; the summary says which. A signal or a hang ends the process
+            with 1 from the guard thread, after the summary was written.
     """
     world = World()
     try:
@@ -85,8 +82,7 @@ def run_experiment(config: TrainConfig, run_directory: Path) -> int:
         if world.rank == 0:
             warn(str(error))
         return EXIT_WRONG_USE
-    with terminate_as_exception():
-        return run.run_guarded()
+    return run.run_guarded()
 
 
 def check_config(config: TrainConfig, world: World) -> Grid:
@@ -147,14 +143,15 @@ class _Run:
         self._results: list[TrialResult] = []
         self._references: dict[str, Tensor | None] = {}
         self._where = "the start"
-        self._deadline = Deadline(world, self._report_hang)
+        self._guard = Guard(world, self._report_hang, self._report_signal)
         self._split: Split = load_split(config.data, config.seed)
         check_batch_size(self._split, config.data.batch_size, world.world_size)
 
     def run_guarded(self) -> int:
         """Run, and whatever happens leave a summary that says how it ended."""
         try:
-            return self._run()
+            with self._guard.watch():
+                return self._run()
         except WrongUse as error:
             self._close_failed("wrong use", str(error), None)
             if self._world.rank == 0:
@@ -164,11 +161,7 @@ class _Run:
             self._close_failed("rank lost", str(error), error.ranks[0])
             self._world.end()
             raise SystemExit(EXIT_FAILED) from None
-        except Terminated as error:
-            self._close_terminated(error)
-            self._world.end()
-            raise SystemExit(EXIT_FAILED) from None
-        except BaseException as error:
+        except Exception as error:
             self._close_failed("failed", f"{type(error).__name__}: {error}", self._world.rank)
             self._world.end()
             raise
@@ -219,7 +212,7 @@ class _Run:
     ) -> list[RankReport]:
         self._where = f"{name} ({cell.label()})"
         trial = Trial(cell, self._config, self._split, self._world, self._accelerator, observe=observe)
-        with self._deadline.limit(self._where, self._config.trial_timeout_s):
+        with self._guard.limit(self._where, self._config.trial_timeout_s):
             report = trial.run(name, reference)
             # Parameters stay where they are; everything else is small.
             parameters, report.parameters = report.parameters, None
@@ -273,13 +266,12 @@ class _Run:
             if outcome != "wrong use":
                 warn(f"{outcome}: {self._where}: {reason}\nWhat was measured before is in {self._directory.path}")
 
-    def _close_terminated(self, error: Terminated) -> None:
+    def _report_signal(self, signal_name: str, missing: list[int]) -> None:
         """Tell a rank that died (the launcher then stops the others) from a run that somebody stopped."""
-        missing = self._world.call_roll(FAREWELL_SECONDS)
         if missing:
             self._close_failed("rank lost", str(RankLost(missing, self._where)), missing[0])
         else:
-            self._close_failed("interrupted", str(error), None)
+            self._close_failed("interrupted", f"stopped by {signal_name}", None)
 
     def _report_hang(self, name: str, stacks: dict[int, str], missing: list[int]) -> None:
         seconds = self._config.trial_timeout_s

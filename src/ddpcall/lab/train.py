@@ -81,6 +81,7 @@ def _run(composed: DictConfig) -> int:
 
 def _run_on_missing_ranks(config: TrainConfig, directory: Path, started: int) -> int:
     """Start the ranks that the launcher did not, on this machine, from one of its processes."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from ddpcall.lab.console import say
@@ -109,6 +110,9 @@ def _run_on_missing_ranks(config: TrainConfig, directory: Path, started: int) ->
     )
     try:
         return launch_local_ranks(run_experiment, config.ranks, config, directory)
+    except SignalException as stopped:
+        _complain(f"stopped by {stopped.sigval.name}; the ranks were stopped too")
+        return EXIT_FAILED
     except ChildFailedError as error:
         first, failure = error.get_first_failure()
         RunDirectory(directory).fail("failed", failure.message.splitlines()[-1], first)

@@ -7,7 +7,9 @@ import faulthandler
 import gc
 import os
 import pickle
+import select
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -25,6 +27,7 @@ from ddpcall.lab.errors import EXIT_FAILED, WrongUse
 CONNECT_TIMEOUT = timedelta(seconds=60)
 POLL_SECONDS = 0.005
 GUARD_SECONDS = 0.25
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 # How long ranks wait for each other's last words once something has gone wrong.
 FAREWELL_SECONDS = 5.0
 
@@ -44,10 +47,6 @@ class RankLost(RuntimeError):
 
 class RankFailed(RuntimeError):
     """This rank raised in a trial and the others did not; they may be waiting for it in a collective."""
-
-
-class Terminated(BaseException):
-    """This process was asked to stop by SIGTERM. No `Exception`: it must not pass for a trial that raised."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class World:
     def wait_for(self, key: str, timeout_s: float) -> list[int]:
         """Wait until every rank has published `key`; return the ranks that have not by then.
 
-        Polls, so that a signal handler can interrupt it.
+        Polls: a blocking wait would hold the store against the guard thread.
         """
         deadline = time.monotonic() + timeout_s
         missing = list(range(self.world_size)) if self.store is not None else []
@@ -246,58 +245,98 @@ def process_group(
         dist.destroy_process_group()
 
 
-@dataclass
-class Deadline:
-    """A thread beside the trial: it ends the process when the trial takes too long, or another rank gave up.
+class Guard:
+    """A thread beside the run: it ends the process on a signal, on a hang, or when another rank gave up.
 
-    The main thread cannot: it may be blocked inside a collective, where no signal handler runs.
-
-    Attributes:
-        world: The ranks.
-        on_expiry: Called on the one rank that reports, with the trial's name, the stacks by rank and the
-            ranks that gave none.
+    The main thread cannot: it may be blocked inside a collective, where no Python signal handler runs.
     """
 
-    world: World
-    on_expiry: Callable[[str, dict[int, str], list[int]], None]
+    def __init__(
+        self,
+        world: World,
+        on_hang: Callable[[str, dict[int, str], list[int]], None],
+        on_signal: Callable[[str, list[int]], None],
+    ) -> None:
+        """Remember whom to tell.
+
+        Args:
+            world: The ranks.
+            on_hang: Called on the one rank that reports, with the trial's name, the stacks by rank and the
+                ranks that gave none.
+            on_signal: Called with the signal's name and the ranks that gave no sign of life.
+        """
+        self._world = world
+        self._on_hang = on_hang
+        self._on_signal = on_signal
+        self._name = ""
+        self._deadline: float | None = None
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """Guard the body. SIGTERM and SIGINT go to the guard alone meanwhile; main thread only."""
+        awake, wake = socket.socketpair()
+        with awake, wake:
+            wake.setblocking(False)
+            before = {number: signal.signal(number, lambda *_: None) for number in _STOPPING}
+            fd_before = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+            done = threading.Event()
+            thread = threading.Thread(target=self._guard, args=(awake, done), daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                done.set()
+                thread.join()
+                signal.set_wakeup_fd(fd_before)
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     @contextlib.contextmanager
     def limit(self, name: str, seconds: float) -> Iterator[None]:
         """Allow the body this many seconds."""
-        done = threading.Event()
-        thread = threading.Thread(target=self._guard, args=(name, seconds, done), daemon=True)
-        thread.start()
+        self._name, self._deadline = name, time.monotonic() + seconds
         try:
             yield
         finally:
-            done.set()
-            thread.join()
+            self._deadline = None
 
-    def _guard(self, name: str, seconds: float, done: threading.Event) -> None:
-        deadline = time.monotonic() + seconds
-        while not done.wait(GUARD_SECONDS):
-            if time.monotonic() > deadline:
-                self._expire(name)
-            self.world.answer_roll()
-            if self.world.is_over():
+    def _guard(self, awake: socket.socket, done: threading.Event) -> None:
+        while not done.is_set():
+            ready, _, _ = select.select([awake], [], [], GUARD_SECONDS)
+            arrived = set(awake.recv(64)) & set(_STOPPING) if ready else set()
+            if arrived:
+                self._stop(signal.Signals(min(arrived)).name)
+            deadline = self._deadline
+            if deadline is not None and time.monotonic() > deadline:
+                self._expire(self._name)
+            self._world.answer_roll()
+            if self._world.is_over():
                 _leave()
 
-    def _expire(self, name: str) -> None:
-        self.world.publish("stacks", dump_stacks())
-        missing = self.world.wait_for("stacks", FAREWELL_SECONDS)
+    def _stop(self, signal_name: str) -> None:
         try:
-            if self.world.claim("hang_reporter"):
-                ranks = [rank for rank in range(self.world.world_size) if rank not in missing]
+            self._on_signal(signal_name, self._world.call_roll(FAREWELL_SECONDS))
+            self._world.end()
+        finally:
+            _leave()
+
+    def _expire(self, name: str) -> None:
+        world = self._world
+        world.publish("stacks", dump_stacks())
+        missing = world.wait_for("stacks", FAREWELL_SECONDS)
+        try:
+            if world.claim("hang_reporter"):
+                ranks = [rank for rank in range(world.world_size) if rank not in missing]
                 stacks = {rank: self._stacks_of(rank) for rank in ranks}
-                self.on_expiry(name, stacks, missing)
-                self.world.publish("hang_reported", True)
+                self._on_hang(name, stacks, missing)
+                world.publish("hang_reported", True)
             else:
-                _wait_for_any(self.world, "hang_reported", FAREWELL_SECONDS)
+                _wait_for_any(world, "hang_reported", FAREWELL_SECONDS)
         finally:
             _leave()
 
     def _stacks_of(self, rank: int) -> str:
-        return dump_stacks() if self.world.store is None else self.world.read("stacks", rank)
+        return dump_stacks() if self._world.store is None else self._world.read("stacks", rank)
 
 
 def _leave() -> None:
@@ -318,20 +357,6 @@ def dump_stacks() -> str:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         return file.read()
-
-
-@contextlib.contextmanager
-def terminate_as_exception() -> Iterator[None]:
-    """Turn SIGTERM into `Terminated` in the main thread, so that a summary can still be written."""
-
-    def handle(*_: Any) -> None:
-        raise Terminated("stopped by SIGTERM")
-
-    previous = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def launch_local_ranks(function: Callable[..., int], num_ranks: int, *args: Any) -> int:
