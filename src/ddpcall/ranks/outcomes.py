@@ -104,7 +104,7 @@ def describe_failure(task: str, outcomes: Sequence[RankOutcome]) -> str:
     """Write the report of a failed task: causes in full, consequences in one line each."""
     causes, consequences = split_causes(outcomes)
     lines = [f"{task} failed on {_name_ranks(causes)} of {len(outcomes)}."]
-    lines += [_describe_cause(outcome) for outcome in _fold_alike(causes)]
+    lines += [_describe_causes(alike) for alike in _group_alike(causes)]
     if returned := [o for o in outcomes if not o.failed]:
         lines.append(f"{_name_ranks(returned)} returned without an error.")
         if all(o.ending == "hung" or is_consequence(o.error) for o in causes):
@@ -116,20 +116,20 @@ def describe_failure(task: str, outcomes: Sequence[RankOutcome]) -> str:
     return "\n".join(lines)
 
 
-def _fold_alike(causes: Sequence[RankOutcome]) -> list[RankOutcome]:
-    """Keep one of the ranks that failed in the very same way; the others are named after it."""
-    shown: list[RankOutcome] = []
+def _group_alike(causes: Sequence[RankOutcome]) -> list[list[RankOutcome]]:
+    """Group the ranks that failed with the very same message, as asserts about the whole world do."""
+    groups: dict[tuple[str, str], list[RankOutcome]] = {}
     for outcome in causes:
-        twin = next((o for o in shown if o.details and o.details == outcome.details), None)
-        if twin is None or outcome.stdout or outcome.stderr:
-            shown.append(outcome)
-    return shown
+        groups.setdefault((outcome.ending, outcome.error), []).append(outcome)
+    return list(groups.values())
 
 
-def _describe_cause(outcome: RankOutcome) -> str:
-    headline = outcome.error.splitlines()[0][:150] if outcome.error else outcome.ending
-    rule = f"----- rank {outcome.rank}: {headline} "
-    parts = [rule.ljust(100, "-"), outcome.details.rstrip(), describe_output(outcome)]
+def _describe_causes(alike: Sequence[RankOutcome]) -> str:
+    """Show the details of the first of the ranks that failed alike, and what each of them printed."""
+    first = alike[0]
+    headline = first.error.splitlines()[0][:150] if first.error else first.ending
+    rule = f"----- {_name_ranks(alike)}: {headline} "
+    parts = [rule.ljust(100, "-"), first.details.rstrip(), *(describe_output(outcome) for outcome in alike)]
     return "\n".join(part for part in parts if part)
 
 

@@ -5,6 +5,7 @@ import datetime
 import faulthandler
 import functools
 import gc
+import io
 import os
 import pickle
 import runpy
@@ -108,8 +109,9 @@ def _take_seat(seat: Seat) -> None:
     os.close(null)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     for stream, descriptor in (("stdout", 1), ("stderr", 2)):
-        text = open(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-        text.reconfigure(write_through=True)  # a killed rank must not take its last words along
+        raw = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115
+        # Unbuffered all the way: a killed rank must not take its last words along.
+        text = io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
         setattr(sys, stream, text)
         setattr(sys, f"__{stream}__", text)
 
