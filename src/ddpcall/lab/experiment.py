@@ -144,8 +144,7 @@ class _Run:
         self._references: dict[str, Tensor | None] = {}
         self._where = "the start"
         self._guard = Guard(world, self._report_hang, self._report_signal)
-        self._split: Split = load_split(config.data, config.seed)
-        check_batch_size(self._split, config.data.batch_size, world.world_size)
+        self._split: Split | None = None
 
     def run_guarded(self) -> int:
         """Run, and whatever happens leave a summary that says how it ended."""
@@ -167,6 +166,8 @@ class _Run:
             raise
 
     def _run(self) -> int:
+        self._split = load_split(self._config.data, self._config.seed)
+        check_batch_size(self._split, self._config.data.batch_size, self._world.world_size)
         if self._world.rank == 0:
             config_yaml = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self._config)))
             self._directory.create(config_yaml, dataclasses.asdict(self._environment), self._summary("running"))
@@ -210,6 +211,7 @@ class _Run:
     def _run_trial(
         self, name: str, cell: Cell, *, observe: bool, reference: Tensor | None = None
     ) -> list[RankReport]:
+        assert self._split is not None
         self._where = f"{name} ({cell.label()})"
         trial = Trial(cell, self._config, self._split, self._world, self._accelerator, observe=observe)
         with self._guard.limit(self._where, self._config.trial_timeout_s):

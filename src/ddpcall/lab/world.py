@@ -58,7 +58,9 @@ class World:
         world_size: Number of ranks.
         local_rank: This process on its machine.
         local_world_size: Ranks on this machine.
-        store: Key-value store that every rank reaches; None in a world of one.
+        store: Key-value store that every rank reaches; None in a world of one. Only ever polled, so that the
+            guard thread never waits for the main one.
+        group_store: A second connection to it, for process groups: they block on it while they form.
     """
 
     rank: int = 0
@@ -66,6 +68,7 @@ class World:
     local_rank: int = 0
     local_world_size: int = 1
     store: dist.Store | None = None
+    group_store: dist.Store | None = None
 
     def publish(self, key: str, value: Any) -> None:
         """Leave a picklable value where every rank can read it."""
@@ -90,7 +93,7 @@ class World:
     def wait_for(self, key: str, timeout_s: float) -> list[int]:
         """Wait until every rank has published `key`; return the ranks that have not by then.
 
-        Polls: a blocking wait would hold the store against the guard thread.
+        Polls: a blocking wait would hold the connection against the guard thread.
         """
         deadline = time.monotonic() + timeout_s
         missing = list(range(self.world_size)) if self.store is not None else []
@@ -157,19 +160,21 @@ def open_world() -> World:
         raise WrongUse(
             f"RANK is set, but WORLD_SIZE or another variable is missing or no number: {error}"
         ) from None
-    store = _open_store(rank, world_size) if world_size > 1 else None
-    return World(rank, world_size, local_rank, local_world_size, store)
+    if world_size == 1:
+        return World(rank, world_size, local_rank, local_world_size)
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store, group_store = _open_store(rank, hosts), _open_store(rank, False)
+    return World(rank, world_size, local_rank, local_world_size, store, group_store)
 
 
-def _open_store(rank: int, world_size: int) -> dist.Store:
+def _open_store(rank: int, hosts: bool) -> dist.Store:
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
-    hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store = dist.TCPStore(
             address,
             int(port),
             world_size=None,
-            is_master=rank == 0 and not hosted_by_agent,
+            is_master=hosts,
             timeout=CONNECT_TIMEOUT,
             wait_for_workers=False,
         )
@@ -229,7 +234,7 @@ def process_group(
     must be gone: they are collected before the group is destroyed (a DDP freed later can hang the process;
     pytorch #56297).
     """
-    store = dist.PrefixStore(name, world.store) if world.store is not None else dist.HashStore()
+    store = dist.PrefixStore(name, world.group_store) if world.group_store is not None else dist.HashStore()
     timeout = timedelta(seconds=timeout_s)
     options: dict[str, Any] = {"device_id": accelerator.device} if accelerator.backend == "nccl" else {}
     dist.init_process_group(
