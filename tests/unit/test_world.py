@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ddpcall.lab.errors import WrongUse
-from ddpcall.lab.world import RankLost, World, choose_accelerator, dump_stacks, open_world
+from ddpcall.lab.guard import dump_stacks
+from ddpcall.lab.world import RankLost, World, choose_accelerator, open_world
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from ddpcall.lab.console import Progress, print_result, say, warn
 from ddpcall.lab.data import Split, check_batch_size, load_split
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
 from ddpcall.lab.grid import Grid, check_expectations, expand_grid, expected_verdicts, unmet
+from ddpcall.lab.guard import Guard
 from ddpcall.lab.run_directory import RunDirectory
 from ddpcall.lab.schema import TrainConfig
 from ddpcall.lab.tensorboard import write_events
 from ddpcall.lab.trial import RankReport, Trial, median_step_ms
 from ddpcall.lab.world import (
     Accelerator,
-    Guard,
     RankFailed,
     RankLost,
     World,

@@ -1,18 +1,11 @@
-"""This process among its ranks: the shared store, a deadline for hangs, process groups, starting missing ranks."""
+"""This process among its ranks: the shared store, device and backend, process groups, starting missing ranks."""
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import gc
 import os
 import pickle
-import select
-import signal
-import socket
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,14 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ddpcall.lab.errors import EXIT_FAILED, WrongUse
+from ddpcall.lab.errors import WrongUse
 
 CONNECT_TIMEOUT = timedelta(seconds=60)
 POLL_SECONDS = 0.005
-GUARD_SECONDS = 0.25
-_STOPPING = (signal.SIGTERM, signal.SIGINT)
-# How long ranks wait for each other's last words once something has gone wrong.
-FAREWELL_SECONDS = 5.0
 
 
 class RankLost(RuntimeError):
@@ -248,120 +237,6 @@ def process_group(
     finally:
         gc.collect()
         dist.destroy_process_group()
-
-
-class Guard:
-    """A thread beside the run: it ends the process on a signal, on a hang, or when another rank gave up.
-
-    The main thread cannot: it may be blocked inside a collective, where no Python signal handler runs.
-    """
-
-    def __init__(
-        self,
-        world: World,
-        on_hang: Callable[[str, dict[int, str], list[int]], None],
-        on_signal: Callable[[str, list[int]], None],
-    ) -> None:
-        """Remember whom to tell.
-
-        Args:
-            world: The ranks.
-            on_hang: Called on the one rank that reports, with the trial's name, the stacks by rank and the
-                ranks that gave none.
-            on_signal: Called with the signal's name and the ranks that gave no sign of life.
-        """
-        self._world = world
-        self._on_hang = on_hang
-        self._on_signal = on_signal
-        self._name = ""
-        self._deadline: float | None = None
-
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
-        """Guard the body. SIGTERM and SIGINT go to the guard alone meanwhile; main thread only."""
-        awake, wake = socket.socketpair()
-        with awake, wake:
-            wake.setblocking(False)
-            before = {number: signal.signal(number, lambda *_: None) for number in _STOPPING}
-            fd_before = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-            done = threading.Event()
-            thread = threading.Thread(target=self._guard, args=(awake, done), daemon=True)
-            thread.start()
-            try:
-                yield
-            finally:
-                done.set()
-                thread.join()
-                signal.set_wakeup_fd(fd_before)
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def limit(self, name: str, seconds: float) -> Iterator[None]:
-        """Allow the body this many seconds."""
-        self._name, self._deadline = name, time.monotonic() + seconds
-        try:
-            yield
-        finally:
-            self._deadline = None
-
-    def _guard(self, awake: socket.socket, done: threading.Event) -> None:
-        while not done.is_set():
-            ready, _, _ = select.select([awake], [], [], GUARD_SECONDS)
-            arrived = set(awake.recv(64)) & set(_STOPPING) if ready else set()
-            if arrived:
-                self._stop(signal.Signals(min(arrived)).name)
-            deadline = self._deadline
-            if deadline is not None and time.monotonic() > deadline:
-                self._expire(self._name)
-            self._world.answer_roll()
-            if self._world.is_over():
-                _leave()
-
-    def _stop(self, signal_name: str) -> None:
-        try:
-            self._on_signal(signal_name, self._world.call_roll(FAREWELL_SECONDS))
-            self._world.end()
-        finally:
-            _leave()
-
-    def _expire(self, name: str) -> None:
-        world = self._world
-        world.publish("stacks", dump_stacks())
-        missing = world.wait_for("stacks", FAREWELL_SECONDS)
-        try:
-            if world.claim("hang_reporter"):
-                ranks = [rank for rank in range(world.world_size) if rank not in missing]
-                stacks = {rank: self._stacks_of(rank) for rank in ranks}
-                self._on_hang(name, stacks, missing)
-                world.publish("hang_reported", True)
-            else:
-                _wait_for_any(world, "hang_reported", FAREWELL_SECONDS)
-        finally:
-            _leave()
-
-    def _stacks_of(self, rank: int) -> str:
-        return dump_stacks() if self._world.store is None else self._world.read("stacks", rank)
-
-
-def _leave() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_FAILED)
-
-
-def _wait_for_any(world: World, key: str, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and not any(world.has(key, rank) for rank in range(world.world_size)):
-        time.sleep(POLL_SECONDS)
-
-
-def dump_stacks() -> str:
-    """Return the Python stack of every thread of this process, most recent call first."""
-    with tempfile.TemporaryFile("w+") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read()
 
 
 def launch_local_ranks(function: Callable[..., int], num_ranks: int, *args: Any) -> int:
