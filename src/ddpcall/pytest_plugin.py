@@ -194,7 +194,7 @@ class RanksPlugin:
         expects_failure = xfail.reason if xfail and xfail.raises is None else None
         reports = merge_reports(item, tests, duration_s, expects_failure=expects_failure)
         record = {"size": len(tests), "wall_s": duration_s, "starts": self._pool.num_starts, "pid": os.getpid()}
-        reports[-1].ddpcall_ranks = record
+        vars(reports[-1])["ddpcall_ranks"] = record
         return reports
 
     def _dispatch(self, item: pytest.Item, mark: RanksMark) -> list[RankOutcome]:

@@ -225,7 +225,7 @@ def _digest(tensor: torch.Tensor | None) -> str:
     import torch
     import xxhash
 
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return f"{tuple(tensor.shape)} {tensor.dtype} {xxhash.xxh3_64_hexdigest(data)}"
 
 

@@ -161,7 +161,8 @@ def _configure(request: SessionRequest, rank: str) -> pytest.Config:
 
     # The plugin's package cannot be rewritten here, it is imported already; without this mark pytest warns.
     ddpcall.__doc__ = f"{ddpcall.__doc__}\nPYTEST_DONT_REWRITE"
-    config = _prepareconfig([*request.args, "--capture=no", "-p", "no:terminal"], None)
+    config = _prepareconfig([*request.args, "--capture=no"], None)
+    config.pluginmanager.set_blocked("terminalreporter")  # "-p no:terminal" would reject -q and -v as well
     for name, value in _PARENTS_OPTIONS.items():
         if hasattr(config.option, name):
             setattr(config.option, name, value)
