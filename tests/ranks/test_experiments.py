@@ -65,6 +65,14 @@ def test_the_consequence_of_local_gradients_is_two_models(forward_bypass):
             assert min(consequence["distance"]) > 0.01
 
 
+def test_the_hooks_probe_leaves_after_20_steps_with_its_counts(forward_bypass):
+    for record in forward_bypass.records("evidence.jsonl"):
+        inner = [hook for hook in record["hooks"] if hook["role"] == "inner"]
+        assert {hook["forwards"] for hook in inner} == {20}
+        assert {hook["fired"] for hook in inner} <= {0, 20}
+        assert {hook["registered"] for hook in inner} == {1}
+
+
 def test_the_flight_recorder_agrees_with_the_reducer_probe(forward_bypass):
     for record in forward_bypass.records("evidence.jsonl"):
         synced = record["verdicts"]["gradients"] == "synced"

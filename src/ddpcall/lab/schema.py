@@ -85,10 +85,13 @@ class ProbesConfig:
 
     Attributes:
         enabled: False runs the bare trials: losses and consequences only.
+        hook_steps: The hooks probe observes this many steps and then leaves, since it is the dear one; 0: all.
+            On compiled models it always stays: leaving would recompile them.
         global_hooks: Also witness hooks registered for all modules at once.
     """
 
     enabled: bool = True
+    hook_steps: int = 20
     global_hooks: bool = False
 
 

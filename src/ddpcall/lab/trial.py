@@ -230,6 +230,15 @@ class Trial:
             loss = self._train_step(subject, optimizer, batch)
             self.report.losses.append(loss)
             self.report.step_ms.append((time.perf_counter() - began) * 1000)
+            if self._probes.hooks is not None and self._step + 1 == self._hook_steps():
+                self._probes.hooks.retire()
+
+    def _hook_steps(self) -> int:
+        """Return after how many steps the hooks probe leaves; 0: never."""
+        steps = self._config.probes.hook_steps
+        if steps == 0 or Wrapper(self.cell.wrapper) in COMPILING:
+            return 0
+        return steps + 1 if self.cell.hooks == "late" else steps
 
     def _train_step(self, subject: Subject, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
         optimizer.zero_grad()

@@ -62,6 +62,7 @@ class HooksObserver:
         self._device = device
         self._global_hooks = global_hooks
         self._witnesses: list[_Witness] = []
+        self._final: tuple[HookCount, ...] | None = None
 
     def register(self) -> None:
         """Register one witness of each kind on every module: the moment a user would register theirs."""
@@ -83,8 +84,15 @@ class HooksObserver:
         runs = watched.runs[kind]
         self._witnesses.append(_Witness(watched, name, fired, runs, int(runs)))
 
+    def retire(self) -> None:
+        """Take all hooks and counters off the subject; the counts stay as they are."""
+        self._final = self.evidence()
+        self._stack.close()
+
     def evidence(self) -> tuple[HookCount, ...]:
         """Return the counts so far, one record for each role, module and kind."""
+        if self._final is not None:
+            return self._final
         return tuple(witness.count(role) for witness in self._witnesses for role in witness.watched.roles)
 
 
@@ -103,7 +111,7 @@ def observe_hooks(
     Yields:
         The observer; no hook is there before its `register()`. "fired" stands beside "forwards": a hook that
         did not fire is evidence only where a forward ran; for backward hooks, one whose output required a
-        gradient.
+        gradient. After its `retire()` the subject is as it was.
 
     Blind to: hooks registered by others that raise or return early before ours; modules between the wrapped
     and the inner one (DDP under torch.compile); late hooks on the children of an nn.Sequential compiled in
