@@ -1,0 +1,69 @@
+"""What every test of the project gets: a check that it leaves no trace, and pytest runs of a user's project."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def environment_is_left_alone() -> Iterator[None]:
+    """Fail a test that changes environment variables and does not put them back."""
+    before = dict(os.environ)
+    yield
+    ignored = {"PYTEST_CURRENT_TEST"}
+    changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
+    assert not changed - ignored, f"the test changed {sorted(changed - ignored)} in the environment"
+
+
+@dataclass(frozen=True)
+class UserRun:
+    """One finished pytest run of a user's project.
+
+    Attributes:
+        returncode: pytest's exit status.
+        output: standard output and error together.
+        outcomes: by test name: passed, failed, error, skipped or xfailed.
+        texts: by test name: what junit's XML says about it.
+    """
+
+    returncode: int
+    output: str
+    outcomes: dict[str, str]
+    texts: dict[str, str]
+
+
+def _read_junit(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    outcomes: dict[str, str] = {}
+    texts: dict[str, str] = {}
+    for case in ElementTree.parse(path).iter("testcase") if path.exists() else ():
+        name, found = case.get("name", ""), {child.tag: child for child in case}
+        kind = next((tag for tag in ("failure", "error", "skipped") if tag in found), "passed")
+        xfailed = kind == "skipped" and found["skipped"].get("type") == "pytest.xfail"
+        outcomes[name] = "xfailed" if xfailed else {"failure": "failed"}.get(kind, kind)
+        texts[name] = "\n".join(f"{child.get('message') or ''}\n{child.text or ''}" for child in case)
+    return outcomes, texts
+
+
+def _run_user_project(directory: Path, files: dict[str, str], *args: str, timeout_s: float = 240) -> UserRun:
+    for name, text in files.items():
+        (directory / name).write_text(textwrap.dedent(text))
+    junit = directory / "junit.xml"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={junit}", *args]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
+    done = subprocess.run(
+        command, cwd=directory, env=environ, text=True, capture_output=True, timeout=timeout_s, check=False
+    )
+    return UserRun(done.returncode, done.stdout + done.stderr, *_read_junit(junit))
+
+
+@pytest.fixture(scope="session")
+def run_user_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., UserRun]:
+    """Run pytest in a process of its own on files given as {name: text}; further arguments are pytest's."""
+    return lambda files, *args: _run_user_project(tmp_path_factory.mktemp("user"), files, *args)
