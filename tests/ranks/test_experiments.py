@@ -68,7 +68,8 @@ def test_the_consequence_of_local_gradients_is_two_models(forward_bypass):
 def test_the_hooks_probe_leaves_after_20_steps_with_its_counts(forward_bypass):
     for record in forward_bypass.records("evidence.jsonl"):
         inner = [hook for hook in record["hooks"] if hook["role"] == "inner"]
-        assert {hook["forwards"] for hook in inner} == {20}
+        # Piece by piece, the inner module's own forward never runs.
+        assert {hook["forwards"] for hook in inner} == {0 if record["cell"]["path"] == "submodules" else 20}
         assert {hook["fired"] for hook in inner} <= {0, 20}
         assert {hook["registered"] for hook in inner} == {1}
 
