@@ -57,6 +57,7 @@ def _run_user_project(directory: Path, files: dict[str, str], *args: str, timeou
     junit = directory / "junit.xml"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={junit}", *args]
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
+    environ["COLUMNS"] = "160"  # pytest cuts its summary lines to the width
     done = subprocess.run(
         command, cwd=directory, env=environ, text=True, capture_output=True, timeout=timeout_s, check=False
     )

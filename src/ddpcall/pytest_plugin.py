@@ -141,6 +141,7 @@ class RanksPlugin:
         self._num_tests = 0
         self._request: SessionRequest | None = None
 
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         marked = [item for item in items if RanksMark.of(item) is not None]
         if marked and (config.getoption("usepdb") or config.getoption("trace")):
