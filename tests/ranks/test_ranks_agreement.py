@@ -58,7 +58,9 @@ def test_bypasses_leave_gradients_local(model, batch, path):
     inner = model.module
     run = {"inner_call": inner, "inner_forward": inner.forward, "inner_method": inner.compute_loss}[path]
     run(batch).sum().backward()
-    all_fail(assert_gradients_synchronized, model, match=r"rank 1: module\.first\.weight differs from rank 0 by up to")
+    all_fail(
+        assert_gradients_synchronized, model, match=r"rank 1: module\.first\.weight differs from rank 0 by up to"
+    )
 
 
 def test_gradients_must_exist(model):
@@ -71,7 +73,9 @@ def test_a_gradient_on_one_rank_only_is_found(rank, model):
         model.module.first.bias.grad = torch.zeros(4)
     else:
         model.module.first.bias.grad = torch.zeros(4)
-    all_fail(assert_gradients_synchronized, model, match=r"rank 1: module\.first\.weight is tensor.*rank 0 has None")
+    all_fail(
+        assert_gradients_synchronized, model, match=r"(?s)rank 1: module\.first\.weight is tensor.*rank 0 has None"
+    )
 
 
 def test_fresh_ddp_is_replicated(model):
@@ -118,7 +122,10 @@ def test_equal_values_pass():
     [
         (lambda rank: float(rank), r"rank 1: value is 1\.0, rank 0 has 0\.0 \(off by 1\)"),
         (lambda rank: {"a": [1, 2 + rank]}, r"rank 1: value\['a'\]\[1\] is 3, rank 0 has 2 \(off by 1\)"),
-        (lambda rank: torch.zeros(2 + rank), r"rank 1: value has shape \(3,\) torch.float32, rank 0 has shape \(2,\)"),
+        (
+            lambda rank: torch.zeros(2 + rank),
+            r"rank 1: value has shape \(3,\) torch.float32, rank 0 has shape \(2,\)",
+        ),
         (lambda rank: torch.full((4,), 2.0 * rank), r"rank 1: value differs from rank 0 by up to 2 in 4 of 4"),
         (lambda rank: "x" if rank else None, r"rank 1: value is 'x', rank 0 has None"),
         (lambda rank: {"a": 1} if rank else {"b": 1}, r"rank 1: value is \{'a': 1\}, rank 0 has \{'b': 1\}"),

@@ -176,7 +176,7 @@ def test_a_rank_that_ends_is_the_cause(pool, how, says, rank):
 
 def test_a_stopped_rank_is_the_cause(pool):
     message, _ = failed(pool, end_on, 2, 1, stop_itself, timeout_s=1.5)
-    assert "----- rank 1: stopped (SIGSTOP) in stop_itself" in message
+    assert "----- rank 1: stopped (SIGSTOP) in" in message
     assert "rank 0: waiting for other ranks in end_on" in message.partition("Consequences")[2]
 
 
@@ -220,7 +220,9 @@ def test_unpicklable_arguments_are_refused_before_anything_starts():
         assert unused.num_starts == 0
 
 
-@pytest.mark.parametrize(("world_size", "backend", "says"), [(0, "gloo", "at least one rank"), (64, "nccl", "64 CUDA")])
+@pytest.mark.parametrize(
+    ("world_size", "backend", "says"), [(0, "gloo", "at least one rank"), (64, "nccl", "64 CUDA")]
+)
 def test_impossible_requests_are_refused(world_size, backend, says):
     with pytest.raises(ValueError, match=says):
         run_on_ranks(identify, world_size, backend=backend)

@@ -262,7 +262,7 @@ def _explain_tensor_difference(first: torch.Tensor, other: torch.Tensor, where: 
 
     if first.shape != other.shape or first.dtype != other.dtype:
         shapes = (f"{tuple(t.shape)} {t.dtype}" for t in (other, first))
-        return ["{} has shape {}, rank 0 has {}".format(where, *shapes)]
+        return ["{} has shape {}, rank 0 has shape {}".format(where, *shapes)]
     if _digest(first) == _digest(other):
         return []
     gap = (other.to(torch.float64) - first.to(torch.float64)).abs()

@@ -59,6 +59,7 @@ class Task:
     environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     directory: str = field(default_factory=os.getcwd)
     sys_path: list[str] = field(default_factory=lambda: list(sys.path))
+    argv: list[str] = field(default_factory=lambda: list(sys.argv))
 
 
 @dataclass
@@ -141,7 +142,7 @@ def _run(task: Task, seat: Seat, baseline: Any) -> Reply:
 
 
 def _enter(task: Task, seat: Seat) -> None:
-    """Take over the caller's environment, directory and import path."""
+    """Take over the caller's environment, directory, import path and arguments."""
     environ = task.environ | rank_environment(task, seat.rank)
     for name in set(os.environ) - set(environ):
         del os.environ[name]
@@ -150,6 +151,7 @@ def _enter(task: Task, seat: Seat) -> None:
             os.environ[name] = value
     os.chdir(task.directory)
     sys.path[:] = task.sys_path
+    sys.argv[:] = task.argv
 
 
 def rank_environment(task: Task, rank: int) -> dict[str, str]:
