@@ -10,7 +10,7 @@ PROJECT = {
         import torch.distributed as dist
 
         on_two = pytest.mark.ranks(2)
-        quick = pytest.mark.ranks(2, timeout=2)
+        quick = pytest.mark.ranks(2, timeout=10)
 
         @on_two
         def test_passes(rank):
