@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-
 # Set for good by pytest itself, by inductor at its first import and by scikit-learn's OpenMP.
 SET_BY_OTHERS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "KMP_")
 

@@ -1,4 +1,4 @@
-"""Asserts about the whole world: all ranks fail together, and the message says who differs where and by how much."""
+"""Asserts about the whole world: all ranks fail together; the message says who differs, where and by how much."""
 
 import pytest
 import torch

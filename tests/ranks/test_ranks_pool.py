@@ -109,10 +109,10 @@ def initialise_again():
 
 
 def failed(pool, *call, **options):
-    with pytest.raises(RanksFailed, match="failed on rank") as caught:
-        outcomes = pool.run(*call, **options)
-        raise RanksFailed(call[0].__name__, outcomes)
-    return str(caught.value), caught.value.outcomes
+    """Run a task that must fail; returns the report and the outcomes."""
+    outcomes = pool.run(*call, **options)
+    assert any(outcome.failed for outcome in outcomes)
+    return str(RanksFailed(call[0].__name__, outcomes)), outcomes
 
 
 def test_results_come_back_in_rank_order(pool):
@@ -127,6 +127,12 @@ def test_workers_are_kept_between_tasks(pool):
 
 def test_run_on_ranks_pooled_and_fresh_agree():
     assert run_on_ranks(add_ranks, 2, 5) == run_on_ranks(add_ranks, 2, 5, fresh=True) == [11.0, 11.0]
+
+
+def test_run_on_ranks_raises_with_every_ranks_outcome():
+    with pytest.raises(RanksFailed, match=r"raise_on failed on rank 1 of 2\.") as caught:
+        run_on_ranks(raise_on, 2, 1)
+    assert [outcome.ending for outcome in caught.value.outcomes] == ["raised", "raised"]
 
 
 def test_run_on_ranks_passes_keywords():
