@@ -151,12 +151,21 @@ class RanksPlugin:
                 "or run without --pdb: a failure shows every rank's traceback."
             )
 
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Start the pool while pytest goes on; it takes seconds to import torch."""
-        marks = [mark for item in session.items if (mark := RanksMark.of(item)) is not None]
-        runs_here = not self._config.option.collectonly and not self._config.pluginmanager.has_plugin("dsession")
-        if runs_here and any(not mark.fresh for mark in marks):
+    def pytest_collect_file(self, file_path: Path) -> None:
+        """Start the pool as soon as a file mentions the mark: it imports torch while pytest imports the file."""
+        option = self._config.option
+        selects = option.keyword or option.markexpr  # the tests on ranks may not be among the selected ones
+        if file_path.suffix == ".py" and not selects and self._runs_tests() and _mentions_ranks(file_path):
             self._pool.warm_up()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        marks = [mark for item in session.items if (mark := RanksMark.of(item)) is not None]
+        if self._runs_tests() and any(not mark.fresh for mark in marks):
+            self._pool.warm_up()
+
+    def _runs_tests(self) -> bool:
+        """Whether this process runs tests itself: it does not only collect, nor only distribute to xdist."""
+        return not self._config.option.collectonly and not self._config.pluginmanager.has_plugin("dsession")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
@@ -250,6 +259,13 @@ class RanksPlugin:
             self._config.hook.pytest_warning_recorded.call_historic(
                 kwargs={"warning_message": shown, "when": when, "nodeid": nodeid, "location": location}
             )
+
+
+def _mentions_ranks(path: Path) -> bool:
+    try:
+        return b"mark.ranks(" in path.read_bytes()
+    except OSError:
+        return False
 
 
 def _skip_reason(item: pytest.Item, mark: RanksMark) -> str:

@@ -31,7 +31,7 @@ def describe_state():
         "threads": torch.get_num_threads(),
         "autocast": [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")],
         "autocast_dtype": str(torch.get_autocast_dtype("cpu")),
-        "environ": {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RESTART_COUNT"},
+        "environ": dict(os.environ),
         "directory": os.getcwd(),
         "path": list(sys.path),
         "filters": [repr(entry) for entry in warnings.filters],

@@ -155,6 +155,9 @@ class RankPool:
             from torch.distributed import TCPStore
 
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        # A task that calls `init_process_group()` itself must not find the addresses of an earlier one that did.
+        for key in self._store.list_keys():
+            self._store.delete_key(key)
         self._num_tasks += 1
         return Task(
             number=self._num_tasks,

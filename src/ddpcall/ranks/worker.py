@@ -157,9 +157,9 @@ def _enter(task: Task, seat: Seat) -> None:
 def rank_environment(task: Task, rank: int) -> dict[str, str]:
     """The variables torchrun sets, so that `init_process_group("env://")` and accelerate work inside a task too.
 
-    `TORCHELASTIC_RESTART_COUNT` is what torch makes its store prefix of: the task's number keeps tasks apart.
+    `TORCHELASTIC_USE_AGENT_STORE` makes torch join the pool's store instead of starting one of its own.
 
-    Source: torch/distributed/rendezvous.py, `_env_rendezvous_handler`.
+    Source: torch/distributed/rendezvous.py, `_create_c10d_store`.
     """
     return {
         "RANK": str(rank),
@@ -169,7 +169,7 @@ def rank_environment(task: Task, rank: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(task.store_port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": str(task.number),
+        "TORCHELASTIC_RESTART_COUNT": "0",
     }
 
 
