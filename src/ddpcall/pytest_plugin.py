@@ -19,21 +19,22 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ddpcall.ranks.agreement import (
-    Rank,
-    assert_gradients_synchronized,
-    assert_hooks_fire,
-    assert_replicated,
-    assert_same_on_all_ranks,
-    current_rank,
-)
 from ddpcall.ranks.outcomes import RankOutcome
+from ddpcall.ranks.place import Rank, current_rank
 from ddpcall.ranks.pool import RankPool, explain_missing_gpus
 from ddpcall.ranks.rank_session import RANK_KEY, SessionRequest, TestRequest, run_test
+
+if TYPE_CHECKING:
+    from ddpcall.asserts import (
+        assert_gradients_synchronized,
+        assert_hooks_fire,
+        assert_replicated,
+        assert_same_on_all_ranks,
+    )
 
 __all__ = [
     "Rank",
@@ -49,6 +50,15 @@ _MARKER_LINE = (
     "process of its own; several sizes make several tests; `timeout` in seconds; `fresh` starts new interpreters"
 )
 _timeout_key = pytest.StashKey[float]()
+
+
+def __getattr__(name: str) -> Any:
+    """Import the asserts, and torch with them, when a test asks for one."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ddpcall import asserts
+
+    return getattr(asserts, name)
 
 
 @dataclass(frozen=True)
@@ -325,7 +335,7 @@ def _write_report(terminalreporter: pytest.TerminalReporter) -> None:
     total_s = sum(record["wall_s"] for record, _ in rows)
     terminalreporter.section("ranks")
     for record, nodeid in sorted(rows, key=lambda row: -row[0]["wall_s"]):
-        terminalreporter.write_line(f"{record['wall_s'] * 1e3:10.1f} ms  {record['size']} ranks  {nodeid}")
+        terminalreporter.write_line(f"{record['wall_s'] * 1e3:10.1f} ms  ranks({record['size']})  {nodeid}")
     terminalreporter.write_line(
-        f"{len(rows)} tests on ranks in {total_s:.2f} s; the pool started {sum(starts.values())} times"
+        f"{len(rows)} tests on ranks in {total_s:.2f} s; pool starts: {sum(starts.values())}"
     )

@@ -23,10 +23,8 @@ def digest_tensor(tensor: Tensor) -> int:
     """
     if is_lazy(tensor):
         return 0
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype is torch.bfloat16:  # numpy has no such type
-        tensor = tensor.view(torch.int16)
-    values: Any = tensor.numpy()
+    # As bytes: numpy knows neither bfloat16 nor the 8-bit floats.
+    values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return _signed(xxhash.xxh3_64_intdigest(values))
 
 

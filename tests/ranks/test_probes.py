@@ -1,4 +1,4 @@
-"""Each probe on the path that must trip it and on the path that must not, with real processes."""
+"""Each probe on the path that must trip it and on the path that must not, on real ranks."""
 
 import gc
 from datetime import timedelta
@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddpcall.lab.models import Mlp
+from ddpcall.lab.world import Accelerator, World, process_group
 from ddpcall.paths import Batch, CallPath, invoke
 from ddpcall.probes.compiled import observe_compiled
 from ddpcall.probes.gradients import observe_gradients
 from ddpcall.probes.reducer import observe_reducer
 from ddpcall.probes.replicas import observe_replicas
-from ddpcall.ranks import run_on_ranks
+from ddpcall.pytest_plugin import assert_same_on_all_ranks
 from ddpcall.wrappers import Wrapper, apply_wrapper
 
 CPU = torch.device("cpu")
@@ -52,42 +53,44 @@ def measure_gradients(path: CallPath, same_batch: bool):
     return evidence, own
 
 
+@pytest.mark.ranks(2)
 def test_the_gradients_probe_measures_the_true_difference_of_local_gradients():
-    (first, own_0), (second, own_1) = run_on_ranks(measure_gradients, 2, CallPath.INNER_CALL, False)
-    assert first == second
-    true = max((a - b).abs().max().item() for a, b in zip(own_0, own_1, strict=True))
-    assert first.max_difference == pytest.approx([true] * 3)
-    assert set(first.parameters) == {name for name, _ in Mlp().named_parameters()}
-    assert first.batches_differ
+    evidence, own = measure_gradients(CallPath.INNER_CALL, same_batch=False)
+    assert_same_on_all_ranks(evidence)
+    gathered: list[Any] = [None, None]
+    dist.all_gather_object(gathered, own)
+    true = max((a - b).abs().max().item() for a, b in zip(*gathered, strict=True))
+    assert evidence.max_difference == pytest.approx([true] * 3)
+    assert set(evidence.parameters) == {name for name, _ in Mlp().named_parameters()}
+    assert evidence.batches_differ
 
 
+@pytest.mark.ranks(2)
 def test_the_gradients_probe_is_silent_on_synchronised_ones():
-    (evidence, _), _ = run_on_ranks(measure_gradients, 2, CallPath.CALL, False)
+    evidence, _ = measure_gradients(CallPath.CALL, same_batch=False)
     assert evidence.max_difference == (0.0, 0.0, 0.0)
     assert min(evidence.max_magnitude) > 0
     assert evidence.parameters == {}
 
 
+@pytest.mark.ranks(2)
 def test_equal_batches_are_reported_since_equality_then_proves_nothing():
-    (evidence, _), _ = run_on_ranks(measure_gradients, 2, CallPath.INNER_CALL, True)
+    evidence, _ = measure_gradients(CallPath.INNER_CALL, same_batch=True)
     assert evidence.max_difference == (0.0, 0.0, 0.0)
     assert not evidence.batches_differ
 
 
-def measure_gradient_on_one_rank():
+@pytest.mark.ranks(2)
+def test_a_gradient_that_only_one_rank_has_is_a_difference(rank):
     model = nn.Linear(2, 1)
-    if dist.get_rank() == 1:
+    if rank.rank == 1:
         model(torch.ones(1, 2)).sum().backward()
     with observe_gradients(model, new_group()) as observer:
-        observer.end_step(Batch(torch.ones(1) * dist.get_rank(), torch.ones(1)))
-        return observer.evidence()
-
-
-def test_a_gradient_that_only_one_rank_has_is_a_difference():
-    first, second = run_on_ranks(measure_gradient_on_one_rank, 2)
-    assert first.parameters == {"weight": 1.0, "bias": 1.0}
-    assert (first.with_gradient, first.without_gradient) == (0, ("weight", "bias"))
-    assert (second.with_gradient, second.without_gradient) == (2, ())
+        observer.end_step(Batch(torch.ones(1) * rank.rank, torch.ones(1)))
+        evidence = observer.evidence()
+    assert evidence.parameters == {"weight": 1.0, "bias": 1.0}
+    expected = ((0, ("weight", "bias")), (2, ()))
+    assert (evidence.with_gradient, evidence.without_gradient) == expected[rank.rank]
 
 
 def measure_reducer(wrapper: Wrapper, path: CallPath, no_sync: bool):
@@ -115,6 +118,7 @@ def measure_reducer(wrapper: Wrapper, path: CallPath, no_sync: bool):
     return evidence, left
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     ("wrapper", "path", "no_sync", "armings", "armed", "unarmed"),
     [
@@ -128,9 +132,9 @@ def measure_reducer(wrapper: Wrapper, path: CallPath, no_sync: bool):
     ],
 )
 def test_the_reducer_probe_tells_armed_from_unarmed_arrivals(wrapper, path, no_sync, armings, armed, unarmed):
-    for evidence, left in run_on_ranks(measure_reducer, 2, wrapper, path, no_sync):
-        assert (evidence.armings, evidence.arrivals_armed, evidence.arrivals_unarmed) == (armings, armed, unarmed)
-        assert left == []
+    evidence, left = measure_reducer(wrapper, path, no_sync)
+    assert (evidence.armings, evidence.arrivals_armed, evidence.arrivals_unarmed) == (armings, armed, unarmed)
+    assert left == []
 
 
 def measure_replicas(touch: str):
@@ -145,17 +149,19 @@ def measure_replicas(touch: str):
         return observer.evidence()
 
 
+@pytest.mark.ranks(2)
 def test_the_replicas_probe_names_the_step_and_the_parameter_that_parted():
-    first, second = run_on_ranks(measure_replicas, 2, "0.weight")
-    assert first == second
-    assert (first.first_step_parameters, first.parameters) == (1, ("0.weight",))
-    assert (first.first_step_buffers, first.buffers) == (None, ())
+    evidence = measure_replicas("0.weight")
+    assert_same_on_all_ranks(evidence)
+    assert (evidence.first_step_parameters, evidence.parameters) == (1, ("0.weight",))
+    assert (evidence.first_step_buffers, evidence.buffers) == (None, ())
 
 
+@pytest.mark.ranks(2)
 def test_the_replicas_probe_tells_buffers_from_parameters():
-    first, _ = run_on_ranks(measure_replicas, 2, "1.running_mean")
-    assert (first.first_step_parameters, first.parameters) == (None, ())
-    assert (first.first_step_buffers, first.buffers) == (1, ("1.running_mean",))
+    evidence = measure_replicas("1.running_mean")
+    assert (evidence.first_step_parameters, evidence.parameters) == (None, ())
+    assert (evidence.first_step_buffers, evidence.buffers) == (1, ("1.running_mean",))
 
 
 def measure_compiled(path: CallPath):
@@ -176,21 +182,12 @@ def test_the_compiled_probe_counts_compiled_and_eager_calls(path, frames, calls)
     assert (evidence.frames > 0, evidence.calls_compiled, evidence.calls_eager) == (bool(frames), *calls)
 
 
-def train_two_trials_in_one_process():
-    from ddpcall.lab.world import Accelerator, World, process_group
-
-    states = []
+@pytest.mark.ranks(1)
+def test_a_trials_process_group_is_gone_afterwards():
     dist.destroy_process_group()
     for trial in range(2):
-        world = World(0, 1)
-        with process_group(world, Accelerator(CPU, "gloo"), f"trial{trial}", 30):
+        with process_group(World(0, 1), Accelerator(CPU, "gloo"), f"trial{trial}", 30):
             subject = make_subject(Wrapper.DDP)
             subject.wrapped(torch.zeros(2, 8, 8)).sum().backward()
             del subject
-        states.append(dist.is_initialized())
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return states
-
-
-def test_a_trials_process_group_is_gone_afterwards():
-    assert run_on_ranks(train_two_trials_in_one_process, 1) == [[False, False]]
+        assert not dist.is_initialized()

@@ -111,8 +111,8 @@ def test_a_warning_of_all_ranks_is_shown_once(features):
 
 def test_ranks_report_lists_tests_and_pool_starts(features):
     report = features.output.partition(" ranks ===")[2]
-    assert "2 ranks  test_user.py::test_capsys" in report
-    assert "the pool started 1 times" in report
+    assert "ranks(2)  test_user.py::test_capsys" in report
+    assert "pool starts: 1" in report
 
 
 SMALL = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ddpcall.asserts import assert_same_on_all_ranks
 from ddpcall.ranks import RankPool
-from ddpcall.ranks.agreement import assert_same_on_all_ranks
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "probes": MIDDLE,
     "lab": MIDDLE | {"lab"},
     "watch": MIDDLE | {"watch"},
-    "pytest_plugin": MIDDLE | {"pytest_plugin"},
+    "asserts": MIDDLE,
+    "pytest_plugin": MIDDLE | {"asserts"},
     "cli": MIDDLE | {"lab", "watch", "ddpcall"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -60,4 +61,14 @@ def test_a_room_imports_only_rooms_below_it(path):
 @pytest.mark.parametrize("package", ["torch", "hydra", "numpy", "rich", "accelerate"])
 def test_importing_ddpcall_imports_nothing_heavy(package):
     code = f"import sys, ddpcall; sys.exit({package!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_pytest_plugin_imports_torch_only_when_an_assert_is_asked_for():
+    code = """
+import sys, ddpcall.pytest_plugin as plugin
+assert "torch" not in sys.modules
+assert plugin.assert_replicated.__module__ == "ddpcall.asserts" and "torch" in sys.modules
+assert not hasattr(plugin, "assert_anything")
+"""
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,48 +7,19 @@ none. All ranks must call them, in the same order, inside an initialised default
 
 from __future__ import annotations
 
-import contextlib
 import pickle
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ddpcall.replicas import digest_tensor
+from ddpcall.taps import count_forwards, count_hook
 
 _NUM_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Rank:
-    """The rank a test body runs on.
-
-    Attributes:
-        rank: this process's rank in the default process group.
-        world_size: number of ranks.
-        device: where this rank's model belongs, `cpu` on gloo and `cuda:<rank>` on NCCL.
-    """
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        import torch.distributed as dist
-
-        dist.barrier(device_ids=[self.rank] if self.device.type == "cuda" else None)
-
-
-def current_rank() -> Rank:
-    """Describe this process's place in the default process group."""
-    import torch
-    import torch.distributed as dist
-
-    rank = dist.get_rank()
-    device = torch.device("cuda", rank) if dist.get_backend() == "nccl" else torch.device("cpu")
-    return Rank(rank, dist.get_world_size(), device)
 
 
 def assert_replicated(model: nn.Module, *, buffers: bool = False) -> None:
@@ -64,7 +35,7 @@ def assert_replicated(model: nn.Module, *, buffers: bool = False) -> None:
         ValueError: a parameter is sharded (a DTensor) and has no replicas to compare.
     """
     __tracebackhide__ = True
-    tensors: dict[str, torch.Tensor | None] = dict(model.named_parameters())
+    tensors: dict[str, Tensor | None] = dict(model.named_parameters())
     if buffers:
         tensors |= dict(model.named_buffers())
     _assert_same_tensors(tensors, "parameters differ between ranks")
@@ -87,7 +58,8 @@ def assert_gradients_synchronized(model: nn.Module) -> None:
     missing = [rank for rank, names in enumerate(present) if not names]
     if missing:
         raise AssertionError(f"no parameter has a gradient on {_name_ranks(missing)}; call backward() first")
-    _assert_same_tensors(gradients, "gradients differ between ranks")
+    hint = "Usual cause: the forward went past the wrapper, as in model.module(x); write model(x)."
+    _assert_same_tensors(gradients, "gradients differ between ranks", hint)
 
 
 def assert_same_on_all_ranks(value: Any) -> None:
@@ -131,13 +103,14 @@ def assert_hooks_fire(model: nn.Module, run: Callable[..., Any], *args: Any, **k
     Blind to: submodules that `torch.compile` has inlined; modules added while `run` runs.
     """
     __tracebackhide__ = True
-    with _count_calls(model) as (num_forwards, num_hooks):
+    names = [name for name, _ in model.named_modules()]
+    forwards, differentiable, fired = ([_make_counter(model) for _ in names] for _ in range(3))
+    with ExitStack() as stack:
+        for index, module in enumerate(model.modules()):
+            stack.callback(count_forwards(module, forwards[index], differentiable[index]))
+            stack.callback(count_hook(module, "forward_pre", fired[index]))
         result = run(*args, **kwargs)
-    silent = [name for name, count in num_forwards.items() if count > num_hooks[name]]
-    if any(num_forwards.values()) and not num_hooks[""] and "" not in silent:
-        silent.insert(0, "")
-    if not any(num_forwards.values()):
-        silent = ["(nothing: no forward ran)"]
+    silent = _find_silent(names, [int(count) for count in forwards], [int(count) for count in fired])
     problems = [
         f"rank {rank}: {name or type(model).__name__ + ' (the model itself)'}"
         for rank, names in enumerate(_gather(silent))
@@ -151,41 +124,21 @@ def assert_hooks_fire(model: nn.Module, run: Callable[..., Any], *args: Any, **k
     return result
 
 
-@contextlib.contextmanager
-def _count_calls(model: nn.Module) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-    """Count forwards and hooks of every module by name; undone at the end."""
-    num_forwards = {name: 0 for name, _ in model.named_modules()}
-    num_hooks = dict(num_forwards)
-    with contextlib.ExitStack() as undo:
-        for name, module in model.named_modules():
-            _count_hooks(module, name, num_hooks, undo)
-            _count_forwards(module, name, num_forwards, undo)
-        yield num_forwards, num_hooks
+def _make_counter(model: nn.Module) -> Tensor:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return torch.zeros((), dtype=torch.int64, device=device)
 
 
-def _count_hooks(module: nn.Module, name: str, counts: dict[str, int], undo: contextlib.ExitStack) -> None:
-    def count(*_: Any) -> None:
-        counts[name] += 1
-
-    undo.callback(module.register_forward_pre_hook(count).remove)
-
-
-def _count_forwards(module: nn.Module, name: str, counts: dict[str, int], undo: contextlib.ExitStack) -> None:
-    forward = module.forward
-    had_own = "forward" in vars(module)
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        counts[name] += 1
-        return forward(*args, **kwargs)
-
-    module.forward = counted
-    undo.callback(lambda: setattr(module, "forward", forward) if had_own else delattr(module, "forward"))
+def _find_silent(names: list[str], forwards: list[int], fired: list[int]) -> list[str]:
+    """Name the modules whose forward ran without their hooks, and the model itself if it was passed by."""
+    if not any(forwards):
+        return ["(nothing: no forward ran)"]
+    silent = [name for name, runs, hooks in zip(names, forwards, fired, strict=True) if runs > hooks]
+    return silent if fired[0] or "" in silent else ["", *silent]
 
 
 def _gather(value: Any) -> list[Any]:
     """Exchange a value; a rank that cannot pickle its own makes every rank raise."""
-    import torch.distributed as dist
-
     try:
         message: tuple[bytes, str] = (pickle.dumps(value), "")
     except Exception as error:
@@ -197,7 +150,7 @@ def _gather(value: Any) -> list[Any]:
     return [pickle.loads(data) for data, _ in messages]
 
 
-def _assert_same_tensors(tensors: Mapping[str, torch.Tensor | None], headline: str) -> None:
+def _assert_same_tensors(tensors: Mapping[str, Tensor | None], headline: str, hint: str = "") -> None:
     """Exchange digests, then only the tensors whose digests differ; every rank takes the same branch."""
     __tracebackhide__ = True
     digests = _gather({name: _digest(tensor) for name, tensor in tensors.items()})
@@ -214,19 +167,16 @@ def _assert_same_tensors(tensors: Mapping[str, torch.Tensor | None], headline: s
         for rank, values in enumerate(gathered)
         for text in _explain_difference(gathered[0][name], values[name], name)
     ]
-    raise AssertionError(_list_problems(f"{headline} ({len(differing)} of {len(tensors)})", problems))
+    text = _list_problems(f"{headline} ({len(differing)} of {len(tensors)})", problems)
+    raise AssertionError(f"{text}\n{hint}" if hint else text)
 
 
-def _digest(tensor: torch.Tensor | None) -> str:
+def _digest(tensor: Tensor | None) -> str:
     if tensor is None:
         return "None"
     if hasattr(tensor, "placements"):
         raise ValueError("a sharded parameter (DTensor) has no replicas to compare; compare full_tensor() instead")
-    import torch
-    import xxhash
-
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return f"{tuple(tensor.shape)} {tensor.dtype} {xxhash.xxh3_64_hexdigest(data)}"
+    return f"{tuple(tensor.shape)} {tensor.dtype} {digest_tensor(tensor)}"
 
 
 def _compare_names(records: list[dict[str, str]]) -> list[str]:
@@ -240,9 +190,7 @@ def _compare_names(records: list[dict[str, str]]) -> list[str]:
 
 def _explain_difference(first: Any, other: Any, where: str) -> list[str]:
     """Say how `other` differs from rank 0's value; empty if it does not."""
-    import torch
-
-    if isinstance(first, torch.Tensor) and isinstance(other, torch.Tensor):
+    if isinstance(first, Tensor) and isinstance(other, Tensor):
         return _explain_tensor_difference(first, other, where)
     if type(first) is not type(other):
         return [f"{where} is {_show(other)}, rank 0 has {_show(first)}"]
@@ -257,9 +205,7 @@ def _explain_difference(first: Any, other: Any, where: str) -> list[str]:
     return [f"{where} is {_show(other)}, rank 0 has {_show(first)}{gap}"]
 
 
-def _explain_tensor_difference(first: torch.Tensor, other: torch.Tensor, where: str) -> list[str]:
-    import torch
-
+def _explain_tensor_difference(first: Tensor, other: Tensor, where: str) -> list[str]:
     if first.shape != other.shape or first.dtype != other.dtype:
         shapes = (f"{tuple(t.shape)} {t.dtype}" for t in (other, first))
         return ["{} has shape {}, rank 0 has shape {}".format(where, *shapes)]
