@@ -42,6 +42,7 @@ class Cell:
         path: How it was reached.
         window: What stood around the call: arming forwards and `no_sync`.
         hooks: `early` (registered before the first step) or `late` (after it).
+        mode: train or eval, gradients on or off, precision, seeds.
         model: Name of the model.
     """
 
@@ -49,6 +50,7 @@ class Cell:
     path: str
     window: str = "plain"
     hooks: str = "early"
+    mode: str = "train"
     model: str = ""
 
     def label(self) -> str:
@@ -56,6 +58,7 @@ class Cell:
         parts = [self.wrapper, self.path]
         parts += [self.window] if self.window != "plain" else []
         parts += [f"{self.hooks} hooks"] if self.hooks != "early" else []
+        parts += [self.mode] if self.mode != "train" else []
         return " × ".join(parts)
 
 
@@ -108,11 +111,12 @@ class CollectiveEvidence:
 
     Attributes:
         all_reduces: All-reduces by step; None for steps that had left the recorder's ring buffer.
-        agrees: Whether a step had all-reduces exactly when the reducer probe saw armed gradients arrive.
+        agrees: Whether a step had all-reduces exactly when the reducer probe saw armed gradients arrive; None
+            where the wrapper reduces in a way that probe does not know.
     """
 
     all_reduces: tuple[int | None, ...]
-    agrees: bool
+    agrees: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +127,7 @@ class GradientEvidence:
         max_difference: By step: largest absolute difference between two ranks, over all parameters.
         max_magnitude: By step: largest absolute gradient on any rank.
         parameters: Over all steps: largest absolute difference of each parameter that differed.
+        sharded: Names of the parameters whose gradient is spread over the ranks; they are not compared.
         with_gradient: Number of parameters that received a gradient in the last step.
         without_gradient: Names of those that received none.
         batches_differ: Whether the ranks had different batches in every step (else equality proves nothing).
@@ -134,6 +139,7 @@ class GradientEvidence:
     with_gradient: int
     without_gradient: tuple[str, ...]
     batches_differ: bool
+    sharded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +176,40 @@ class CompiledEvidence:
     frames: int
     calls_compiled: int
     calls_eager: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModesEvidence:
+    """What depends on modes, buffers and random numbers. Lists by step have one entry a step.
+
+    Attributes:
+        training_modules: By rank: modules of the inner model in train mode in the last step.
+        num_modules: Modules of the inner model.
+        flags_differ: Names of the modules whose training flag differed between ranks in some step.
+        dropout_kept: By step: share of the values that dropout kept on this rank; None where none ran.
+        masks_identical: By step: whether all ranks dropped the same positions; None where nothing was dropped.
+            Positions where a rank's input was zero already tell nothing and are left out.
+        statistics_difference: By step: largest absolute difference of batch norm's running statistics between
+            two ranks, after the step; None without such statistics.
+        batches_tracked: By step: the first batch norm's `num_batches_tracked` on this rank.
+        compute_dtypes: Dtypes that left linear layers and convolutions in the steps, on this rank.
+        result_dtype: Dtype of what the call path handed to the loss; empty where it computed the loss itself.
+        evaluation_inner: Largest absolute difference between ranks of `inner(x)` in eval mode, for one batch;
+            None without running statistics, where inner and wrapped are one object, or where it raised.
+        evaluation_wrapped: The same of `wrapped(x)`, run after it.
+    """
+
+    training_modules: tuple[int, ...]
+    num_modules: int
+    flags_differ: tuple[str, ...]
+    dropout_kept: tuple[float | None, ...]
+    masks_identical: tuple[bool | None, ...]
+    statistics_difference: tuple[float | None, ...]
+    batches_tracked: tuple[int | None, ...]
+    compute_dtypes: tuple[str, ...]
+    result_dtype: str
+    evaluation_inner: float | None = None
+    evaluation_wrapped: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +276,7 @@ class Evidence:
     gradients: GradientEvidence | None = None
     replicas: ReplicaEvidence | None = None
     compiled: CompiledEvidence | None = None
+    modes: ModesEvidence | None = None
     consequence: Consequence | None = None
 
 
@@ -247,6 +288,7 @@ _PARTS: dict[str, Any] = {
     "gradients": GradientEvidence,
     "replicas": ReplicaEvidence,
     "compiled": CompiledEvidence,
+    "modes": ModesEvidence,
     "consequence": Consequence,
 }
 

@@ -40,6 +40,18 @@ class SyncWindow(StrEnum):
     NO_SYNC_BOTH = "no_sync_both"
 
 
+class Mode(StrEnum):
+    """How the model is set while it runs: train or eval, gradients on or off, precision, seeds."""
+
+    TRAIN = "train"
+    SEEDED_BY_RANK = "seeded_by_rank"
+    EVAL = "eval"
+    EVAL_ON_RANK_0 = "eval_on_rank_0"
+    NO_GRAD = "no_grad"
+    INFERENCE = "inference"
+    AUTOCAST = "autocast"
+
+
 SPELLING = {
     CallPath.CALL: "wrapped(x)",
     CallPath.FORWARD: "wrapped.forward(x)",
@@ -161,6 +173,23 @@ def enter_backward_window(window: SyncWindow, wrapped: nn.Module) -> AbstractCon
     """Return the context the backward runs in."""
     if window in (SyncWindow.NO_SYNC_BACKWARD, SyncWindow.NO_SYNC_BOTH):
         return _no_sync(wrapped)
+    return contextlib.nullcontext()
+
+
+def is_training(mode: Mode, rank: int) -> bool:
+    """Say whether a mode puts this rank's model into train mode."""
+    return mode is not Mode.EVAL and not (mode is Mode.EVAL_ON_RANK_0 and rank == 0)
+
+
+def enter_mode(mode: Mode, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context that a mode puts around the forward: gradients off, or autocast to bfloat16."""
+    match mode:
+        case Mode.NO_GRAD:
+            return torch.no_grad()
+        case Mode.INFERENCE:
+            return torch.inference_mode()
+        case Mode.AUTOCAST:
+            return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 

@@ -53,7 +53,11 @@ def wrap_method(owner: Any, name: str, wrapping: Callable[[Callable[..., Any]], 
 
 def _call_class_method(owner: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     """Look the method up when it is called: lazy modules change their class in their first forward."""
-    return getattr(type(owner), name)(owner, *args, **kwargs)
+    try:
+        method = getattr(type(owner), name)
+    except AttributeError:  # TorchScript's modules have their methods in __getattr__
+        return owner.__getattr__(name)(*args, **kwargs)
+    return method(owner, *args, **kwargs)
 
 
 def count_forwards(module: nn.Module, counter: Tensor, differentiable: Tensor) -> Undo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ddpcall.evidence import Evidence, GradientEvidence, HookCount
+from ddpcall.evidence import Evidence, Failure, GradientEvidence, HookCount, ModesEvidence
 
 # Reductions give every rank the same bits; the tolerance only allows for backends that round per rank.
 RELATIVE_TOLERANCE = 1e-6
@@ -24,6 +24,12 @@ class Verdicts:
         hooks_submodules: The same for the modules below it whose forward ran.
         compiled: `compiled` (a compiled graph ran in every step), `eager` (in at least one step none did),
             `none` (nothing was to be compiled, or the trial crashed).
+        modes: `train` or `eval` (every module, on every rank), `mixed` (modules differ), `differs` (ranks differ).
+        dropout: `identical` (all ranks dropped the same positions in every step), `different`, or `none`.
+        statistics: batch norm's running statistics after the last step: `same` on all ranks, `differ`, `none`.
+        evaluation_inner: `inner(x)` in eval mode after the training: `same` on all ranks, `differ`, `none`.
+        evaluation_wrapped: the same of `wrapped(x)`.
+        precision: Dtype in which linear layers and convolutions computed; `mixed`, or `none` if none ran.
     """
 
     gradients: str
@@ -31,6 +37,12 @@ class Verdicts:
     hooks_inner: str
     hooks_submodules: str
     compiled: str
+    modes: str = "none"
+    dropout: str = "none"
+    statistics: str = "none"
+    evaluation_inner: str = "none"
+    evaluation_wrapped: str = "none"
+    precision: str = "none"
 
 
 def judge(evidence: Evidence) -> Verdicts:
@@ -41,6 +53,7 @@ def judge(evidence: Evidence) -> Verdicts:
         hooks_inner=judge_hooks(evidence, "inner"),
         hooks_submodules=judge_hooks(evidence, "submodules"),
         compiled=judge_compiled(evidence),
+        **(judge_modes(evidence.modes) if evidence.modes is not None else {}),
     )
 
 
@@ -55,6 +68,8 @@ def judge_gradients(evidence: Evidence) -> str:
     gradients = evidence.gradients
     if gradients is None or gradients.with_gradient == 0:
         return "none"
+    if gradients.sharded:
+        return "sharded"
     if evidence.environment.world_size == 1 or not gradients.batches_differ:
         return "local"
     return "synced" if _equal_in_every_step(gradients) else "local"
@@ -99,3 +114,60 @@ def judge_compiled(evidence: Evidence) -> str:
     if compiled is None or not compiled.requested or evidence.failures:
         return "none"
     return "compiled" if compiled.calls_compiled and not compiled.calls_eager else "eager"
+
+
+def judge_modes(modes: ModesEvidence) -> dict[str, str]:
+    """Say what modes, buffers and random numbers did."""
+    dropped = [identical for identical in modes.masks_identical if identical is not None]
+    statistics = [difference for difference in modes.statistics_difference if difference is not None]
+    return {
+        "modes": _judge_flags(modes),
+        "dropout": ("identical" if all(dropped) else "different") if dropped else "none",
+        "statistics": _same(statistics[-1] if statistics else None),
+        "evaluation_inner": _same(modes.evaluation_inner),
+        "evaluation_wrapped": _same(modes.evaluation_wrapped),
+        "precision": _judge_precision(modes.compute_dtypes),
+    }
+
+
+def _judge_flags(modes: ModesEvidence) -> str:
+    if modes.flags_differ:
+        return "differs"
+    training = modes.training_modules[0]
+    return {0: "eval", modes.num_modules: "train"}.get(training, "mixed")
+
+
+def _same(difference: float | None) -> str:
+    return "none" if difference is None else "differ" if difference > 0 else "same"
+
+
+def _judge_precision(dtypes: tuple[str, ...]) -> str:
+    return "none" if not dtypes else dtypes[0] if len(dtypes) == 1 else "mixed"
+
+
+def explain_crash(evidence: Evidence) -> str | None:
+    """Name the true cause of a crash that hooks passed by explain; None where nothing crashed or none is known.
+
+    The message alone decides nothing: torch raises the same ones for other reasons. The cause is only named
+    beside the evidence that the hooks in question were skipped.
+    """
+    if not evidence.failures:
+        return None
+    skipped = "skipped" in (judge_hooks(evidence, "wrapped"), judge_hooks(evidence, "inner"))
+    return _cause_of(evidence.failures[0]) if skipped or judge_hooks(evidence, "wrapped") == "none" else None
+
+
+def _cause_of(failure: Failure) -> str | None:
+    for text, cause in _CAUSES.items():
+        if text in failure.message:
+            return cause
+    return None
+
+
+_CAUSES = {
+    "mixed torch.Tensor and DTensor": "the forward-pre hook that gathers the sharded parameters was passed by",
+    "mat2 must be a matrix": "FSDP's forward, which gathers the flat parameter, was passed by",
+    "Trying to backward through the graph a second time": "the forward-pre hook that recomputes the weight was "
+    "passed by, so the second step met the first step's graph",
+    "UninitializedParameter": "the forward-pre hook that infers the parameters' shapes was passed by",
+}

@@ -1,19 +1,22 @@
-"""The ways a model is prepared: the only room that imports DDP, replicate and torch.compile.
+"""The ways a model is prepared: the only room that imports DDP, FSDP, torch.compile, accelerate and the like.
 
-Each `apply_*` takes the user's module and returns a `Subject`: the object a training script would hold, with the
-user's own module under it.
+One `apply_*` a wrapper. Each takes the user's module and returns what a training script would hold;
+`apply_wrapper` puts that beside the user's own module, in a `Subject`.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpcall.paths import CallPath, SyncWindow
@@ -26,26 +29,85 @@ class Wrapper(StrEnum):
 
     NONE = "none"
     DDP = "ddp"
+    DDP_STATIC_GRAPH = "ddp_static_graph"
+    DDP_FIND_UNUSED = "ddp_find_unused"
+    DDP_BUCKET_VIEW = "ddp_bucket_view"
+    DDP_COMM_HOOK = "ddp_comm_hook"
+    DDP_LOCAL_BUFFERS = "ddp_local_buffers"
+    DDP_BUFFERS_AFTER = "ddp_buffers_after"
+    DDP_JOIN = "ddp_join"
+    DDP_PYTHON_REDUCER = "ddp_python_reducer"
     REPLICATE = "replicate"
+    REPLICATE_WITH_FSDP = "replicate_with_fsdp"
+    FSDP1 = "fsdp1"
+    FSDP2 = "fsdp2"
+    FSDP2_LAYERS = "fsdp2_layers"
+    FSDP2_REGISTERED = "fsdp2_registered"
+    TP = "tp"
     COMPILE = "compile"
+    COMPILE_AOT_EAGER = "compile_aot_eager"
+    COMPILE_INDUCTOR = "compile_inductor"
     COMPILE_INPLACE = "compile_inplace"
     DDP_OF_COMPILE = "ddp_of_compile"
     COMPILE_OF_DDP = "compile_of_ddp"
     DDP_COMPILE_INPLACE = "ddp_compile_inplace"
+    ACCELERATE = "accelerate"
+    ACCELERATE_BF16 = "accelerate_bf16"
+    ACCELERATE_UNWRAPPED = "accelerate_unwrapped"
+    ACCELERATE_STRIPPED = "accelerate_stripped"
+    FABRIC = "fabric"
+    DATA_PARALLEL = "data_parallel"
+    SCRIPT = "script"
+    TRACE = "trace"
+    EXPORT = "export"
 
 
-IN_PLACE = frozenset({Wrapper.NONE, Wrapper.REPLICATE, Wrapper.COMPILE_INPLACE})
+IN_PLACE = frozenset(
+    {
+        Wrapper.NONE,
+        Wrapper.REPLICATE,
+        Wrapper.REPLICATE_WITH_FSDP,
+        Wrapper.FSDP2,
+        Wrapper.FSDP2_LAYERS,
+        Wrapper.FSDP2_REGISTERED,
+        Wrapper.TP,
+        Wrapper.COMPILE_INPLACE,
+    }
+)
 COMPILING = frozenset(
     {
         Wrapper.COMPILE,
+        Wrapper.COMPILE_AOT_EAGER,
+        Wrapper.COMPILE_INDUCTOR,
         Wrapper.COMPILE_INPLACE,
         Wrapper.DDP_OF_COMPILE,
         Wrapper.COMPILE_OF_DDP,
         Wrapper.DDP_COMPILE_INPLACE,
     }
 )
-_WITH_NO_SYNC = frozenset({Wrapper.DDP, Wrapper.DDP_OF_COMPILE, Wrapper.DDP_COMPILE_INPLACE})
+# Every rank holds a part of one model, so all of them must be given the same batch.
+SAME_BATCH = frozenset({Wrapper.TP})
+# These reduce without DDP's C++ reducer: the taps on that one say nothing about them.
+OWN_REDUCER = frozenset(
+    {
+        Wrapper.DDP_PYTHON_REDUCER,
+        Wrapper.REPLICATE_WITH_FSDP,
+        Wrapper.FSDP1,
+        Wrapper.FSDP2,
+        Wrapper.FSDP2_LAYERS,
+        Wrapper.FSDP2_REGISTERED,
+        Wrapper.TP,
+    }
+)
+_COMPILE_BACKENDS = {Wrapper.COMPILE_AOT_EAGER: "aot_eager", Wrapper.COMPILE_INDUCTOR: "inductor"}
+_WITH_NO_SYNC = frozenset(
+    wrapper for wrapper in Wrapper if wrapper.startswith(("ddp", "accelerate", "fsdp1")) and wrapper != "ddp_join"
+)
 _INNER_PATHS = frozenset({CallPath.INNER_CALL, CallPath.INNER_FORWARD})
+
+
+class WrapperMissing(RuntimeError):
+    """The wrapper belongs to a package, or a version of torch, that is not installed here."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +118,30 @@ class Subject:
         wrapper: How it was prepared.
         wrapped: The object the training script holds.
         inner: The user's own module; the very same object as `wrapped` where the wrapper works in place.
+        session: What a script puts around its training loop for this wrapper: a `Join`, a setting of dynamo's.
     """
 
     wrapper: Wrapper
     wrapped: nn.Module
     inner: nn.Module
+    session: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What wrappers may need beside the module.
+
+    Attributes:
+        device: Where the model lives; DDP gets it as `device_ids` on CUDA.
+        compile_backend: Backend handed to torch.compile by the compiling wrappers.
+        ddp: Keyword arguments for DDP's constructor.
+        example: One rank's inputs of one step, for wrappers that record a call: shape (batch, *features).
+    """
+
+    device: torch.device
+    compile_backend: CompileBackend = "eager"
+    ddp: dict[str, Any] = field(default_factory=dict)
+    example: Tensor | None = None
 
 
 def meaningful_paths(wrapper: Wrapper) -> list[CallPath]:
@@ -69,8 +150,13 @@ def meaningful_paths(wrapper: Wrapper) -> list[CallPath]:
 
 
 def meaningful_windows(wrapper: Wrapper) -> list[SyncWindow]:
-    """List the sync windows a wrapper can stand in: `no_sync()` is a method of DDP alone."""
+    """List the sync windows a wrapper can stand in: `no_sync()` is a method of DDP and FSDP1 alone."""
     return [window for window in SyncWindow if wrapper in _WITH_NO_SYNC or not window.value.startswith("no_sync")]
+
+
+def choose_compile_backend(wrapper: Wrapper, configured: str) -> str:
+    """Return the compile backend that a wrapper's name fixes, or else the configured one."""
+    return _COMPILE_BACKENDS.get(wrapper, configured)
 
 
 def apply_wrapper(
@@ -79,6 +165,7 @@ def apply_wrapper(
     *,
     device: torch.device,
     compile_backend: CompileBackend = "eager",
+    example: Tensor | None = None,
     **ddp_options: Any,
 ) -> Subject:
     """Prepare a model, already on its device, the way `wrapper` says.
@@ -88,53 +175,340 @@ def apply_wrapper(
         model: The user's module; its parameters are broadcast from rank 0 by the DDP wrappers.
         device: Where the model lives; DDP gets it as `device_ids` on CUDA.
         compile_backend: Backend handed to torch.compile by the compiling wrappers.
+        example: One rank's inputs of one step; `trace` and `export` record a call with them.
         **ddp_options: Keyword arguments for DDP's constructor.
 
     Raises:
+        WrapperMissing: The package or torch feature behind the wrapper is not installed.
         ValueError: No default process group, for wrappers that need one (torch's own error).
     """
-    compiling: dict[str, Any] = {"backend": compile_backend}
-    wrapped: Any
-    match wrapper:
-        case Wrapper.NONE:
-            wrapped = model
-        case Wrapper.DDP:
-            wrapped = apply_ddp(model, device, **ddp_options)
-        case Wrapper.REPLICATE:
-            wrapped = apply_replicate(model, device)
-        case Wrapper.COMPILE:
-            wrapped = _compile(model, **compiling)
-        case Wrapper.COMPILE_INPLACE:
-            model.compile(**compiling)
-            wrapped = model
-        case Wrapper.DDP_OF_COMPILE:
-            wrapped = apply_ddp(_compile(model, **compiling), device, **ddp_options)
-        case Wrapper.COMPILE_OF_DDP:
-            wrapped = _compile(apply_ddp(model, device, **ddp_options), **compiling)
-        case Wrapper.DDP_COMPILE_INPLACE:
-            wrapped = apply_ddp(model, device, **ddp_options)
-            wrapped.compile(**compiling)
-    return Subject(wrapper, wrapped, model)
+    wrapped = _APPLY[wrapper](model, Settings(device, compile_backend, ddp_options, example))
+    session = _SESSIONS.get(wrapper, nullcontext)
+    if wrapper is Wrapper.DDP_JOIN:
+        return Subject(wrapper, wrapped, model, lambda: _join(wrapped))
+    return Subject(wrapper, wrapped, model, session)
 
 
-def _compile(model: nn.Module, **options: Any) -> nn.Module:
-    compiled: Any = torch.compile(model, **options)
-    return compiled
+def apply_none(model: nn.Module, settings: Settings) -> nn.Module:
+    """Leave the model as it is."""
+    return model
 
 
-def apply_ddp(model: nn.Module, device: torch.device, **options: Any) -> DistributedDataParallel:
+def apply_ddp(model: nn.Module, settings: Settings, **options: Any) -> DistributedDataParallel:
     """Wrap in DistributedDataParallel: the reducer that averages gradients, armed by `DDP.forward`."""
-    device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, **options)
+    device_ids = [settings.device] if settings.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, **(options | settings.ddp))
 
 
-def apply_replicate(model: nn.Module, device: torch.device) -> nn.Module:
+def apply_ddp_static_graph(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DDP that expects the same graph in every step."""
+    return apply_ddp(model, settings, static_graph=True)
+
+
+def apply_ddp_find_unused(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DDP that searches each forward's graph for parameters without a part in it."""
+    return apply_ddp(model, settings, find_unused_parameters=True)
+
+
+def apply_ddp_bucket_view(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DDP whose gradients are views into the communication buckets."""
+    return apply_ddp(model, settings, gradient_as_bucket_view=True)
+
+
+def apply_ddp_comm_hook(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DDP with a communication hook: gradients travel as float16."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+    ddp = apply_ddp(model, settings)
+    hook: Any = fp16_compress_hook
+    ddp.register_comm_hook(None, hook)
+    return ddp
+
+
+def apply_ddp_local_buffers(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DDP that leaves each rank its own buffers; torch 2.13 renamed the argument."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return apply_ddp(model, settings, **{name: False})
+
+
+def apply_ddp_buffers_after(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DDP that sends rank 0's buffers after the forward instead of before it.
+
+    Source: `torch/nn/parallel/distributed.py`, `_register_buffer_comm_hook` (private; no public way exists).
+    """
+    from torch.nn.parallel.distributed import _BufferCommHookLocation
+
+    location: Any = _BufferCommHookLocation.POST_FORWARD
+    ddp = apply_ddp(model, settings)
+    ddp._register_buffer_comm_hook(None, _send_buffers_of_rank_0, location)
+    return ddp
+
+
+def _send_buffers_of_rank_0(_: Any, buffers: dict[str, Tensor]) -> None:
+    for buffer in buffers.values():
+        dist.broadcast(buffer, src=0)
+
+
+def apply_ddp_python_reducer(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DDP with its reducer in Python, which dynamo can trace: gradient hooks that all-reduce.
+
+    Source: `torch/nn/parallel/distributed.py`, `_register_accum_grad_hook`.
+    """
+    with _python_reducer():
+        return apply_ddp(model, settings)
+
+
+@contextmanager
+def _python_reducer() -> Iterator[None]:
+    """Choose the python reducer; DDP's constructor then changes inductor's settings, which are put back."""
+    import torch._dynamo.config as dynamo_config
+    import torch._inductor.config as inductor_config
+
+    before: Any = inductor_config.save_config_portable()
+    with dynamo_config.patch(optimize_ddp="python_reducer"):
+        try:
+            yield
+        finally:
+            inductor_config.load_config(before)
+
+
+@contextmanager
+def _join(ddp: Any) -> Iterator[None]:
+    from torch.distributed.algorithms.join import Join
+
+    with Join([ddp]):
+        yield
+
+
+def apply_replicate(model: nn.Module, settings: Settings) -> nn.Module:
     """Apply the hook-based `torch.distributed._composable.replicate`: it arms from forward hooks, in place."""
     from torch.distributed._composable.replicate import replicate
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it announces its successor, `replicate_with_fsdp`
-        return replicate(model, device_id=device)
+        return replicate(model, device_id=settings.device)
+
+
+def apply_replicate_with_fsdp(model: nn.Module, settings: Settings) -> nn.Module:
+    """Apply `replicate` as FSDP2 does it: parameters are replicated DTensors, gathered by forward-pre hooks."""
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    replicated: Any = replicate(model, mesh=_mesh(settings))
+    return replicated
+
+
+def apply_fsdp1(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in FullyShardedDataParallel, the first FSDP, with the user's own parameters as views."""
+    try:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+    except ImportError as error:
+        raise WrapperMissing("torch no longer has FullyShardedDataParallel; write wrapper=fsdp2") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it announces fully_shard
+        return FullyShardedDataParallel(model, device_id=settings.device, use_orig_params=True)
+
+
+def apply_fsdp2(model: nn.Module, settings: Settings) -> nn.Module:
+    """Apply `fully_shard` to the root alone: the root's hooks gather every parameter."""
+    from torch.distributed.fsdp import fully_shard
+
+    sharded: Any = fully_shard(model, mesh=_mesh(settings))
+    return sharded
+
+
+def apply_fsdp2_layers(model: nn.Module, settings: Settings) -> nn.Module:
+    """Apply `fully_shard` to every child that has parameters, then to the root, as its documentation advises."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = _mesh(settings)
+    for child in model.children():
+        if next(child.parameters(), None) is not None:
+            fully_shard(child, mesh=mesh)
+    sharded: Any = fully_shard(model, mesh=mesh)
+    return sharded
+
+
+def apply_fsdp2_registered(model: nn.Module, settings: Settings) -> nn.Module:
+    """Apply `fully_shard` to the root and register `forward` and `compute_loss` as ways in."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    sharded = apply_fsdp2(model, settings)
+    for name in ("forward", "compute_loss"):
+        if hasattr(sharded, name):
+            register_fsdp_forward_method(sharded, name)
+    return sharded
+
+
+def apply_tp(model: nn.Module, settings: Settings) -> nn.Module:
+    """Split the first two linear layers over the ranks: the first by columns, the second by rows."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    plan: dict[str, Any] = dict(zip(linear, (ColwiseParallel(), RowwiseParallel()), strict=False))
+    return parallelize_module(model, _mesh(settings), plan)
+
+
+def _mesh(settings: Settings) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(settings.device.type, (dist.get_world_size(),))
+
+
+def apply_compile(model: nn.Module, settings: Settings) -> nn.Module:
+    """Return what `torch.compile(model)` returns: a new object around the model."""
+    compiled: Any = torch.compile(model, backend=settings.compile_backend)
+    return compiled
+
+
+def apply_compile_inplace(model: nn.Module, settings: Settings) -> nn.Module:
+    """Compile the model's own `__call__` with `model.compile()`."""
+    model.compile(backend=settings.compile_backend)
+    return model
+
+
+def apply_ddp_of_compile(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap the compiled model in DDP."""
+    return apply_ddp(apply_compile(model, settings), settings)
+
+
+def apply_compile_of_ddp(model: nn.Module, settings: Settings) -> nn.Module:
+    """Compile the DDP-wrapped model."""
+    return apply_compile(apply_ddp(model, settings), settings)
+
+
+def apply_ddp_compile_inplace(model: nn.Module, settings: Settings) -> nn.Module:
+    """Compile the `__call__` of the DDP object in place."""
+    return apply_compile_inplace(apply_ddp(model, settings), settings)
+
+
+def apply_accelerate(model: nn.Module, settings: Settings) -> nn.Module:
+    """Hand the model to `Accelerator().prepare`: DDP, and nothing else in full precision."""
+    return _prepare(model, settings, "no")[1]
+
+
+def apply_accelerate_bf16(model: nn.Module, settings: Settings) -> nn.Module:
+    """The same with `mixed_precision="bf16"`: autocast is patched into the model's forward."""
+    return _prepare(model, settings, "bf16")[1]
+
+
+def apply_accelerate_unwrapped(model: nn.Module, settings: Settings) -> nn.Module:
+    """The same in bf16, after `unwrap_model(prepared)`, as scripts call it to save."""
+    accelerator, prepared = _prepare(model, settings, "bf16")
+    accelerator.unwrap_model(prepared)
+    return prepared
+
+
+def apply_accelerate_stripped(model: nn.Module, settings: Settings) -> nn.Module:
+    """The same in bf16, after `unwrap_model(prepared, keep_fp32_wrapper=False)`."""
+    accelerator, prepared = _prepare(model, settings, "bf16")
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    return prepared
+
+
+def _prepare(model: nn.Module, settings: Settings, mixed_precision: str) -> tuple[Any, nn.Module]:
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise WrapperMissing("accelerate is not installed; write pip install 'ddpcall[lab]'") from error
+    AcceleratorState._reset_state(True)  # it outlives the process group it was made for
+    accelerator = Accelerator(cpu=settings.device.type == "cpu", mixed_precision=mixed_precision)
+    return accelerator, accelerator.prepare(model)
+
+
+@contextmanager
+def _accelerate_session() -> Iterator[None]:
+    from accelerate.state import AcceleratorState
+
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def apply_fabric(model: nn.Module, settings: Settings) -> nn.Module:
+    """Hand the model to Lightning Fabric's `setup_module` with the DDP strategy."""
+    try:
+        from lightning.fabric import Fabric  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise WrapperMissing("Lightning Fabric is not installed; write pip install lightning") from error
+    kind = "cpu" if settings.device.type == "cpu" else "cuda"
+    fabric = Fabric(accelerator=kind, strategy="ddp", devices=dist.get_world_size())
+    fabric.launch()
+    return fabric.setup_module(model)
+
+
+def apply_data_parallel(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DataParallel: threads over this process's GPUs, no other process; without GPUs, nothing at all."""
+    device_ids = [settings.device] if settings.device.type == "cuda" else None
+    return nn.DataParallel(model, device_ids=device_ids)
+
+
+def apply_script(model: nn.Module, settings: Settings) -> nn.Module:
+    """Compile the model with TorchScript, which is deprecated."""
+    with _silence_torchscript():
+        scripted: Any = torch.jit.script(model)
+    return scripted
+
+
+def apply_trace(model: nn.Module, settings: Settings) -> nn.Module:
+    """Record the model's operations on an example with TorchScript, which is deprecated."""
+    with _silence_torchscript():
+        traced: Any = torch.jit.trace(model, settings.example, check_trace=False)
+    return traced
+
+
+@contextmanager
+def _silence_torchscript() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.\w+. is (deprecated|not supported)")
+        yield
+
+
+def apply_export(model: nn.Module, settings: Settings) -> nn.Module:
+    """Export the model's graph for an example and unpack it as a module: `torch.export.export(…).module()`."""
+    return torch.export.export(model, (settings.example,)).module()
+
+
+_APPLY: dict[Wrapper, Callable[[nn.Module, Settings], nn.Module]] = {
+    Wrapper.NONE: apply_none,
+    Wrapper.DDP: apply_ddp,
+    Wrapper.DDP_STATIC_GRAPH: apply_ddp_static_graph,
+    Wrapper.DDP_FIND_UNUSED: apply_ddp_find_unused,
+    Wrapper.DDP_BUCKET_VIEW: apply_ddp_bucket_view,
+    Wrapper.DDP_COMM_HOOK: apply_ddp_comm_hook,
+    Wrapper.DDP_LOCAL_BUFFERS: apply_ddp_local_buffers,
+    Wrapper.DDP_BUFFERS_AFTER: apply_ddp_buffers_after,
+    Wrapper.DDP_JOIN: apply_ddp,
+    Wrapper.DDP_PYTHON_REDUCER: apply_ddp_python_reducer,
+    Wrapper.REPLICATE: apply_replicate,
+    Wrapper.REPLICATE_WITH_FSDP: apply_replicate_with_fsdp,
+    Wrapper.FSDP1: apply_fsdp1,
+    Wrapper.FSDP2: apply_fsdp2,
+    Wrapper.FSDP2_LAYERS: apply_fsdp2_layers,
+    Wrapper.FSDP2_REGISTERED: apply_fsdp2_registered,
+    Wrapper.TP: apply_tp,
+    Wrapper.COMPILE: apply_compile,
+    Wrapper.COMPILE_AOT_EAGER: apply_compile,
+    Wrapper.COMPILE_INDUCTOR: apply_compile,
+    Wrapper.COMPILE_INPLACE: apply_compile_inplace,
+    Wrapper.DDP_OF_COMPILE: apply_ddp_of_compile,
+    Wrapper.COMPILE_OF_DDP: apply_compile_of_ddp,
+    Wrapper.DDP_COMPILE_INPLACE: apply_ddp_compile_inplace,
+    Wrapper.ACCELERATE: apply_accelerate,
+    Wrapper.ACCELERATE_BF16: apply_accelerate_bf16,
+    Wrapper.ACCELERATE_UNWRAPPED: apply_accelerate_unwrapped,
+    Wrapper.ACCELERATE_STRIPPED: apply_accelerate_stripped,
+    Wrapper.FABRIC: apply_fabric,
+    Wrapper.DATA_PARALLEL: apply_data_parallel,
+    Wrapper.SCRIPT: apply_script,
+    Wrapper.TRACE: apply_trace,
+    Wrapper.EXPORT: apply_export,
+}
+_SESSIONS: dict[Wrapper, Callable[[], AbstractContextManager[Any]]] = {
+    wrapper: _accelerate_session for wrapper in Wrapper if wrapper.startswith("accelerate")
+}
 
 
 def find_reducers(subject: Subject) -> list[DistributedDataParallel]:
@@ -156,3 +530,40 @@ def replicate_state(subject: Subject) -> Any:
     from torch.distributed._composable.replicate import replicate
 
     return replicate.state(subject.wrapped)
+
+
+def is_sharded(subject: Subject, parameter: nn.Parameter) -> bool:
+    """Say whether this rank holds only a part of a parameter."""
+    if subject.wrapper is Wrapper.FSDP1:
+        return dist.get_world_size() > 1
+    placements = getattr(parameter, "placements", ())
+    return any(placement.is_shard() for placement in placements) and _mesh_size(parameter) > 1
+
+
+def _mesh_size(tensor: Any) -> int:
+    return tensor.device_mesh.size()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, or the tensor itself."""
+    to_local: Any = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def gather_state(subject: Subject) -> dict[str, Tensor]:
+    """Return the inner module's whole parameters and buffers, on every rank. A collective where it is sharded.
+
+    Returns:
+        Names as in `inner.state_dict()`; detached copies on the CPU.
+    """
+    with ExitStack() as stack:
+        if subject.wrapper is Wrapper.FSDP1:
+            fsdp1: Any = type(subject.wrapped)
+            stack.enter_context(fsdp1.summon_full_params(subject.wrapped, writeback=False))
+        state = subject.inner.state_dict()
+        return {name: _whole(value).detach().cpu().clone() for name, value in state.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    full_tensor: Any = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else full_tensor()

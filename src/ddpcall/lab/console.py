@@ -15,13 +15,13 @@ from rich.table import Table
 
 from ddpcall.evidence import Consequence, Environment, Evidence
 from ddpcall.lab.schema import TrainConfig
-from ddpcall.verdicts import skipped_kinds
+from ddpcall.verdicts import explain_crash, skipped_kinds
 
 if TYPE_CHECKING:
     from ddpcall.lab.experiment import TrialResult
 
 PIPED_WIDTH = 160
-LABEL_WIDTH = 19  # the longest path under ddp stays on one line
+MAX_LABEL_WIDTH = 36  # wrapper × path stays on one line
 _COLOURS = {
     "synced": "green",
     "fired": "green",
@@ -32,7 +32,26 @@ _COLOURS = {
     "crashed": "bold magenta",
     "none": "dim",
     "sharded": "cyan",
+    "train": "green",
+    "eval": "cyan",
+    "same": "green",
+    "differ": "bold red",
+    "differs": "bold red",
+    "identical": "yellow",
+    "different": "green",
+    "mixed": "yellow",
 }
+# Shown where any cell has something to say: verdict to column title.
+_OPTIONAL = {
+    "compiled": "compiled",
+    "modes": "mode",
+    "dropout": "dropout\nmasks",
+    "statistics": "running\nstatistics",
+    "evaluation_inner": "eval of\ninner",
+    "evaluation_wrapped": "eval of\nwrapped",
+    "precision": "precision",
+}
+_UNINTERESTING = {"precision": "float32", "modes": "train"}
 
 
 def say(message: str) -> None:
@@ -118,25 +137,31 @@ def _table(config: TrainConfig, environment: Environment, results: list[TrialRes
     )
     table = Table(title=f"{config.name}: {config.question}", caption=caption, title_justify="left")
     several_models = len({result.evidence.cell.model for result in results}) > 1
-    compiling = any(result.verdicts.compiled != "none" for result in results)
+    shown = [name for name in _OPTIONAL if _is_interesting(name, results)]
     columns = ["model"] if several_models else []
     columns += ["wrapper × path", "gradients", "gradients\ndiffer by", "hooks\nwrapped", "inner", "below"]
-    columns += ["compiled"] if compiling else []
+    columns += [_OPTIONAL[name] for name in shown]
     columns += ["test accuracy\nby rank", "distance from\nsynced run", "as\nexpected"]
+    label_width = min(MAX_LABEL_WIDTH, max(len(result.evidence.cell.label()) for result in results))
     for column in columns:
         is_label = column == "wrapper × path"
-        table.add_column(column, overflow="fold", min_width=LABEL_WIDTH if is_label else None)
+        table.add_column(column, overflow="fold", min_width=label_width if is_label else None)
     for result in results:
-        table.add_row(*_row(result, several_models, compiling))
+        table.add_row(*_row(result, several_models, shown))
     return table
 
 
-def _row(result: TrialResult, several_models: bool, compiling: bool) -> list[str]:
+def _is_interesting(name: str, results: list[TrialResult]) -> bool:
+    words = {getattr(result.verdicts, name) for result in results}
+    return bool(words - {"none", _UNINTERESTING.get(name, "none")})
+
+
+def _row(result: TrialResult, several_models: bool, shown: list[str]) -> list[str]:
     evidence, verdicts = result.evidence, result.verdicts
     row = [evidence.cell.model.rsplit(".", 1)[-1]] if several_models else []
     row += [evidence.cell.label(), _coloured(verdicts.gradients), _gradient_difference(evidence)]
     row += [_coloured(word) for word in (verdicts.hooks_wrapped, verdicts.hooks_inner, verdicts.hooks_submodules)]
-    row += [_coloured(verdicts.compiled)] if compiling else []
+    row += [_coloured(getattr(verdicts, name)) for name in shown]
     row += [_quality(evidence.consequence), _distance(evidence.consequence)]
     met = "[bold red]NO[/]" if result.unmet else ("yes" if result.expected else "[dim]-[/]")
     return [*row, met]
@@ -147,7 +172,7 @@ def _plural(number: int, noun: str) -> str:
 
 
 def _coloured(word: str) -> str:
-    return f"[{_COLOURS[word]}]{word}[/]"
+    return f"[{_COLOURS.get(word, 'none')}]{word}[/]"
 
 
 def _gradient_difference(evidence: Evidence) -> str:
@@ -178,9 +203,10 @@ def _explain(result: TrialResult) -> list[str]:
     lines = []
     for failure in result.evidence.failures[:1]:
         first_line = failure.message.strip().splitlines()[0] if failure.message.strip() else ""
+        cause = explain_crash(result.evidence)
         lines.append(
             f"[magenta]crashed[/] {label}: rank {failure.rank}, step {failure.step}: "
-            f"{failure.kind}: {escape(first_line)}"
+            f"{failure.kind}: {escape(first_line)}" + (f"\n  cause: {cause}" if cause else "")
         )
     gradients = result.evidence.gradients
     if gradients is not None and gradients.without_gradient:
@@ -191,7 +217,7 @@ def _explain(result: TrialResult) -> list[str]:
             + _missing_hooks(result.evidence, name)
         )
     collectives = result.evidence.collectives
-    if collectives is not None and not collectives.agrees:
+    if collectives is not None and collectives.agrees is False:
         lines.append(
             f"[bold red]witness disagrees[/] {label}: the flight recorder saw other all-reduces than armed"
         )

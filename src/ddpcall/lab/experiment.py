@@ -31,9 +31,10 @@ from ddpcall.lab.world import (
     choose_accelerator,
     open_world,
 )
-from ddpcall.verdicts import Verdicts, judge
+from ddpcall.verdicts import Verdicts, explain_crash, judge
 from ddpcall.wrappers import Wrapper
 
+MODES_BY_STEP = ("dropout_kept", "masks_identical", "statistics_difference", "batches_tracked")
 # What a rank raises because another one failed first.
 CONSEQUENCES = ("connection reset", "connection closed", "closed by peer", "timed out", "timeout", "broken pipe")
 GATHER_SECONDS = 30.0
@@ -194,7 +195,9 @@ class _Run:
         reports = self._run_trial(f"trial{index}", cell, observe=self._config.probes.enabled, reference=reference)
         evidence = merge_reports(cell, self._config, self._environment, reports)
         verdicts = judge(evidence)
-        expected = expected_verdicts(cell, self._config.expect) if self._config.probes.enabled else {}
+        expected: dict[str, str] = {}
+        if self._config.probes.enabled:
+            expected = expected_verdicts(cell, self._config.expect, self._environment.torch)
         result = TrialResult(evidence, verdicts, expected, unmet(verdicts, expected))
         if self._world.rank == 0:
             self._write_trial(cell, result, reports)
@@ -326,6 +329,7 @@ def merge_reports(
         gradients=first.gradients,
         replicas=first.replicas,
         compiled=first.compiled,
+        modes=first.modes,
         consequence=None if failures else _consequence(reports),
     )
 
@@ -365,6 +369,7 @@ def summarize(result: TrialResult) -> dict[str, Any]:
         "expectation_met": expectation_met(result),
         "unmet": result.unmet,
         "error": _first_line(evidence.failures),
+        "cause": explain_crash(evidence),
         "witness_agrees": evidence.collectives.agrees if evidence.collectives else None,
         "consequence": dataclasses.asdict(consequence) if consequence else None,
     }
@@ -390,5 +395,9 @@ def step_records(cell: Cell, reports: list[RankReport]) -> list[dict[str, Any]]:
                 record["arrivals_unarmed"] = report.reducer.arrivals_unarmed[step]
             if report.gradients is not None:
                 record["gradient_max_difference"] = report.gradients.max_difference[step]
+            if report.modes is not None:
+                record["training_modules"] = report.modes.training_modules[rank]
+                for name in MODES_BY_STEP:
+                    record[name] = getattr(report.modes, name)[step]
             records.append(record)
     return records

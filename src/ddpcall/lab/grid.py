@@ -12,17 +12,23 @@ from typing import Any
 from ddpcall.evidence import Cell
 from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.schema import ExpectationConfig, TrainConfig
-from ddpcall.paths import CallPath, SyncWindow
+from ddpcall.paths import CallPath, Mode, SyncWindow
 from ddpcall.verdicts import Verdicts
 from ddpcall.wrappers import Wrapper, meaningful_paths, meaningful_windows
 
-SELECTORS = ("wrapper", "path", "window", "hooks", "model")
+SELECTORS = ("wrapper", "path", "window", "hooks", "mode", "model")
 VERDICT_WORDS = {
     "gradients": ("synced", "local", "sharded", "none", "crashed"),
     "hooks_wrapped": ("fired", "skipped", "none"),
     "hooks_inner": ("fired", "skipped", "none"),
     "hooks_submodules": ("fired", "skipped", "none"),
     "compiled": ("compiled", "eager", "none"),
+    "modes": ("train", "eval", "mixed", "differs", "none"),
+    "dropout": ("identical", "different", "none"),
+    "statistics": ("same", "differ", "none"),
+    "evaluation_inner": ("same", "differ", "none"),
+    "evaluation_wrapped": ("same", "differ", "none"),
+    "precision": ("float32", "bfloat16", "float16", "float64", "mixed", "none"),
 }
 
 
@@ -44,14 +50,15 @@ def expand_grid(config: TrainConfig) -> Grid:
     paths = _names(CallPath, config.grid.path or [config.path.name], "path")
     windows = _names(SyncWindow, config.grid.window or ["plain"], "grid.window")
     hooks = _words(("early", "late"), config.grid.hooks or ["early"], "grid.hooks")
+    modes = _names(Mode, config.grid.mode or ["train"], "grid.mode")
     models = config.grid.model or [str(config.model.get("_target_", ""))]
     cells, left_out = [], []
-    for model, wrapper, path, window, when in product(models, wrappers, paths, windows, hooks):
+    for model, wrapper, path, window, when, mode in product(models, wrappers, paths, windows, hooks, modes):
         reason = _why_meaningless(Wrapper(wrapper), CallPath(path), SyncWindow(window))
         if reason:
             left_out.append(reason)
         else:
-            cells.append(Cell(wrapper=wrapper, path=path, window=window, hooks=when, model=model))
+            cells.append(Cell(wrapper=wrapper, path=path, window=window, hooks=when, mode=mode, model=model))
     if not cells:
         raise WrongUse("\n".join([*dict.fromkeys(left_out), "Pairs that make sense:", *_meaningful_pairs()]))
     return Grid(tuple(cells), tuple(dict.fromkeys(left_out)))
@@ -95,10 +102,20 @@ def check_expectations(config: TrainConfig) -> None:
                 raise WrongUse(f"expect: {name}: {word!r} is unknown; write one of: {', '.join(words)}")
 
 
-def expected_verdicts(cell: Cell, expectations: Sequence[ExpectationConfig]) -> dict[str, str]:
-    """Collect what the matching expectations say of one cell; a later one wins over an earlier one."""
+def expected_verdicts(
+    cell: Cell, expectations: Sequence[ExpectationConfig], torch_version: str = ""
+) -> dict[str, str]:
+    """Collect what the matching expectations say of one cell; a later one wins over an earlier one.
+
+    Args:
+        cell: The cell.
+        expectations: In the order of the file.
+        torch_version: The version measured; expectations for another one do not match.
+    """
     expected: dict[str, str] = {}
     for expectation in expectations:
+        if not torch_version.startswith(expectation.torch or ""):
+            continue
         if all(_matches(getattr(expectation, name), getattr(cell, name)) for name in SELECTORS):
             stated = {name: getattr(expectation, name) for name in VERDICT_WORDS}
             expected |= {name: word for name, word in stated.items() if word is not None}

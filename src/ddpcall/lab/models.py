@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ddpcall.lab.errors import WrongUse
 
@@ -63,6 +64,51 @@ class ConvNet(Chain):
         )
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(channels * 16, out_features))
+
+
+def cumulative_convnet(out_features: int = 10) -> nn.Module:
+    """A `ConvNet` whose running statistics are plain averages over all batches (`momentum=None`)."""
+    model = ConvNet(out_features)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    return model
+
+
+def sync_batchnorm_convnet(out_features: int = 10) -> nn.Module:
+    """A `ConvNet` whose batch norms compute their statistics over all ranks."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(ConvNet(out_features))
+
+
+class CheckpointedMlp(Chain):
+    """An MLP whose hidden block is recomputed in the backward instead of kept."""
+
+    def __init__(
+        self, in_features: int = 64, out_features: int = 10, width: int = 64, reentrant: bool = False
+    ) -> None:
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.enter = nn.Linear(in_features, width)
+        self.hidden = Recomputed(nn.Linear(width, width), nn.ReLU(), reentrant=reentrant)
+        self.head = nn.Linear(width, out_features)
+
+
+class Recomputed(nn.Sequential):
+    """A sequence of layers under `torch.utils.checkpoint`."""
+
+    def __init__(self, *layers: nn.Module, reentrant: bool) -> None:
+        super().__init__(*layers)
+        self.reentrant = reentrant
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Run the layers; again in the backward."""
+        outputs: Any = checkpoint(super().forward, input, use_reentrant=self.reentrant)
+        return outputs
+
+
+def reentrant_mlp(in_features: int = 64, out_features: int = 10) -> nn.Module:
+    """A `CheckpointedMlp` with the reentrant implementation, which runs a backward inside the backward."""
+    return CheckpointedMlp(in_features, out_features, reentrant=True)
 
 
 class Positions(nn.Module):

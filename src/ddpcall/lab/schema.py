@@ -69,6 +69,7 @@ class GridConfig:
         path: Names of call paths.
         window: Names of sync windows.
         hooks: `early` and `late`.
+        mode: Names of modes.
         model: Import paths of models, as for `model._target_`.
     """
 
@@ -76,6 +77,7 @@ class GridConfig:
     path: list[str] = field(default_factory=list)
     window: list[str] = field(default_factory=list)
     hooks: list[str] = field(default_factory=list)
+    mode: list[str] = field(default_factory=list)
     model: list[str] = field(default_factory=list)
 
 
@@ -88,27 +90,41 @@ class ProbesConfig:
         hook_steps: The hooks probe observes this many steps and then leaves, since it is the dear one; 0: all.
             On compiled models it always stays: leaving would recompile them.
         global_hooks: Also witness hooks registered for all modules at once.
+        modes: Also watch training flags, dropout, batch norm and precision; not on compiled models.
     """
 
     enabled: bool = True
     hook_steps: int = 20
     global_hooks: bool = False
+    modes: bool = False
 
 
 @dataclass(kw_only=True)
 class ExpectationConfig:
-    """What the verdicts of the cells that match should be; null matches any cell, or expects nothing."""
+    """What the verdicts of the cells that match should be; null matches any cell, or expects nothing.
+
+    `torch` matches the beginning of torch's version, such as "2.13"; the other selectors match a cell's axes.
+    """
+
+    torch: str | None = None
 
     wrapper: str | None = None
     path: str | None = None
     window: str | None = None
     hooks: str | None = None
+    mode: str | None = None
     model: str | None = None
     gradients: str | None = None
     hooks_wrapped: str | None = None
     hooks_inner: str | None = None
     hooks_submodules: str | None = None
     compiled: str | None = None
+    dropout: str | None = None
+    statistics: str | None = None
+    evaluation_inner: str | None = None
+    evaluation_wrapped: str | None = None
+    precision: str | None = None
+    modes: str | None = None
 
 
 @dataclass(kw_only=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ddpcall.evidence import Evidence
 from ddpcall.lab.trial import RankReport
 
 
 def write_events(directory: Path, evidence: Evidence, reports: list[RankReport]) -> None:
-    """Write the losses of every rank and the cross-rank gradient difference, by step.
+    """Write by step: the losses and modes of every rank, and how far the ranks' gradients lay apart.
 
     Args:
         directory: TensorBoard's log directory; the cell gets a folder of its own below it.
@@ -19,13 +20,26 @@ def write_events(directory: Path, evidence: Evidence, reports: list[RankReport])
     from torch.utils.tensorboard.writer import SummaryWriter
 
     cell = evidence.cell
-    name = "-".join([cell.model.rsplit(".", 1)[-1], cell.wrapper, cell.path, cell.window, cell.hooks])
+    name = "-".join([cell.model.rsplit(".", 1)[-1], cell.wrapper, cell.path, cell.window, cell.hooks, cell.mode])
     with SummaryWriter(str(directory / name)) as writer:
         for rank, report in enumerate(reports):
             for step, loss in enumerate(report.losses):
                 writer.add_scalar(f"loss/rank{rank}", loss, step)
+            _write_modes(writer, rank, report)
             if report.test_accuracy is not None:
                 writer.add_scalar(f"test_accuracy/rank{rank}", report.test_accuracy, len(report.losses))
         if evidence.gradients is not None:
             for step, difference in enumerate(evidence.gradients.max_difference):
                 writer.add_scalar("gradients/max_difference", difference, step)
+
+
+def _write_modes(writer: Any, rank: int, report: RankReport) -> None:
+    if report.modes is None:
+        return
+    for name in ("dropout_kept", "statistics_difference", "batches_tracked"):
+        for step, value in enumerate(getattr(report.modes, name)):
+            if value is not None:
+                writer.add_scalar(f"modes/{name}/rank{rank}", value, step)
+    writer.add_scalar(
+        f"modes/training_modules/rank{rank}", report.modes.training_modules[rank], len(report.losses)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from ddpcall.evidence import (
     Failure,
     GradientEvidence,
     HookCount,
+    ModesEvidence,
     ReducerEvidence,
     ReplicaEvidence,
 )
@@ -28,15 +29,38 @@ from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.models import build_model, default_loss
 from ddpcall.lab.schema import OptimizerConfig, TrainConfig
 from ddpcall.lab.world import Accelerator, World, process_group
-from ddpcall.paths import Batch, CallPath, SyncWindow, enter_backward_window, enter_forward_window, invoke
+from ddpcall.paths import (
+    Batch,
+    CallPath,
+    Mode,
+    SyncWindow,
+    enter_backward_window,
+    enter_forward_window,
+    enter_mode,
+    invoke,
+    is_training,
+)
 from ddpcall.probes.collectives import CollectivesObserver, observe_collectives
 from ddpcall.probes.compiled import CompiledObserver, observe_compiled
 from ddpcall.probes.gradients import GradientsObserver, observe_gradients
 from ddpcall.probes.hooks import HooksObserver, observe_hooks
+from ddpcall.probes.modes import ModesObserver, observe_modes
 from ddpcall.probes.reducer import ReducerObserver, observe_reducer
 from ddpcall.probes.replicas import ReplicasObserver, observe_replicas
-from ddpcall.wrappers import COMPILING, Subject, Wrapper, apply_wrapper
+from ddpcall.wrappers import (
+    COMPILING,
+    OWN_REDUCER,
+    SAME_BATCH,
+    Subject,
+    Wrapper,
+    WrapperMissing,
+    apply_wrapper,
+    choose_compile_backend,
+    gather_state,
+    is_sharded,
+)
 
+NUM_EVALUATED = 64  # test samples for the comparison of the ranks' outputs in eval mode
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
 
@@ -64,6 +88,7 @@ class RankReport:
     gradients: GradientEvidence | None = None
     replicas: ReplicaEvidence | None = None
     compiled: CompiledEvidence | None = None
+    modes: ModesEvidence | None = None
     parameters: Tensor | None = None
     test_loss: float | None = None
     test_accuracy: float | None = None
@@ -79,6 +104,7 @@ class _Probes:
     gradients: GradientsObserver | None = None
     replicas: ReplicasObserver | None = None
     compiled: CompiledObserver | None = None
+    modes: ModesObserver | None = None
 
 
 class Trial:
@@ -100,7 +126,9 @@ class Trial:
         self._world = world
         self._accelerator = accelerator
         self._observe = observe
+        self._wrapper = Wrapper(cell.wrapper)
         self._path = CallPath(cell.path)
+        self._mode = Mode(cell.mode)
         self._window = SyncWindow(cell.window)
         self._step = -1
         self._probes = _Probes()
@@ -115,7 +143,7 @@ class Trial:
             reference: The synchronised run's parameters, flat; None: no distance is computed.
 
         Raises:
-            WrongUse: The model cannot be built, or lacks what the call path needs.
+            WrongUse: The model cannot be built, lacks what the call path needs, or the wrapper is not installed.
         """
         # gloo gives up after the deadline has spoken, so that a hang is reported with its stacks.
         timeout_s = self._config.trial_timeout_s + 60
@@ -144,19 +172,25 @@ class Trial:
     def _run_observed(self, probe_group: dist.ProcessGroup | None, reference: Tensor | None) -> None:
         torch.manual_seed(self._config.seed)
         model = self._build_model()
-        optimizer = build_optimizer(model, self._config.optimizer)
         with ExitStack() as compiling:
             subject = self._wrap(compiling, model)
+            # After wrapping: sharding wrappers put other parameters in the place of the user's.
+            optimizer = build_optimizer(subject.inner, self._config.optimizer)
+            if self._mode is Mode.SEEDED_BY_RANK:
+                torch.manual_seed(self._config.seed + self._world.rank)
             with ExitStack() as stack:
                 self._enter_probes(stack, subject, probe_group)
                 try:
-                    self._train(subject, optimizer)
+                    with subject.session():
+                        self._train(subject, optimizer)
                 finally:
                     self._take_local_evidence()
                 self._take_shared_evidence()
-            self._probes.replicas = self._probes.gradients = None
-            self._compare_parameters(subject.inner, probe_group, reference)
-            self._evaluate(subject.inner)
+                state = gather_state(subject)
+                self._compare_parameters(subject.inner, state, probe_group, reference)
+                self._evaluate(state)
+                self._take_modes_evidence()
+            self._probes.replicas = self._probes.gradients = self._probes.modes = None
         if self._probes.compiled is not None:
             self.report.compiled = self._probes.compiled.evidence()
 
@@ -173,32 +207,44 @@ class Trial:
             )
         if self._path is CallPath.SUBMODULES:
             check_runs_children_in_order(model, self._split.test.inputs[:2])
+        # Before wrapping: what is recorded or scripted keeps the mode it was given.
+        model.train(is_training(self._mode, self._world.rank))
         return model.to(self._accelerator.device)
 
     def _wrap(self, stack: ExitStack, model: nn.Module) -> Subject:
-        wrapper = Wrapper(self.cell.wrapper)
-        backend: Any = self._config.wrapper.compile_backend
+        backend: Any = choose_compile_backend(self._wrapper, self._config.wrapper.compile_backend)
         if self._observe:
-            observer = stack.enter_context(observe_compiled(wrapper in COMPILING, backend))
+            observer = stack.enter_context(observe_compiled(self._wrapper in COMPILING, backend))
             self._probes.compiled = observer
             backend = observer.backend
-        return apply_wrapper(
-            wrapper,
-            model,
-            device=self._accelerator.device,
-            compile_backend=backend,
-            **self._config.wrapper.ddp,
-        )
+        device = self._accelerator.device
+        example = self._split.train[: self._config.data.batch_size][0].to(device)
+        try:
+            return apply_wrapper(
+                self._wrapper,
+                model,
+                device=device,
+                compile_backend=backend,
+                example=example,
+                **self._config.wrapper.ddp,
+            )
+        except WrapperMissing as error:
+            raise WrongUse(f"wrapper={self._wrapper}: {error}") from None
 
     def _enter_probes(self, stack: ExitStack, subject: Subject, group: dist.ProcessGroup | None) -> None:
         if not self._observe:
             return
-        self._probes.collectives = stack.enter_context(observe_collectives())
-        self._probes.reducer = stack.enter_context(observe_reducer(subject))
-        self._probes.gradients = stack.enter_context(observe_gradients(subject.inner, group))
-        self._probes.replicas = stack.enter_context(observe_replicas(subject.inner, group))
+        probes = self._probes
+        sharded = [name for name, p in subject.inner.named_parameters() if is_sharded(subject, p)]
+        probes.collectives = stack.enter_context(observe_collectives())
+        if self._wrapper not in OWN_REDUCER:
+            probes.reducer = stack.enter_context(observe_reducer(subject))
+        probes.gradients = stack.enter_context(observe_gradients(subject.inner, group, sharded))
+        probes.replicas = stack.enter_context(observe_replicas(subject.inner, group, sharded))
+        if self._config.probes.modes and self._wrapper not in COMPILING:
+            probes.modes = stack.enter_context(observe_modes(subject, group))
         self._enter_hooks_probe(stack, subject)
-        self._probes.collectives.begin_steps()
+        probes.collectives.begin_steps()
 
     def _enter_hooks_probe(self, stack: ExitStack, subject: Subject) -> None:
         self._probes.hooks = stack.enter_context(
@@ -217,12 +263,11 @@ class Trial:
             self._split,
             batch_size=self._config.data.batch_size,
             steps=self._config.steps,
-            rank=self._world.rank,
+            rank=0 if self._wrapper in SAME_BATCH else self._world.rank,
             world_size=self._world.world_size,
             seed=self._config.seed,
             device=self._accelerator.device,
         )
-        subject.wrapped.train()
         for self._step, batch in enumerate(batches):
             began = time.perf_counter()
             if self._step == 1 and self._probes.hooks is not None and self.cell.hooks == "late":
@@ -236,31 +281,42 @@ class Trial:
     def _hook_steps(self) -> int:
         """Return after how many steps the hooks probe leaves; 0: never."""
         steps = self._config.probes.hook_steps
-        if steps == 0 or Wrapper(self.cell.wrapper) in COMPILING:
+        if steps == 0 or self._wrapper in COMPILING:
             return 0
         return steps + 1 if self.cell.hooks == "late" else steps
 
     def _train_step(self, subject: Subject, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
         optimizer.zero_grad()
-        with enter_forward_window(self._window, subject.wrapped, batch):
-            loss = invoke(self._path, subject.wrapped, subject.inner, batch, default_loss)
-        with enter_backward_window(self._window, subject.wrapped):
-            loss.backward()
+        with enter_forward_window(self._window, subject.wrapped, batch), self._enter_mode():
+            loss = invoke(self._path, subject.wrapped, subject.inner, batch, self._loss)
+        if loss.requires_grad:
+            with enter_backward_window(self._window, subject.wrapped):
+                loss.backward()
         if self._observe:
             self._observe_backward(batch)
         optimizer.step()
         if self._probes.replicas is not None:
             self._probes.replicas.end_step()
+        if self._probes.modes is not None:
+            self._probes.modes.end_step()
         return loss.item()
+
+    def _enter_mode(self) -> AbstractContextManager[Any]:
+        return enter_mode(self._mode, self._accelerator.device)
+
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self._probes.modes is not None:
+            self._probes.modes.note_result(outputs)
+        return default_loss(outputs, targets)
 
     def _observe_backward(self, batch: Batch) -> None:
         probes = self._probes
         assert probes.collectives is not None
-        assert probes.reducer is not None
         assert probes.gradients is not None
         assert probes.compiled is not None
         probes.collectives.end_step()
-        probes.reducer.end_step()
+        if probes.reducer is not None:
+            probes.reducer.end_step()
         probes.compiled.end_step()
         probes.gradients.end_step(batch)
 
@@ -272,24 +328,31 @@ class Trial:
     def _take_shared_evidence(self) -> None:
         """Compare with the other ranks; only reached when the training ran to its end."""
         probes = self._probes
-        if probes.gradients is None or probes.replicas is None or probes.reducer is None:
+        if probes.gradients is None or probes.replicas is None:
             return
         self.report.gradients = probes.gradients.evidence()
         self.report.replicas = probes.replicas.evidence()
-        probes.reducer.read_logger()
-        self.report.reducer = probes.reducer.evidence()
+        if probes.reducer is not None:
+            probes.reducer.read_logger()
+            self.report.reducer = probes.reducer.evidence()
         assert probes.collectives is not None
         probes.collectives.read_recorder()
         self.report.collectives = probes.collectives.evidence(self.report.reducer)
 
-    def _evaluate(self, inner: nn.Module) -> None:
+    def _take_modes_evidence(self) -> None:
+        """Compare modes at the very end: the comparison of outputs runs the live model."""
+        if self._probes.modes is not None:
+            inputs = self._split.test.inputs[:NUM_EVALUATED].to(self._accelerator.device)
+            self.report.modes = self._probes.modes.evidence(self._probes.modes.evaluate(inputs))
+
+    def _evaluate(self, state: dict[str, Tensor]) -> None:
         """Test a fresh copy: calling the trained one would run its wrapper's hooks, which may change it.
 
         (`replicate` broadcasts rank 0's parameters in its first call, whenever that is.)
         """
         test, device = self._split.test, self._accelerator.device
         fresh = self._build()
-        fresh.load_state_dict(inner.state_dict())
+        fresh.load_state_dict(state)
         fresh.to(device).eval()
         with torch.no_grad():
             outputs = fresh(test.inputs.to(device)).cpu()
@@ -298,9 +361,13 @@ class Trial:
             self.report.test_accuracy = (outputs.argmax(dim=1) == test.targets).float().mean().item()
 
     def _compare_parameters(
-        self, inner: nn.Module, group: dist.ProcessGroup | None, reference: Tensor | None
+        self,
+        inner: nn.Module,
+        state: dict[str, Tensor],
+        group: dist.ProcessGroup | None,
+        reference: Tensor | None,
     ) -> None:
-        flat = torch.cat([parameter.detach().reshape(-1).float().cpu() for parameter in inner.parameters()])
+        flat = torch.cat([state[name].reshape(-1).float() for name, _ in inner.named_parameters()])
         of_rank_0 = flat.clone()
         if group is not None:
             dist.broadcast(of_rank_0, src=0, group=group)

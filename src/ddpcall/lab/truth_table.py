@@ -18,8 +18,15 @@ COLUMNS = {
     "hooks_inner": "hooks on inner",
     "hooks_submodules": "hooks below",
     "compiled": "code",
+    "modes": "mode",
+    "dropout": "dropout masks",
+    "statistics": "running statistics",
+    "evaluation_inner": "eval of inner",
+    "evaluation_wrapped": "eval of wrapped",
+    "precision": "precision",
 }
-_PLAIN = {"synced", "fired", "compiled", "none"}
+_PLAIN = {"synced", "fired", "compiled", "none", "train", "same", "float32", "different", "sharded"}
+_UNINTERESTING = {"precision": "float32", "modes": "train"}
 
 
 def verdict_table(summary: dict[str, Any]) -> str:
@@ -29,14 +36,18 @@ def verdict_table(summary: dict[str, Any]) -> str:
         summary: The content of a summary.json.
     """
     trials = summary["trials"]
-    axes = ["wrapper", "path", *(axis for axis in ("window", "hooks", "model") if _varies(trials, axis))]
-    verdicts = [name for name in COLUMNS if any(trial["verdicts"][name] != "none" for trial in trials)]
+    axes = ["wrapper", "path", *(axis for axis in ("window", "hooks", "mode", "model") if _varies(trials, axis))]
+    verdicts = [name for name in COLUMNS if _is_interesting(trials, name)]
     rows = [
         [_axis_value(trial, axis) for axis in axes] + [_word(trial["verdicts"][v]) for v in verdicts]
         for trial in trials
     ]
     header = [*axes, *(COLUMNS[name] for name in verdicts)]
     return "\n".join(_line(cells) for cells in [header, ["---"] * len(header), *rows])
+
+
+def _is_interesting(trials: list[dict[str, Any]], name: str) -> bool:
+    return bool({trial["verdicts"][name] for trial in trials} - {"none", _UNINTERESTING.get(name, "none")})
 
 
 def _varies(trials: list[dict[str, Any]], axis: str) -> bool:

@@ -31,11 +31,17 @@ class CollectivesObserver:
         """Read the flight recorder, while the process group is alive."""
         self._entries = _recorded_entries()
 
-    def evidence(self, reducer: ReducerEvidence) -> CollectiveEvidence | None:
-        """Compare the recorder with the reducer probe; None where this torch has no recorder for the group."""
+    def evidence(self, reducer: ReducerEvidence | None) -> CollectiveEvidence | None:
+        """Compare the recorder with the reducer probe; None where this torch has no recorder for the group.
+
+        Args:
+            reducer: What that probe saw; None where it is blind to how the wrapper reduces.
+        """
         if self._entries is None or not self._entries:
             return None
         counts = count_all_reduces(self._entries, self._marks_ns)
+        if reducer is None:
+            return CollectiveEvidence(all_reduces=tuple(counts), agrees=None)
         pairs = zip(counts, reducer.arrivals_armed, strict=True)
         agrees = all(count is None or bool(count) == bool(armed) for count, armed in pairs)
         return CollectiveEvidence(all_reduces=tuple(counts), agrees=agrees)

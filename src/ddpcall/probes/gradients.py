@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ddpcall.evidence import GradientEvidence
 from ddpcall.paths import Batch
 from ddpcall.replicas import differs_between_ranks, digest_tensors, gather_over_ranks
+from ddpcall.wrappers import local_part
 
 # Gradients of several steps are compared in one collective, as long as they fit in this much memory.
 BUFFER_BYTES = 32 * 2**20
@@ -20,10 +21,14 @@ BUFFER_BYTES = 32 * 2**20
 class GradientsObserver:
     """Keeps each step's gradients and compares them across ranks once the buffer is full."""
 
-    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None, sharded: Collection[str]) -> None:
         self._model = model
         self._group = group
+        self._sharded = sharded
+        self._with_shards: list[str] = []
+        self._sizes: list[int] = []
         self._names: list[str] = []
+        self._num_parameters = 0
         self._pending: list[Tensor] = []
         self._batches: list[Tensor] = []
         self._max_difference: list[float] = []
@@ -36,17 +41,15 @@ class GradientsObserver:
 
         A parameter without a gradient counts as zeros, and on one rank only, as a difference.
         """
-        names, gradients = [], []
-        self._without_gradient = []
-        for name, parameter in self._model.named_parameters():
-            names.append(name)
-            if parameter.grad is None:
-                self._without_gradient.append(name)
-                gradients.append(torch.zeros(parameter.numel(), device=parameter.device))
-            else:
-                gradients.append(parameter.grad.reshape(-1))
-        self._names = names
-        self._pending.append(torch.cat(gradients).to("cpu", torch.float32))
+        parameters = dict(self._model.named_parameters())
+        self._without_gradient = [name for name, parameter in parameters.items() if parameter.grad is None]
+        self._with_shards = [n for n in parameters if n in self._sharded and n not in self._without_gradient]
+        compared = {name: p for name, p in parameters.items() if name not in self._sharded}
+        gradients = [_flat_gradient(parameter) for parameter in compared.values()]
+        self._num_parameters = len(parameters)
+        self._names = list(compared)
+        self._sizes = [gradient.numel() for gradient in gradients]
+        self._pending.append(torch.cat(gradients or [torch.zeros(0)]).to("cpu", torch.float32))
         self._batches.append(digest_tensors([batch.inputs, batch.targets]))
         # Every rank holds the same sizes, so every rank flushes in the same step.
         if sum(flat.numel() * flat.element_size() for flat in self._pending) >= BUFFER_BYTES:
@@ -58,11 +61,15 @@ class GradientsObserver:
             return
         steps = torch.stack(self._pending)
         self._pending = []
+        if steps.numel() == 0:  # all sharded
+            self._max_magnitude += [0.0] * len(steps)
+            self._max_difference += [0.0] * len(steps)
+            return
         difference = self._max_over_ranks(steps) + self._max_over_ranks(-steps)
         self._max_magnitude += self._max_over_ranks(steps.abs()).amax(dim=1).tolist()
         self._max_difference += difference.amax(dim=1).tolist()
-        sizes = [parameter.numel() for parameter in self._model.parameters()]
-        worst = [part.max().item() if part.numel() else 0.0 for part in difference.amax(dim=0).split(sizes)]
+        parts = difference.amax(dim=0).split(self._sizes)
+        worst = [part.max().item() if part.numel() else 0.0 for part in parts]
         for name, value in zip(self._names, worst, strict=True):
             if value > 0:
                 self._parameters[name] = max(value, self._parameters.get(name, 0.0))
@@ -84,25 +91,36 @@ class GradientsObserver:
             max_difference=tuple(self._max_difference),
             max_magnitude=tuple(self._max_magnitude),
             parameters=dict(self._parameters),
-            with_gradient=len(self._names) - len(self._without_gradient),
+            with_gradient=self._num_parameters - len(self._without_gradient),
             without_gradient=tuple(self._without_gradient),
             batches_differ=batches_differ,
+            sharded=tuple(self._with_shards),
         )
 
 
+def _flat_gradient(parameter: nn.Parameter) -> Tensor:
+    """Return the gradient as one row; a parameter without a gradient counts as zeros."""
+    if parameter.grad is None:
+        part = local_part(parameter)
+        return torch.zeros(part.numel(), device=part.device)
+    return local_part(parameter.grad).reshape(-1)
+
+
 @contextmanager
-def observe_gradients(model: nn.Module, group: dist.ProcessGroup | None) -> Iterator[GradientsObserver]:
+def observe_gradients(
+    model: nn.Module, group: dist.ProcessGroup | None, sharded: Collection[str] = ()
+) -> Iterator[GradientsObserver]:
     """Compare gradients across ranks, as they stand before each optimizer step.
 
     Args:
         model: The inner module; the same parameters in the same order on every rank.
         group: A gloo process group of the probe's own, so that the subject's collectives stay untouched;
             None for a world of one rank.
+        sharded: Names of parameters of which each rank holds another part; those are only counted.
 
     Yields:
         The observer. Nothing is done to the model.
 
-    Blind to: gradients that were changed alike on all ranks; sharded parameters, of which each rank holds
-    another part.
+    Blind to: gradients that were changed alike on all ranks; whether sharded gradients were summed.
     """
-    yield GradientsObserver(model, group)
+    yield GradientsObserver(model, group, frozenset(sharded))

@@ -20,6 +20,11 @@ from ddpcall.taps import (
 )
 
 GLOBAL = "global_"
+# What torch says because of our own full-backward hooks, which turn inputs and outputs into views.
+OUR_OWN_WARNINGS = (
+    "Full backward hook is firing when gradients are computed",
+    r"FSDP2-wrapped module \(.*\) returned a view",
+)
 
 
 @dataclass(frozen=True)
@@ -113,18 +118,20 @@ def observe_hooks(
         did not fire is evidence only where a forward ran; for backward hooks, one whose output required a
         gradient. After its `retire()` the subject is as it was.
 
-    Blind to: hooks registered by others that raise or return early before ours; modules between the wrapped
-    and the inner one (DDP under torch.compile); late hooks on the children of an nn.Sequential compiled in
+    Blind to: scripted modules, which refuse hooks and whose forward is not seen; hooks registered by others
+    that raise or return early before ours; modules between the wrapped and the inner one (DDP under
+    torch.compile); late hooks on the children of an nn.Sequential compiled in
     place, which fire without our forward counters and do not with them.
 
     Changes: a hooked module never takes torch's short cut around hooks, and a full-backward hook adds a node
-    to the autograd graph. torch's warning that a full-backward hook fires on inputs that need no gradient is
-    silenced meanwhile: our own witness causes it.
+    to the autograd graph. torch's warnings that a full-backward hook fires on inputs that need no gradient, and
+    that FSDP2 met a view, are silenced meanwhile: our own witness causes them.
 
     Source: `torch/nn/modules/module.py`, `_call_impl`.
     """
     with ExitStack() as stack, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
+        for message in OUR_OWN_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
         watched = []
         for module, roles, name in _roles(wrapped, inner):
             runs = {"forward": _counter(device), "full_backward": _counter(device)}
@@ -134,12 +141,17 @@ def observe_hooks(
         yield HooksObserver(watched, stack, device, global_hooks)
 
 
+def _takes_hooks(module: nn.Module) -> bool:
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
 def _roles(wrapped: nn.Module, inner: nn.Module) -> list[tuple[nn.Module, tuple[str, ...], str]]:
     roots: list[tuple[nn.Module, tuple[str, ...], str]]
     if wrapped is inner:
         roots = [(inner, ("wrapped", "inner"), "")]
     else:
-        roots = [(wrapped, ("wrapped",), ""), (inner, ("inner",), "")]
+        roots = [(wrapped, ("wrapped",), "")] if _takes_hooks(wrapped) else []
+        roots += [(inner, ("inner",), "")]
     below = [(module, ("submodules",), name) for name, module in inner.named_modules() if module is not inner]
     return roots + below
 
