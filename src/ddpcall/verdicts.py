@@ -90,10 +90,18 @@ def judge_hooks(evidence: Evidence, role: str) -> str:
     ran = any(count.forwards for count in evidence.hooks or ())
     if not counts or not ran:
         return "none"
+    counts = [count for count in counts if not _without_backward(count, counts)]
     if role == "submodules":
         used = [count for count in counts if count.forwards]
         return "fired" if used and all(map(_fired, used)) else "skipped"
     return "fired" if all(map(_fired, counts)) else "skipped"
+
+
+def _without_backward(count: HookCount, counts: list[HookCount]) -> bool:
+    """Say whether a backward hook had nothing to fire for: its module ran, but never with gradients."""
+    if not count.kind.endswith("full_backward") or count.forwards:
+        return False
+    return any(other.module == count.module and other.forwards for other in counts)
 
 
 def _fired(count: HookCount) -> bool:

@@ -550,17 +550,22 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor if to_local is None else to_local()
 
 
-def gather_state(subject: Subject) -> dict[str, Tensor]:
-    """Return the inner module's whole parameters and buffers, on every rank. A collective where it is sharded.
+def gather_state(subject: Subject, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return the whole parameters and the buffers, on every rank. A collective where they are sharded.
+
+    Args:
+        subject: The wrapped model.
+        parameters: By name, as the optimizer holds them: a sharding wrapper that was called but not left in
+            order may have others in the module's place.
 
     Returns:
-        Names as in `inner.state_dict()`; detached copies on the CPU.
+        Names as in `inner`; detached copies on the CPU.
     """
     with ExitStack() as stack:
         if subject.wrapper is Wrapper.FSDP1:
             fsdp1: Any = type(subject.wrapped)
             stack.enter_context(fsdp1.summon_full_params(subject.wrapped, writeback=False))
-        state = subject.inner.state_dict()
+        state = {**parameters, **dict(subject.inner.named_buffers())}
         return {name: _whole(value).detach().cpu().clone() for name, value in state.items()}
 
 

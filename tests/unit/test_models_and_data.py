@@ -101,4 +101,4 @@ def test_unknown_data_and_empty_splits_are_wrong_use(config):
 
 def test_an_unknown_optimizer_is_wrong_use():
     with pytest.raises(WrongUse, match="write one of: sgd, adamw"):
-        build_optimizer(Mlp(), OptimizerConfig(name="adam", lr=0.1))
+        build_optimizer(Mlp().parameters(), OptimizerConfig(name="adam", lr=0.1))

@@ -20,7 +20,7 @@ from ddpcall.verdicts import explain_crash, skipped_kinds
 if TYPE_CHECKING:
     from ddpcall.lab.experiment import TrialResult
 
-PIPED_WIDTH = 160
+PIPED_WIDTH = 220
 MAX_LABEL_WIDTH = 36  # wrapper × path stays on one line
 _COLOURS = {
     "synced": "green",
@@ -46,7 +46,7 @@ _OPTIONAL = {
     "compiled": "compiled",
     "modes": "mode",
     "dropout": "dropout\nmasks",
-    "statistics": "running\nstatistics",
+    "statistics": "running\nstats",
     "evaluation_inner": "eval of\ninner",
     "evaluation_wrapped": "eval of\nwrapped",
     "precision": "precision",
@@ -145,7 +145,9 @@ def _table(config: TrainConfig, environment: Environment, results: list[TrialRes
     label_width = min(MAX_LABEL_WIDTH, max(len(result.evidence.cell.label()) for result in results))
     for column in columns:
         is_label = column == "wrapper × path"
-        table.add_column(column, overflow="fold", min_width=label_width if is_label else None)
+        table.add_column(
+            column, overflow="fold", min_width=label_width if is_label else None, no_wrap=column == "model"
+        )
     for result in results:
         table.add_row(*_row(result, several_models, shown))
     return table

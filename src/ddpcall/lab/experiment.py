@@ -197,7 +197,9 @@ class _Run:
         verdicts = judge(evidence)
         expected: dict[str, str] = {}
         if self._config.probes.enabled:
-            expected = expected_verdicts(cell, self._config.expect, self._environment.torch)
+            expected = expected_verdicts(
+                cell, self._config.expect, self._environment.torch, self._environment.device
+            )
         result = TrialResult(evidence, verdicts, expected, unmet(verdicts, expected))
         if self._world.rank == 0:
             self._write_trial(cell, result, reports)

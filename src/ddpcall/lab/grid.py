@@ -103,7 +103,7 @@ def check_expectations(config: TrainConfig) -> None:
 
 
 def expected_verdicts(
-    cell: Cell, expectations: Sequence[ExpectationConfig], torch_version: str = ""
+    cell: Cell, expectations: Sequence[ExpectationConfig], torch_version: str = "", device: str = "cpu"
 ) -> dict[str, str]:
     """Collect what the matching expectations say of one cell; a later one wins over an earlier one.
 
@@ -111,10 +111,11 @@ def expected_verdicts(
         cell: The cell.
         expectations: In the order of the file.
         torch_version: The version measured; expectations for another one do not match.
+        device: The kind of device measured on; likewise.
     """
     expected: dict[str, str] = {}
     for expectation in expectations:
-        if not torch_version.startswith(expectation.torch or ""):
+        if not torch_version.startswith(expectation.torch or "") or expectation.device not in (None, device):
             continue
         if all(_matches(getattr(expectation, name), getattr(cell, name)) for name in SELECTORS):
             stated = {name: getattr(expectation, name) for name in VERDICT_WORDS}

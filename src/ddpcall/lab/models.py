@@ -101,7 +101,9 @@ class Recomputed(nn.Sequential):
         self.reentrant = reentrant
 
     def forward(self, input: Tensor) -> Tensor:
-        """Run the layers; again in the backward."""
+        """Run the layers; again in the backward, if there will be one."""
+        if not torch.is_grad_enabled():
+            return super().forward(input)
         outputs: Any = checkpoint(super().forward, input, use_reentrant=self.reentrant)
         return outputs
 

@@ -103,10 +103,12 @@ class ProbesConfig:
 class ExpectationConfig:
     """What the verdicts of the cells that match should be; null matches any cell, or expects nothing.
 
-    `torch` matches the beginning of torch's version, such as "2.13"; the other selectors match a cell's axes.
+    `torch` matches the beginning of torch's version, such as "2.13", `device` the kind of device; the other
+    selectors match a cell's axes.
     """
 
     torch: str | None = None
+    device: str | None = None
 
     wrapper: str | None = None
     path: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,7 +176,8 @@ class Trial:
         with ExitStack() as compiling:
             subject = self._wrap(compiling, model)
             # After wrapping: sharding wrappers put other parameters in the place of the user's.
-            optimizer = build_optimizer(subject.inner, self._config.optimizer)
+            parameters = dict(subject.inner.named_parameters())
+            optimizer = build_optimizer(parameters.values(), self._config.optimizer)
             if self._mode is Mode.SEEDED_BY_RANK:
                 torch.manual_seed(self._config.seed + self._world.rank)
             with ExitStack() as stack:
@@ -186,8 +188,9 @@ class Trial:
                 finally:
                     self._take_local_evidence()
                 self._take_shared_evidence()
-                state = gather_state(subject)
-                self._compare_parameters(subject.inner, state, probe_group, reference)
+                state = gather_state(subject, parameters)
+                flat = torch.cat([state[name].reshape(-1).float() for name in parameters])
+                self._compare_parameters(flat, probe_group, reference)
                 self._evaluate(state)
                 self._take_modes_evidence()
             self._probes.replicas = self._probes.gradients = self._probes.modes = None
@@ -352,7 +355,7 @@ class Trial:
         """
         test, device = self._split.test, self._accelerator.device
         fresh = self._build()
-        fresh.load_state_dict(state)
+        fresh.load_state_dict({name: state[name] for name in fresh.state_dict()})
         fresh.to(device).eval()
         with torch.no_grad():
             outputs = fresh(test.inputs.to(device)).cpu()
@@ -360,14 +363,7 @@ class Trial:
         if not test.targets.is_floating_point():
             self.report.test_accuracy = (outputs.argmax(dim=1) == test.targets).float().mean().item()
 
-    def _compare_parameters(
-        self,
-        inner: nn.Module,
-        state: dict[str, Tensor],
-        group: dist.ProcessGroup | None,
-        reference: Tensor | None,
-    ) -> None:
-        flat = torch.cat([state[name].reshape(-1).float() for name, _ in inner.named_parameters()])
+    def _compare_parameters(self, flat: Tensor, group: dist.ProcessGroup | None, reference: Tensor | None) -> None:
         of_rank_0 = flat.clone()
         if group is not None:
             dist.broadcast(of_rank_0, src=0, group=group)
@@ -382,8 +378,8 @@ def median_step_ms(report: RankReport) -> float | None:
     return statistics.median(report.step_ms[1:]) if len(report.step_ms) > 1 else None
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build the optimizer over all parameters.
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Build the optimizer over the parameters.
 
     Raises:
         WrongUse: Unknown name.
@@ -393,7 +389,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.name == "sgd":
         options["momentum"] = config.momentum
-    return OPTIMIZERS[config.name](model.parameters(), **options)
+    return OPTIMIZERS[config.name](parameters, **options)
 
 
 def check_runs_children_in_order(model: nn.Module, inputs: Tensor) -> None:

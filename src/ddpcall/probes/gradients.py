@@ -22,13 +22,12 @@ class GradientsObserver:
     """Keeps each step's gradients and compares them across ranks once the buffer is full."""
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None, sharded: Collection[str]) -> None:
-        self._model = model
+        self._all = dict(model.named_parameters())
         self._group = group
         self._sharded = sharded
         self._with_shards: list[str] = []
         self._sizes: list[int] = []
         self._names: list[str] = []
-        self._num_parameters = 0
         self._pending: list[Tensor] = []
         self._batches: list[Tensor] = []
         self._max_difference: list[float] = []
@@ -41,12 +40,11 @@ class GradientsObserver:
 
         A parameter without a gradient counts as zeros, and on one rank only, as a difference.
         """
-        parameters = dict(self._model.named_parameters())
+        parameters = self._all
         self._without_gradient = [name for name, parameter in parameters.items() if parameter.grad is None]
         self._with_shards = [n for n in parameters if n in self._sharded and n not in self._without_gradient]
         compared = {name: p for name, p in parameters.items() if name not in self._sharded}
         gradients = [_flat_gradient(parameter) for parameter in compared.values()]
-        self._num_parameters = len(parameters)
         self._names = list(compared)
         self._sizes = [gradient.numel() for gradient in gradients]
         self._pending.append(torch.cat(gradients or [torch.zeros(0)]).to("cpu", torch.float32))
@@ -91,7 +89,7 @@ class GradientsObserver:
             max_difference=tuple(self._max_difference),
             max_magnitude=tuple(self._max_magnitude),
             parameters=dict(self._parameters),
-            with_gradient=self._num_parameters - len(self._without_gradient),
+            with_gradient=len(self._all) - len(self._without_gradient),
             without_gradient=tuple(self._without_gradient),
             batches_differ=batches_differ,
             sharded=tuple(self._with_shards),
@@ -113,7 +111,8 @@ def observe_gradients(
     """Compare gradients across ranks, as they stand before each optimizer step.
 
     Args:
-        model: The inner module; the same parameters in the same order on every rank.
+        model: The inner module, wrapped already; the same parameters in the same order on every rank. Those it
+            has now are watched, as an optimizer built now would step them.
         group: A gloo process group of the probe's own, so that the subject's collectives stay untouched;
             None for a world of one rank.
         sharded: Names of parameters of which each rank holds another part; those are only counted.

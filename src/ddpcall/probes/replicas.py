@@ -20,20 +20,20 @@ class ReplicasObserver:
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None, sharded: Collection[str]) -> None:
         self._model = model
         self._group = group
-        self._sharded = sharded
+        self._replicated = {name: p for name, p in model.named_parameters() if name not in sharded}
         self._parameters: list[Tensor] = []
         self._buffers: list[Tensor] = []
-        state = model.state_dict(keep_vars=True)
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.initial_digest = digest_state({name: local_part(tensor) for name, tensor in state.items()})
 
     def end_step(self) -> None:
         """Take the digests; call it after the optimizer stepped."""
-        self._parameters.append(digest_tensors(local_part(tensor) for tensor in self._replicated().values()))
+        self._parameters.append(digest_tensors(local_part(tensor) for tensor in self._replicated.values()))
         self._buffers.append(digest_tensors(self._model.buffers()))
 
     def evidence(self) -> ReplicaEvidence:
         """Return the comparison. A collective: every rank must call it."""
-        parameter_names = list(self._replicated())
+        parameter_names = list(self._replicated)
         buffer_names = [name for name, _ in self._model.named_buffers()]
         first_parameters, parameters = self._compare(self._parameters, parameter_names)
         first_buffers, buffers = self._compare(self._buffers, buffer_names)
@@ -44,9 +44,6 @@ class ReplicasObserver:
             buffers=buffers,
             initial_digest=self.initial_digest,
         )
-
-    def _replicated(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self._model.named_parameters() if name not in self._sharded}
 
     def _compare(self, steps: list[Tensor], names: list[str]) -> tuple[int | None, tuple[str, ...]]:
         if not steps or not names:
@@ -64,7 +61,7 @@ def observe_replicas(
     """Digest parameters and buffers after every step and compare the digests across ranks at the end.
 
     Args:
-        model: The inner module; the same tensors in the same order on every rank.
+        model: The inner module, wrapped already; the same tensors in the same order on every rank.
         group: A gloo process group of the probe's own; None for a world of one rank.
         sharded: Names of parameters of which each rank holds another part; those are left out.
 
