@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
+IN_DOCS := replicate_bypass compile_bypass hooks_bypass sharded_bypass precision_bypass batchnorm_modes \
+  sync_batchnorm dropout_modes mode_mismatch jit_hooks checkpointing
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test check bench tables wheel clean
+.PHONY: help lab test check bench tables semantics wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -35,11 +37,15 @@ bench: $(VENV)/.dev  ## measure the cost of the harness, as ratios
 
 tables: $(VENV)/.lab  ## rewrite the tables of README and docs from fresh runs
 	mkdir -p runs
-	for name in forward_bypass arming replicate_bypass compile_bypass hooks_bypass; do \
+	for name in forward_bypass arming $(IN_DOCS); do \
 	  $(BIN)/python launch/train.py experiment=$$name device=cpu hydra.run.dir=runs/tables/$$name > runs/$$name.txt || exit 1; done
 	$(BIN)/python -m ddpcall.lab.truth_table README.md runs/tables/forward_bypass runs/tables/arming
 	$(BIN)/python -m ddpcall.lab.truth_table docs/experiments.md \
-	  runs/tables/replicate_bypass runs/tables/compile_bypass runs/tables/hooks_bypass
+	  $(IN_DOCS:%=runs/tables/%)
+
+semantics: $(VENV)/.lab  ## write docs/semantics.md from a run of the whole truth table
+	$(BIN)/python launch/train.py experiment=truth_table device=cpu hydra.run.dir=runs/tables/truth_table
+	$(BIN)/python -m ddpcall.lab.truth_table --page docs/semantics.md runs/tables/truth_table
 
 wheel: $(VENV)/.dev  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

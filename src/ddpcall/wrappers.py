@@ -361,6 +361,11 @@ def apply_compile(model: nn.Module, settings: Settings) -> nn.Module:
     return compiled
 
 
+def apply_compile_with_backend(model: nn.Module, settings: Settings) -> nn.Module:
+    """Return what `torch.compile(model)` returns, with the backend that the wrapper's name ends in."""
+    return apply_compile(model, settings)
+
+
 def apply_compile_inplace(model: nn.Module, settings: Settings) -> nn.Module:
     """Compile the model's own `__call__` with `model.compile()`."""
     model.compile(backend=settings.compile_backend)
@@ -388,19 +393,19 @@ def apply_accelerate(model: nn.Module, settings: Settings) -> nn.Module:
 
 
 def apply_accelerate_bf16(model: nn.Module, settings: Settings) -> nn.Module:
-    """The same with `mixed_precision="bf16"`: autocast is patched into the model's forward."""
+    """Hand the model to `Accelerator(mixed_precision="bf16")`: DDP, and autocast patched into inner.forward."""
     return _prepare(model, settings, "bf16")[1]
 
 
 def apply_accelerate_unwrapped(model: nn.Module, settings: Settings) -> nn.Module:
-    """The same in bf16, after `unwrap_model(prepared)`, as scripts call it to save."""
+    """Prepare in bf16 and call `unwrap_model(prepared)` once, as scripts do to save."""
     accelerator, prepared = _prepare(model, settings, "bf16")
     accelerator.unwrap_model(prepared)
     return prepared
 
 
 def apply_accelerate_stripped(model: nn.Module, settings: Settings) -> nn.Module:
-    """The same in bf16, after `unwrap_model(prepared, keep_fp32_wrapper=False)`."""
+    """Prepare in bf16 and call `unwrap_model(prepared, keep_fp32_wrapper=False)` once."""
     accelerator, prepared = _prepare(model, settings, "bf16")
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     return prepared
@@ -490,8 +495,8 @@ _APPLY: dict[Wrapper, Callable[[nn.Module, Settings], nn.Module]] = {
     Wrapper.FSDP2_REGISTERED: apply_fsdp2_registered,
     Wrapper.TP: apply_tp,
     Wrapper.COMPILE: apply_compile,
-    Wrapper.COMPILE_AOT_EAGER: apply_compile,
-    Wrapper.COMPILE_INDUCTOR: apply_compile,
+    Wrapper.COMPILE_AOT_EAGER: apply_compile_with_backend,
+    Wrapper.COMPILE_INDUCTOR: apply_compile_with_backend,
     Wrapper.COMPILE_INPLACE: apply_compile_inplace,
     Wrapper.DDP_OF_COMPILE: apply_ddp_of_compile,
     Wrapper.COMPILE_OF_DDP: apply_compile_of_ddp,
@@ -509,6 +514,13 @@ _APPLY: dict[Wrapper, Callable[[nn.Module, Settings], nn.Module]] = {
 _SESSIONS: dict[Wrapper, Callable[[], AbstractContextManager[Any]]] = {
     wrapper: _accelerate_session for wrapper in Wrapper if wrapper.startswith("accelerate")
 }
+
+
+def describe_wrapper(wrapper: Wrapper) -> str:
+    """Return what a wrapper does, in the words of its `apply_*`."""
+    if wrapper is Wrapper.DDP_JOIN:
+        return "Wrap in DDP and train inside `Join([ddp])`, for ranks with different numbers of batches."
+    return inspect.cleandoc(_APPLY[wrapper].__doc__ or "").split("\n\n")[0]
 
 
 def find_reducers(subject: Subject) -> list[DistributedDataParallel]:

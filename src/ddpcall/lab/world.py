@@ -237,6 +237,8 @@ def process_group(
     finally:
         gc.collect()
         dist.destroy_process_group()
+        # What is left now are modules and caches. Looking through them again would be most of the next collection.
+        gc.freeze()
 
 
 def launch_local_ranks(function: Callable[..., int], num_ranks: int, *args: Any) -> int:
