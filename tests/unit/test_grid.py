@@ -76,3 +76,21 @@ def test_an_expectation_that_can_never_hold_is_refused():
     config.expect = [ExpectationConfig(gradients="synchronised")]
     with pytest.raises(WrongUse, match="gradients: 'synchronised' is unknown; write one of: synced, local"):
         check_expectations(config)
+
+
+def test_expectations_for_another_torch_or_device_do_not_match():
+    cell = Cell(wrapper="ddp", path="call")
+    expectations = [
+        ExpectationConfig(gradients="synced"),
+        ExpectationConfig(torch="2.11", gradients="local"),
+        ExpectationConfig(device="cuda", gradients="crashed"),
+    ]
+    assert expected_verdicts(cell, expectations, "2.13.0+cpu", "cpu") == {"gradients": "synced"}
+    assert expected_verdicts(cell, expectations, "2.11.0", "cpu") == {"gradients": "local"}
+    assert expected_verdicts(cell, expectations, "2.11.0", "cuda") == {"gradients": "crashed"}
+
+
+def test_modes_are_an_axis():
+    config = TrainConfig(wrapper=WrapperConfig(name="ddp"), path=PathConfig(name="call"))
+    config.grid = GridConfig(mode=["train", "eval_on_rank_0"])
+    assert [cell.label() for cell in expand_grid(config).cells] == ["ddp × call", "ddp × call × eval_on_rank_0"]

@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from ddpcall.evidence import CompiledEvidence
-from ddpcall.verdicts import judge, judge_compiled, judge_gradients, judge_hooks, skipped_kinds
+from ddpcall.evidence import CompiledEvidence, ModesEvidence
+from ddpcall.verdicts import explain_crash, judge, judge_compiled, judge_gradients, judge_hooks, skipped_kinds
 from tests.unit.records import ENVIRONMENT, FAILURE, make_evidence, make_gradients, make_hook
 
 
@@ -71,3 +71,67 @@ def test_skipped_kinds_are_named():
 def test_compiled_means_in_every_step(requested, calls, verdict):
     compiled = CompiledEvidence(requested=requested, frames=1, calls_compiled=calls[0], calls_eager=calls[1])
     assert judge_compiled(make_evidence(compiled=compiled)) == verdict
+
+
+def make_modes(**changes):
+    base = ModesEvidence(
+        training_modules=(6, 6),
+        num_modules=6,
+        flags_differ=(),
+        dropout_kept=(0.5, 0.5),
+        masks_identical=(True, True),
+        statistics_difference=(0.0, 0.0),
+        batches_tracked=(1, 2),
+        compute_dtypes=("float32",),
+        result_dtype="float32",
+    )
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "word"),
+    [
+        ({}, "modes", "train"),
+        ({"training_modules": (0, 0)}, "modes", "eval"),
+        ({"training_modules": (5, 5)}, "modes", "mixed"),
+        ({"flags_differ": ("dropout",)}, "modes", "differs"),
+        ({}, "dropout", "identical"),
+        ({"masks_identical": (True, False)}, "dropout", "different"),
+        ({"masks_identical": (None, None)}, "dropout", "none"),
+        ({}, "statistics", "same"),
+        ({"statistics_difference": (0.5, 0.1)}, "statistics", "differ"),
+        ({"statistics_difference": (0.5, 0.0)}, "statistics", "same"),
+        ({"statistics_difference": (None, None)}, "statistics", "none"),
+        ({"evaluation_inner": 0.25}, "evaluation_inner", "differ"),
+        ({"evaluation_inner": 0.0}, "evaluation_inner", "same"),
+        ({}, "evaluation_wrapped", "none"),
+        ({}, "precision", "float32"),
+        ({"compute_dtypes": ("bfloat16", "float32")}, "precision", "mixed"),
+        ({"compute_dtypes": ()}, "precision", "none"),
+    ],
+)
+def test_modes(changes, name, word):
+    assert getattr(judge(make_evidence(modes=make_modes(**changes))), name) == word
+
+
+def test_sharded_gradients_are_not_called_synced_or_local():
+    assert judge(make_evidence(gradients=make_gradients(sharded=("weight",)))).gradients == "sharded"
+
+
+MIXED = dataclasses.replace(FAILURE, message="aten.addmm got mixed torch.Tensor and DTensor, need to convert")
+
+
+def test_a_crash_is_explained_only_beside_skipped_hooks():
+    skipped = (make_hook("wrapped", fired=0), make_hook("inner"))
+    fired = (make_hook("wrapped"), make_hook("inner"))
+    assert "passed by" in (explain_crash(make_evidence(failures=(MIXED,), hooks=skipped)) or "")
+    assert explain_crash(make_evidence(failures=(MIXED,), hooks=fired)) is None
+    assert explain_crash(make_evidence(failures=(FAILURE,), hooks=skipped)) is None
+    assert explain_crash(make_evidence(hooks=skipped)) is None
+
+
+def test_a_backward_hook_has_nothing_to_fire_for_without_gradients():
+    hooks = (make_hook("wrapped"), make_hook("wrapped", "full_backward", fired=0, forwards=0))
+    assert judge(make_evidence(hooks=hooks)).hooks_wrapped == "fired"
+    hooks = (make_hook("wrapped"), make_hook("wrapped", "full_backward", fired=0, forwards=2))
+    assert judge(make_evidence(hooks=hooks)).hooks_wrapped == "skipped"
