@@ -435,9 +435,9 @@ def _accelerate_session() -> Iterator[None]:
 def apply_fabric(model: nn.Module, settings: Settings) -> nn.Module:
     """Hand the model to Lightning Fabric's `setup_module` with the DDP strategy."""
     try:
-        from lightning.fabric import Fabric  # pyright: ignore[reportMissingImports]
+        from lightning_fabric import Fabric  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise WrapperMissing("Lightning Fabric is not installed; write pip install lightning") from error
+        raise WrapperMissing("Lightning Fabric is not installed; write pip install lightning-fabric") from error
     kind = "cpu" if settings.device.type == "cpu" else "cuda"
     fabric = Fabric(accelerator=kind, strategy="ddp", devices=dist.get_world_size())
     fabric.launch()

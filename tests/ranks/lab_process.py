@@ -10,7 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "train.py"
-TIMEOUT_S = 180
+TIMEOUT_S = 480  # the whole truth table, on a machine that does other things too
 
 
 @dataclass(frozen=True)

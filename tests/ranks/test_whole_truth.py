@@ -1,5 +1,7 @@
 """The whole truth table and the experiments on modes, precision, sharding and recorded graphs, run as users do."""
 
+import importlib.util
+
 import pytest
 
 from ddpcall.lab.truth_table import semantics_sections
@@ -141,3 +143,14 @@ def test_batch_norm_and_dropout_follow_modes_and_buffers(tmp_path):
         "seeded_by_rank": {"different"},
         "eval": {"none"},
     }
+
+
+def test_fabric_is_measured_where_it_is_installed_and_else_says_what_to_install(tmp_path):
+    run = run_lab(tmp_path, "experiment=truth_table", "grid.wrapper=[fabric]", "expect=[]", ranks=2)
+    if importlib.util.find_spec("lightning_fabric") is None:
+        assert run.code != 0
+        assert "Lightning Fabric is not installed; write pip install lightning-fabric" in run.err
+        assert run.summary()["outcome"] == "wrong use"
+        return
+    expected = dict.fromkeys(("call", "forward"), "synced") | dict.fromkeys(OUTSIDE, "local")
+    assert gradients(run, "fabric") == expected
