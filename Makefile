@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test check bench tables wheel clean
+.PHONY: help lab test check bench tables claims wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -40,6 +40,9 @@ tables: $(VENV)/.lab  ## rewrite the tables of README and docs from fresh runs
 	$(BIN)/python -m ddpcall.lab.truth_table README.md runs/tables/forward_bypass runs/tables/arming
 	$(BIN)/python -m ddpcall.lab.truth_table docs/experiments.md \
 	  runs/tables/replicate_bypass runs/tables/compile_bypass runs/tables/hooks_bypass
+
+claims: $(VENV)/.lab  ## run every claim and rewrite docs/claims.md and README from it
+	$(BIN)/python -m ddpcall.lab.claims.document docs/claims.md README.md
 
 wheel: $(VENV)/.dev  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpcall.lab.claims.claim import Claim, Ruling, Verdict
+from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, times
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def judge_delegation(seen: ForwardImpl) -> Ruling:
     holds = seen.forwards_run_by_a_call == 1 and typical
     return Ruling(
         Verdict.TRUE if holds else Verdict.FALSE,
-        f"one call ran forward {seen.forwards_run_by_a_call} time(s), and of the {seen.num_classes} module classes "
+        f"one call ran forward {times(seen.forwards_run_by_a_call)}, and of the {seen.num_classes} module classes "
         f"that torch loads {len(seen.with_forward_impl)} have a _forward_impl "
         f"({', '.join(seen.with_forward_impl[:3]) or 'none'})",
     )
@@ -186,8 +186,8 @@ def judge_override(seen: OverriddenCall) -> Ruling:
     verdict = Verdict.TRUE if all(lost) else Verdict.DEPENDS if any(lost) else Verdict.FALSE
     return Ruling(
         verdict,
-        f"a forward hook fired {seen.inherited} time with the inherited __call__, {seen.own} times with one that runs "
-        f"self.forward(x), and {seen.delegating} time with one that ends in super().__call__(x)",
+        f"of one call each, a forward hook fired {times(seen.inherited)} with the inherited __call__, {times(seen.own)} "
+        f"with one that runs self.forward(x), and {times(seen.delegating)} with one that ends in super().__call__(x)",
     )
 
 
@@ -219,14 +219,16 @@ def compare_gradients(grad_enabled: bool = True) -> GradientErrors:
                 "model(x)": lambda: net(x),
                 "model.forward(x)": lambda: net.forward(x),
                 "type(model).forward(model, x)": lambda: type(net).forward(net, x),
-                "functional_call(model, …)": lambda: torch.func.functional_call(net, dict(net.named_parameters()), x),
+                "functional_call(model, …)": lambda: torch.func.functional_call(
+                    net, dict(net.named_parameters()), x
+                ),
             }[path]()
         needs_grad[path] = output.requires_grad
         if output.requires_grad:
             output.square().sum().backward()
         by_hand = (2 * x * net.weight * x).sum(0)
         got = torch.zeros(3) if net.weight.grad is None else net.weight.grad
-        errors[path] = float((got - by_hand).abs().max())
+        errors[path] = (got - by_hand).abs().max().item()
     return GradientErrors(errors, needs_grad)
 
 
@@ -283,7 +285,7 @@ def compare_modes(dropout_class: type[nn.Module] = nn.Dropout) -> Modes:
                 dropped = dropout.forward(x)
             assert norm.num_batches_tracked is not None
             updates[path, mode] = int(norm.num_batches_tracked)
-            zeroed[path, mode] = float((dropped == 0).float().mean())
+            zeroed[path, mode] = (dropped == 0).float().mean().item()
     return Modes(updates, zeroed)
 
 
@@ -295,10 +297,10 @@ def judge_modes(seen: Modes) -> Ruling:
     verdict = Verdict.TRUE if all(lost) else Verdict.DEPENDS if any(lost) else Verdict.FALSE
     return Ruling(
         verdict,
-        f"by forward alone, BatchNorm updated its statistics {seen.updates['forward', 'train']} time in train and "
-        f"{seen.updates['forward', 'eval']} times in eval mode, and Dropout(0.5) zeroed "
-        f"{seen.zeroed['forward', 'train']:.0%} in train and {seen.zeroed['forward', 'eval']:.0%} in eval mode: "
-        "forward itself reads self.training",
+        f"by forward alone BatchNorm updated its statistics {times(seen.updates['forward', 'train'])} in train and "
+        f"{times(seen.updates['forward', 'eval'])} in eval mode, and Dropout(0.5) zeroed "
+        f"{seen.zeroed['forward', 'train']:.1%} in train and {seen.zeroed['forward', 'eval']:.1%} in eval mode (by call: "
+        f"{seen.zeroed['call', 'train']:.1%} and {seen.zeroed['call', 'eval']:.1%})",
     )
 
 
@@ -341,7 +343,7 @@ def change_data_in_hooks() -> HookReach:
     output = linear(x).sum()
     in_forward = len(fired)
     output.backward()
-    return HookReach(float(output / plain), len(seen), in_forward, len(fired))
+    return HookReach((output / plain).item(), len(seen), in_forward, len(fired))
 
 
 def judge_hooks_change_data(seen: HookReach) -> Ruling:
@@ -352,8 +354,8 @@ def judge_hooks_change_data(seen: HookReach) -> Ruling:
     return Ruling(
         verdict,
         f"two module hooks saw {seen.inputs_seen} tensors and made the output ×{seen.scale_by_module_hooks:.3g}, but "
-        f"of two tensor hooks {seen.tensor_hooks_in_forward} fired during the forward and "
-        f"{seen.tensor_hooks_in_backward} by the end of the backward: they see gradients",
+        f"of two tensor hooks {seen.tensor_hooks_in_forward} fired during the forward, {seen.tensor_hooks_in_backward} by "
+        "the end of the backward",
     )
 
 
@@ -379,7 +381,7 @@ def run_forward_inside_hook(path: str = "forward", give_up_after: int = 50) -> S
         if len(entered) > give_up_after:
             raise RecursionError("the hook calls itself")
         again = module.forward(*inputs) if path == "forward" else module(*inputs)
-        differences.append(float((again - output).abs().max()))
+        differences.append((again - output).abs().max().item())
 
     linear.register_forward_hook(hook)
     try:
@@ -395,7 +397,7 @@ def judge_no_recursion(seen: SelfCall) -> Ruling:
     outcome = "nothing" if seen.difference is None else f"a result {seen.difference:.3g} away from the output"
     return Ruling(
         Verdict.TRUE if holds else Verdict.FALSE,
-        f"one call entered the hook {seen.hook_runs} time(s), and running the module inside it gave {outcome}",
+        f"one call entered the hook {times(seen.hook_runs)}, and running the module inside it gave {outcome}",
     )
 
 

@@ -37,6 +37,11 @@ class Ruling:
     sentence: str
 
 
+def times(number: int) -> str:
+    """Say how often: "never", "once", "3 times"."""
+    return {0: "never", 1: "once", 2: "twice"}.get(number, f"{number} times")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Claim:
     """One claim, with the experiment that decides it.

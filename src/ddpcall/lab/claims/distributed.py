@@ -42,7 +42,7 @@ def largest_over_ranks(value: float) -> float:
     """Agree on the largest value any rank has."""
     shared = torch.tensor(value)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return float(shared)
+    return shared.item()
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def compare_gradients_across_ranks(wrappers: tuple[str, ...] = ("DDP(m)", "repli
             gathered = [torch.empty_like(inner.weight) for _ in range(dist.get_world_size())]
             assert inner.weight.grad is not None
             dist.all_gather(gathered, inner.weight.grad)
-            differ_by[wrapper, path] = float(max((other - gathered[0]).abs().max() for other in gathered))
+            differ_by[wrapper, path] = max((other - gathered[0]).abs().max().item() for other in gathered)
     return GradientSpread(differ_by)
 
 
@@ -183,7 +183,7 @@ def take_step(wrapper: str, path: str, with_hook: bool) -> Step:
         return Step(len(fired), len(compiled), None, type(error).__name__)
     gradient: Any = next(parameter.grad for parameter in wrapped.parameters())
     whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-    return Step(len(fired), len(compiled), largest_over_ranks(float((whole - average).abs().max())), "")
+    return Step(len(fired), len(compiled), largest_over_ranks((whole - average).abs().max().item()), "")
 
 
 WRAPPERS = (

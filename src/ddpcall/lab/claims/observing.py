@@ -48,7 +48,7 @@ def run_data_dependent_forward(module_class: type[nn.Module] = SignBranch) -> Co
         torch.compiler.reset()  # or fullgraph would be given the code compiled without it
         try:
             prepared = prepare(module_class())
-            errors[name] = max(float((prepared(x) - right(x)).abs().max()) for x in (positive, negative))
+            errors[name] = max((prepared(x) - right(x)).abs().max().item() for x in (positive, negative))
         except Exception as error:
             raised[name] = type(error).__name__
     return ControlFlow(errors, raised)

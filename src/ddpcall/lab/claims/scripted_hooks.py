@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpcall.lab.claims.claim import Claim, Ruling, Verdict
+from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, times
 
 TRACE = ("jit.trace",)
 SCRIPT = ("jit.script",)
@@ -45,10 +45,10 @@ def register_on_compiled() -> LateHooks:
 def judge_can_register(seen: LateHooks) -> Ruling:
     """True if a scripted module takes the hook and fires it."""
     holds = not seen.scripted_error and seen.scripted_fired > 0
-    traced = seen.traced_error or f"takes one, which fired {seen.traced_fired} time(s)"
+    traced = seen.traced_error or f"takes one, which fired {times(seen.traced_fired)} in one call"
     return Ruling(
         Verdict.TRUE if holds else Verdict.FALSE,
-        f"the scripted module answers “{seen.scripted_error or f'fired {seen.scripted_fired} time(s)'}”; a traced one "
+        f"the scripted module answers “{seen.scripted_error or f'fired {times(seen.scripted_fired)}'}”; a traced one "
         f"{traced}",
     )
 
@@ -70,7 +70,7 @@ def reach_forward_in_hook(attribute: str = "forward") -> ForwardInHook:
         entered.append("hook")
         try:
             again = getattr(module, attribute)(*inputs)
-            differences.append(float((again - output).abs().max()))
+            differences.append((again - output).abs().max().item())
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}")
 
@@ -82,10 +82,10 @@ def reach_forward_in_hook(attribute: str = "forward") -> ForwardInHook:
 
 def judge_attribute_error(seen: ForwardInHook) -> Ruling:
     """True if the hook ran and met an AttributeError."""
-    outcome = seen.error or f"gave a result {seen.difference} away from the output"
+    outcome = seen.error or f"gave a result {seen.difference:.3g} away from the output"
     return Ruling(
         Verdict.TRUE if seen.hook_runs and seen.error.startswith("AttributeError") else Verdict.FALSE,
-        f"the hook on a traced module ran {seen.hook_runs} time(s), and module.forward in it {outcome}",
+        f"the hook on a traced module ran {times(seen.hook_runs)}, and module.forward in it {outcome}",
     )
 
 
@@ -122,7 +122,7 @@ def trace_with_hook(registered: str = "before") -> TracedHook:
         linear.register_forward_hook(triple)
     while_tracing = len(ran)
     trace(x)
-    scale = float((trace(x) / plain).mean())
+    scale = (trace(x) / plain).mean().item()
     multiplications = str(trace.inlined_graph).count("aten::mul(")
     return TracedHook(while_tracing, len(ran) - while_tracing, multiplications, scale)
 
@@ -132,7 +132,7 @@ def judge_baked_in(seen: TracedHook) -> Ruling:
     baked = seen.multiplications > 0 and abs(seen.scale - 3) < 1e-4
     return Ruling(
         Verdict.TRUE if seen.runs_while_tracing > 0 and baked else Verdict.FALSE,
-        f"the hook's Python ran {seen.runs_while_tracing} times while tracing and {seen.runs_afterwards} times in two "
+        f"the hook's Python ran {times(seen.runs_while_tracing)} while tracing and {times(seen.runs_afterwards)} in two "
         f"calls afterwards; the graph holds {seen.multiplications} aten::mul and the output is ×{seen.scale:.3g}",
     )
 
@@ -188,8 +188,8 @@ def script_with_hooks(
             by_call[name] = by_forward[name] = None
             continue
         errors[name] = ""
-        by_call[name] = float((scripted(x) / plain).mean())
-        by_forward[name] = float((scripted.forward(x) / plain).mean())
+        by_call[name] = (scripted(x) / plain).mean().item()
+        by_forward[name] = (scripted.forward(x) / plain).mean().item()
     return ScriptedHooks(errors, by_call, by_forward)
 
 
@@ -197,12 +197,15 @@ def judge_must_be_compatible(seen: ScriptedHooks) -> Ruling:
     """True if some hook survives, as a call shows, and another is refused."""
     survived = [name for name, scale in seen.scale_by_call.items() if scale is not None and abs(scale - 3) < 1e-4]
     refused = [name for name, error in seen.errors.items() if error]
-    scales = [f"×{seen.scale_by_forward[name]:.3g}" for name in survived]
+    scales = [
+        f"{name} makes scripted(x) ×{seen.scale_by_call[name]:.3g} and scripted.forward(x) "
+        f"×{seen.scale_by_forward[name]:.3g}"
+        for name in survived
+    ]
     return Ruling(
         Verdict.TRUE if survived and refused else Verdict.FALSE,
         f"{len(refused)} of {len(seen.errors)} hooks that eager runs are refused ({', '.join(refused) or 'none'}); "
-        f"{', '.join(survived) or 'none'} survives: scripted(x) gives ×3, scripted.forward(x) skips it "
-        f"({', '.join(scales)})",
+        f"{'; '.join(scales) or 'none survives'}",
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpcall.lab.claims.claim import Claim, Ruling, Verdict
+from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, times
 
 TRACE = ("jit.trace",)
 SCRIPT = ("jit.script",)
@@ -48,9 +48,8 @@ class OneForward(nn.Module):
         self.linear2 = nn.Linear(2, 2)
 
     def forward(self, x: Tensor, use_linear2: bool = False) -> Tensor:
-        if use_linear2:
-            return self.linear2(x) * 2
-        return self.linear1(x) * 2
+        x = self.linear2(x) if use_linear2 else self.linear1(x)
+        return x * 2
 
 
 def list_operators(graph: Any) -> list[str]:
@@ -85,7 +84,7 @@ def trace_around_forward_impl(traced: str = "forward") -> TracedDoubling:
     else:
         trace = torch.jit.trace(lambda x: model._forward_impl(x, False), x)
     operators = list_operators(trace.inlined_graph)
-    return TracedDoubling(operators.count("aten::mul"), float((trace(x) / impl).mean()))
+    return TracedDoubling(operators.count("aten::mul"), (trace(x) / impl).mean().item())
 
 
 def judge_trace_ignores_doubling(seen: TracedDoubling) -> Ruling:
@@ -162,8 +161,8 @@ def script_conditional(how: str = "script") -> ScriptedBranches:
     first, second = (False, True) if how == "script" else (~yes, yes)
     return ScriptedBranches(
         list_operators(compiled.inlined_graph).count("prim::If"),
-        float((compiled(x, first) - model(x, False)).abs().max()),
-        float((compiled(x, second) - model(x, True)).abs().max()),
+        (compiled(x, first) - model(x, False)).abs().max().item(),
+        (compiled(x, second) - model(x, True)).abs().max().item(),
     )
 
 
@@ -222,14 +221,19 @@ def serialise_both(whole_class: type[nn.Module] = OneForward) -> Serialised:
 
 def judge_changes_serialised(seen: Serialised) -> Ruling:
     """True if every form of saving differs, false if none does."""
-    pairs = {"traced graph": seen.traced, "scripted code": seen.methods, "state dict": seen.state}
+    pairs = {
+        "operators of the traced graph": seen.traced,
+        "operators of the scripted graph": seen.scripted,
+        "names of the tensors": seen.state,
+        "methods in the scripted code": seen.methods,
+    }
     differ = [name for name, (split, whole) in pairs.items() if split != whole]
     same = [name for name in pairs if name not in differ]
     verdict = Verdict.FALSE if not differ else Verdict.TRUE if not same else Verdict.DEPENDS
     return Ruling(
         verdict,
-        f"the same: {', '.join(same) or 'nothing'}; different: {', '.join(differ) or 'nothing'} (a scripted archive of "
-        f"the split model holds {', '.join(seen.methods[0])}, of the other {', '.join(seen.methods[1])})",
+        f"the same: {', '.join(same) or 'nothing'}; different: {', '.join(differ) or 'nothing'} (split: "
+        f"{', '.join(seen.methods[0])}; whole: {', '.join(seen.methods[1])})",
     )
 
 
@@ -321,7 +325,7 @@ class TracedChild:
     operators: tuple[tuple[str, ...], tuple[str, ...]]
 
 
-def trace_child(spelling: Callable[[nn.Module, Tensor], Tensor] = nn.Linear.forward) -> TracedChild:
+def trace_child(spelling: Callable[..., Tensor] = nn.Linear.forward) -> TracedChild:
     """Trace two parents: one calls its child, the other reaches it by `spelling`."""
 
     class Calls(nn.Module):
@@ -354,8 +358,8 @@ def judge_tracing_relies_on_call(seen: TracedChild) -> Ruling:
     return Ruling(
         verdict,
         f"child(x) and child.forward(x) are traced to {', '.join(seen.operators[0])} and "
-        f"{', '.join(seen.operators[1])}; as a submodule's call: {seen.calls[0]} and {seen.calls[1]} time(s), with its "
-        f"scope: {seen.scopes[0]} and {seen.scopes[1]}",
+        f"{', '.join(seen.operators[1])}; the trace shows a submodule's call {times(seen.calls[0])} and "
+        f"{times(seen.calls[1])}, its scope {times(seen.scopes[0])} and {times(seen.scopes[1])}",
     )
 
 
