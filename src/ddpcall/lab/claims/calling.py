@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, times
@@ -58,7 +59,8 @@ def judge_linear(seen: ForwardImpl) -> Ruling:
     has = "has" if seen.linear_has_it else "has no"
     return Ruling(
         Verdict.TRUE if seen.linear_has_it else Verdict.FALSE,
-        f"nn.Linear {has} _forward_impl ({len(seen.with_forward_impl)} of {seen.num_classes} module classes of torch "
+        f"nn.Linear {has} _forward_impl ({len(seen.with_forward_impl)} of {seen.num_classes} module classes of "
+        "torch "
         "have the name)",
     )
 
@@ -142,7 +144,8 @@ def judge_hooks_do_not_fire(seen: HookCounts) -> Ruling:
     return Ruling(
         verdict,
         f"model.forward(x) fired {seen.fired['forward', 'own']} of three hooks on the model itself (model(x): "
-        f"{seen.fired['call', 'own']}) and {seen.fired['forward', 'child']} of three on its child, which its forward "
+        f"{seen.fired['call', 'own']}) and {seen.fired['forward', 'child']} of three on its child, which its "
+        "forward "
         f"calls (model(x): {seen.fired['call', 'child']})",
     )
 
@@ -186,8 +189,10 @@ def judge_override(seen: OverriddenCall) -> Ruling:
     verdict = Verdict.TRUE if all(lost) else Verdict.DEPENDS if any(lost) else Verdict.FALSE
     return Ruling(
         verdict,
-        f"of one call each, a forward hook fired {times(seen.inherited)} with the inherited __call__, {times(seen.own)} "
-        f"with one that runs self.forward(x), and {times(seen.delegating)} with one that ends in super().__call__(x)",
+        f"of one call each, a forward hook fired {times(seen.inherited)} with the inherited __call__, "
+        f"{times(seen.own)} "
+        f"with one that runs self.forward(x), and {times(seen.delegating)} with one that ends in "
+        "super().__call__(x)",
     )
 
 
@@ -212,17 +217,16 @@ def compare_gradients(grad_enabled: bool = True) -> GradientErrors:
 
     x = torch.tensor([[0.5, 1.0, 2.0], [4.0, -1.0, 0.25]])
     errors, needs_grad = {}, {}
-    for path in ("model(x)", "model.forward(x)", "type(model).forward(model, x)", "functional_call(model, …)"):
+    paths: dict[str, Callable[[Net], Tensor]] = {
+        "model(x)": lambda net: net(x),
+        "model.forward(x)": lambda net: net.forward(x),
+        "type(model).forward(model, x)": lambda net: type(net).forward(net, x),
+        "functional_call(model, …)": lambda net: torch.func.functional_call(net, dict(net.named_parameters()), x),
+    }
+    for path, run in paths.items():
         net = Net()
         with torch.set_grad_enabled(grad_enabled):
-            output = {
-                "model(x)": lambda: net(x),
-                "model.forward(x)": lambda: net.forward(x),
-                "type(model).forward(model, x)": lambda: type(net).forward(net, x),
-                "functional_call(model, …)": lambda: torch.func.functional_call(
-                    net, dict(net.named_parameters()), x
-                ),
-            }[path]()
+            output = run(net)
         needs_grad[path] = output.requires_grad
         if output.requires_grad:
             output.square().sum().backward()
@@ -238,7 +242,8 @@ def judge_no_gradient_code(seen: GradientErrors) -> Ruling:
     verdict = Verdict.TRUE if len(right) == len(seen.by_path) else Verdict.DEPENDS if right else Verdict.FALSE
     return Ruling(
         verdict,
-        f"a forward of one multiplication got the gradient derived by hand on {len(right)} of {len(seen.by_path)} call "
+        f"a forward of one multiplication got the gradient derived by hand on {len(right)} of "
+        f"{len(seen.by_path)} call "
         f"paths; the largest error is {max(seen.by_path.values()):.3g}",
     )
 
@@ -248,7 +253,8 @@ def judge_call_sets_up_autograd(seen: GradientErrors) -> Ruling:
     call, direct = (seen.by_path[path] < 1e-6 for path in ("model(x)", "model.forward(x)"))
     return Ruling(
         Verdict.TRUE if call and not direct else Verdict.FALSE,
-        f"requires_grad of the output: {seen.needs_grad['model(x)']} by call, {seen.needs_grad['model.forward(x)']} by "
+        f"requires_grad of the output: {seen.needs_grad['model(x)']} by call, "
+        f"{seen.needs_grad['model.forward(x)']} by "
         f"forward; error against the gradient derived by hand: {seen.by_path['model(x)']:.3g} by call, "
         f"{seen.by_path['model.forward(x)']:.3g} by forward",
     )
@@ -297,9 +303,11 @@ def judge_modes(seen: Modes) -> Ruling:
     verdict = Verdict.TRUE if all(lost) else Verdict.DEPENDS if any(lost) else Verdict.FALSE
     return Ruling(
         verdict,
-        f"by forward alone BatchNorm updated its statistics {times(seen.updates['forward', 'train'])} in train and "
+        f"by forward alone BatchNorm updated its statistics {times(seen.updates['forward', 'train'])} in train "
+        "and "
         f"{times(seen.updates['forward', 'eval'])} in eval mode, and Dropout(0.5) zeroed "
-        f"{seen.zeroed['forward', 'train']:.1%} in train and {seen.zeroed['forward', 'eval']:.1%} in eval mode (by call: "
+        f"{seen.zeroed['forward', 'train']:.1%} in train and {seen.zeroed['forward', 'eval']:.1%} in eval mode "
+        "(by call: "
         f"{seen.zeroed['call', 'train']:.1%} and {seen.zeroed['call', 'eval']:.1%})",
     )
 
@@ -353,8 +361,10 @@ def judge_hooks_change_data(seen: HookReach) -> Ruling:
     verdict = Verdict.TRUE if modules and tensors else Verdict.DEPENDS if modules or tensors else Verdict.FALSE
     return Ruling(
         verdict,
-        f"two module hooks saw {seen.inputs_seen} tensors and made the output ×{seen.scale_by_module_hooks:.3g}, but "
-        f"of two tensor hooks {seen.tensor_hooks_in_forward} fired during the forward, {seen.tensor_hooks_in_backward} by "
+        f"two module hooks saw {seen.inputs_seen} tensors and made the output "
+        f"×{seen.scale_by_module_hooks:.3g}, but "
+        f"of two tensor hooks {seen.tensor_hooks_in_forward} fired during the forward, "
+        f"{seen.tensor_hooks_in_backward} by "
         "the end of the backward",
     )
 
@@ -384,10 +394,8 @@ def run_forward_inside_hook(path: str = "forward", give_up_after: int = 50) -> S
         differences.append((again - output).abs().max().item())
 
     linear.register_forward_hook(hook)
-    try:
+    with contextlib.suppress(RecursionError):
         linear(torch.ones(1, 2))
-    except RecursionError:
-        pass
     return SelfCall(len(entered), differences[0] if differences else None)
 
 

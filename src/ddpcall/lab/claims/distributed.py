@@ -115,7 +115,8 @@ def judge_call_reduces(seen: AllReduces) -> Ruling:
     return Ruling(
         Verdict.TRUE if total["forward"] < total["call"] else Verdict.FALSE,
         f"all-reduces in one step: {total['call']} by wrapped(x), {total['forward']} by wrapped.forward(x), "
-        f"{total['inner call']} by inner(x), which runs __call__ too; {seen.issued['call', 'backward']} of those by "
+        f"{total['inner call']} by inner(x), which runs __call__ too; {seen.issued['call', 'backward']} of "
+        "those by "
         f"wrapped(x) in the backward{'; DDP.__call__ is nn.Module.__call__' if seen.call_is_modules else ''}",
     )
 

@@ -2,7 +2,7 @@
 
 python -m ddpcall.lab.claims.document docs/claims.md README.md
 
-A table stands between `<!-- claims all -->`, or `<!-- claims CF-1 CF-3 -->` for some of them, and `<!-- end claims -->`.
+A table stands between `<!-- claims all -->`, or `<!-- claims CF-1 CF-3 -->` for some, and `<!-- end claims -->`.
 """
 
 from __future__ import annotations

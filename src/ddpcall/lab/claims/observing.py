@@ -24,14 +24,14 @@ class SignBranch(nn.Module):
 
 @dataclass(frozen=True)
 class ControlFlow:
-    """What became of both branches, by way to run: the largest error against the right answer, or what it raised."""
+    """What became of both branches, by way to run: the largest error, or what it raised."""
 
     errors: dict[str, float]
     raised: dict[str, str]
 
 
 def run_data_dependent_forward(module_class: type[nn.Module] = SignBranch) -> ControlFlow:
-    """Prepare a forward with a positive input, then run it on both signs; all compilers but tracing see the source."""
+    """Prepare a forward in every way, those that need an example with a positive one; run it on both signs."""
     positive, negative = torch.ones(1, 2), -torch.ones(1, 2)
     trace: Any = torch.jit.trace if hasattr(torch.jit, "trace") else None
     ways: dict[str, Callable[[nn.Module], Any]] = {
@@ -165,7 +165,8 @@ def judge_profiler_relies_on_call(seen: Profiled) -> Ruling:
     verdict = Verdict.TRUE if operators_lost else Verdict.DEPENDS if scopes_lost else Verdict.FALSE
     return Ruling(
         verdict,
-        f"by call and by forward the profiler recorded {seen.operators['call']} and {seen.operators['forward']} matrix "
+        f"by call and by forward the profiler recorded {seen.operators['call']} and "
+        f"{seen.operators['forward']} matrix "
         f"product(s) and named the modules {', '.join(seen.scopes['call'])} and "
         f"{', '.join(seen.scopes['forward']) or 'none'}; FlopCounterMode counted {seen.flops['call']} and "
         f"{seen.flops['forward']} operations",

@@ -48,14 +48,15 @@ def judge_can_register(seen: LateHooks) -> Ruling:
     traced = seen.traced_error or f"takes one, which fired {times(seen.traced_fired)} in one call"
     return Ruling(
         Verdict.TRUE if holds else Verdict.FALSE,
-        f"the scripted module answers “{seen.scripted_error or f'fired {times(seen.scripted_fired)}'}”; a traced one "
+        f"the scripted module answers “{seen.scripted_error or f'fired {times(seen.scripted_fired)}'}”; a "
+        "traced one "
         f"{traced}",
     )
 
 
 @dataclass(frozen=True)
 class ForwardInHook:
-    """What a hook on a compiled module met when it ran `module.forward`: the error, or "" and how far off it was."""
+    """What a hook on a traced module met in `module.forward`: the error, or "" and how far off its result was."""
 
     hook_runs: int
     error: str
@@ -132,7 +133,8 @@ def judge_baked_in(seen: TracedHook) -> Ruling:
     baked = seen.multiplications > 0 and abs(seen.scale - 3) < 1e-4
     return Ruling(
         Verdict.TRUE if seen.runs_while_tracing > 0 and baked else Verdict.FALSE,
-        f"the hook's Python ran {times(seen.runs_while_tracing)} while tracing and {times(seen.runs_afterwards)} in two "
+        f"the hook's Python ran {times(seen.runs_while_tracing)} while tracing and "
+        f"{times(seen.runs_afterwards)} in two "
         f"calls afterwards; the graph holds {seen.multiplications} aten::mul and the output is ×{seen.scale:.3g}",
     )
 
@@ -142,7 +144,7 @@ def typed_hook(self: Any, input: tuple[Tensor], output: Tensor) -> Tensor:
     return output * 3
 
 
-def untyped_hook(self: Any, input, output):  # noqa: ANN001
+def untyped_hook(self: Any, input, output):
     """Triple the output; without types TorchScript takes the inputs for a single tensor."""
     return output * 3
 
@@ -204,7 +206,8 @@ def judge_must_be_compatible(seen: ScriptedHooks) -> Ruling:
     ]
     return Ruling(
         Verdict.TRUE if survived and refused else Verdict.FALSE,
-        f"{len(refused)} of {len(seen.errors)} hooks that eager runs are refused ({', '.join(refused) or 'none'}); "
+        f"{len(refused)} of {len(seen.errors)} hooks that eager runs are refused "
+        f"({', '.join(refused) or 'none'}); "
         f"{'; '.join(scales) or 'none survives'}",
     )
 

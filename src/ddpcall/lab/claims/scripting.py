@@ -1,7 +1,7 @@
 """Claims about TorchScript: `torch.jit.script` and `torch.jit.trace`, deprecated but still met.
 
-torch names both deprecated when they run (`DeprecationWarning`), and `TracerWarning` where a trace freezes a branch;
-the run records these. A torch without them skips these claims.
+torch warns when they run (`DeprecationWarning`, and `TracerWarning` where a trace freezes a branch), and the run
+records it. A torch without them skips these claims.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def judge_trace_ignores_doubling(seen: TracedDoubling) -> Ruling:
     lost = seen.multiplications == 0 and abs(seen.traced_against_impl - 1) < 1e-6
     return Ruling(
         Verdict.TRUE if lost else Verdict.FALSE,
-        f"the trace holds {seen.multiplications} aten::mul, and its output is {seen.traced_against_impl:.3g} times that "
+        f"the trace holds {seen.multiplications} aten::mul, and its output is {seen.traced_against_impl:.3g} "
+        "times that "
         "of _forward_impl",
     )
 
@@ -104,7 +105,7 @@ class TraceArguments:
     Attributes:
         keyword_error: What `trace(model, x, use_linear2=False)` raised, or "".
         accepted_error: What the supported spelling, `example_kwarg_inputs`, raised, or "".
-        frozen_branch: Whether the accepted trace gives the first branch, asked for the second; None if there is none.
+        frozen_branch: Whether the accepted trace, asked for the second branch, gives the first; None without one.
     """
 
     keyword_error: str
@@ -171,7 +172,8 @@ def judge_keeps_if(seen: ScriptedBranches) -> Ruling:
     holds = seen.ifs > 0 and seen.error_first < 1e-6 and seen.error_second < 1e-6
     return Ruling(
         Verdict.TRUE if holds else Verdict.FALSE,
-        f"the graph holds {seen.ifs} prim::If; against eager the first branch is off by {seen.error_first:.3g}, the "
+        f"the graph holds {seen.ifs} prim::If; against eager the first branch is off by "
+        f"{seen.error_first:.3g}, the "
         f"second by {seen.error_second:.3g}",
     )
 
