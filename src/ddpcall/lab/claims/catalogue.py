@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from ddpcall.lab.claims import calling, distributed, observing, scripted_hooks, scripting
+from ddpcall.lab.claims import calling, distributed, hooks, observing, scripted_hooks, scripting
 from ddpcall.lab.claims.claim import SOURCES, Claim
 from ddpcall.lab.errors import WrongUse
 
-_MODULES = (calling, scripting, scripted_hooks, observing, distributed)
+_MODULES = (calling, hooks, scripting, scripted_hooks, observing, distributed)
 
 
 def _document_order(claim: Claim) -> tuple[int, int]:

@@ -74,12 +74,14 @@ class Split:
     Attributes:
         devices: Where the halves live.
         output: Where the output came out, or "".
+        shape: The output's shape.
         gradients: Where the gradients of the two halves are; empty if one device holds no values.
         raised: What the forward raised, or "".
     """
 
     devices: tuple[str, str]
     output: str
+    shape: tuple[int, ...]
     gradients: tuple[str, ...]
     raised: str
 
@@ -103,11 +105,12 @@ def split_across_devices(moves: bool = True) -> Split:
     try:
         output = model(torch.ones(1, 2, device=first))
     except RuntimeError as error:
-        return Split((first, second), "", (), str(error).splitlines()[0])
+        return Split((first, second), "", (), (), str(error).splitlines()[0])
     if second != "meta":  # a meta tensor has no values to send back
         output.sum().backward()
     gradients = [half.weight.grad for half in (model.first, model.second)]
-    return Split((first, second), str(output.device), tuple(str(g.device) for g in gradients if g is not None), "")
+    devices = tuple(str(gradient.device) for gradient in gradients if gradient is not None)
+    return Split((first, second), str(output.device), tuple(output.shape), devices, "")
 
 
 def judge_can_split(seen: Split) -> Ruling:
@@ -115,10 +118,10 @@ def judge_can_split(seen: Split) -> Ruling:
     backward_right = seen.gradients == seen.devices or "meta" in seen.devices
     holds = not seen.raised and seen.output == seen.devices[1] and backward_right
     gradients = f"gradients on {', '.join(seen.gradients)}" if seen.gradients else "shapes only, so no backward"
-    outcome = f"came out on {seen.output} ({gradients})" if not seen.raised else f"raised “{seen.raised}”"
+    outcome = f"gave {seen.shape} on {seen.output}, {gradients}" if not seen.raised else f"raised “{seen.raised}”"
     return Ruling(
         Verdict.TRUE if holds else Verdict.FALSE,
-        f"halves on {seen.devices[0]} and {seen.devices[1]}: the forward {outcome}",
+        f"with halves on {seen.devices[0]} and {seen.devices[1]} the forward {outcome}",
     )
 
 

@@ -40,7 +40,8 @@ def run_claim(claim: Claim, pool: RankPool, **premise: Any) -> Result:
     failures = [outcome for outcome in outcomes if outcome.failed]
     if failures:
         first = min(failures, key=lambda outcome: outcome.ended_s)
-        sentence = f"the experiment failed, so there is no evidence: rank {first.rank}: {first.error}"
+        error = " ".join(first.error.split())
+        sentence = f"the experiment failed, so there is no evidence: rank {first.rank}: {error}"
         return Result(claim, Ruling(Verdict.SKIPPED, sentence), version, failed=True)
     evidence, warned = outcomes[0].value
     return Result(claim, claim.judge(evidence), version, warned)

@@ -77,7 +77,7 @@ class TracedDoubling:
 
 def trace_around_forward_impl(traced: str = "forward") -> TracedDoubling:
     """Trace a module whose forward doubles what `_forward_impl` gives."""
-    model, x = Branches().eval(), torch.ones(1, 2)
+    model, x = Branches().requires_grad_(False), torch.ones(1, 2)
     impl = model._forward_impl(x, False)
     if traced == "forward":
         trace: Any = torch.jit.trace(model, x)
@@ -229,13 +229,14 @@ def judge_changes_serialised(seen: Serialised) -> Ruling:
         "names of the tensors": seen.state,
         "methods in the scripted code": seen.methods,
     }
-    differ = [name for name, (split, whole) in pairs.items() if split != whole]
-    same = [name for name in pairs if name not in differ]
+    differ = [f"{name} ({len(split)}, {len(whole)})" for name, (split, whole) in pairs.items() if split != whole]
+    same = [f"{name} ({len(split)})" for name, (split, whole) in pairs.items() if split == whole]
     verdict = Verdict.FALSE if not differ else Verdict.TRUE if not same else Verdict.DEPENDS
+    only_split = [name for name in seen.methods[0] if name not in seen.methods[1]]
     return Ruling(
         verdict,
-        f"the same: {', '.join(same) or 'nothing'}; different: {', '.join(differ) or 'nothing'} (split: "
-        f"{', '.join(seen.methods[0])}; whole: {', '.join(seen.methods[1])})",
+        f"the same in both: {', '.join(same) or 'nothing'}; different: {', '.join(differ) or 'nothing'}; only the "
+        f"split model's code holds {', '.join(only_split) or 'nothing'}",
     )
 
 
