@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ddpcall import __version__
 
@@ -29,40 +29,39 @@ def main(arguments: list[str] | None = None) -> None:
         add_help=False,
         help="run a lab experiment; takes Hydra overrides, such as experiment=forward_bypass",
     )
-    add_claims_parser(commands)
-    if arguments[:1] == ["train"]:
-        train(arguments[1:])
-        return
-    parsed = parser.parse_args(arguments)
-    if parsed.command == "claims":
-        sys.exit(claims(parsed))
-
-
-def add_claims_parser(commands: Any) -> None:
-    """Add `ddpcall claims` to the subcommands."""
-    parser = commands.add_parser(
-        "claims",
-        help="put what people say about forward on trial: every claim is a small experiment",
-        description="Run the experiments behind claims about `forward` and print what they show.",
+    commands.add_parser(
+        "claims", add_help=False, help="put on trial what people say about forward: every claim an experiment"
     )
-    parser.add_argument("ids", nargs="*", metavar="ID", help="claims to run, such as CF-3; all if none is given")
-    parser.add_argument(
-        "--show", action="store_true", help="print the code of the claims instead: a script that runs"
-    )
-    parser.add_argument("--list", action="store_true", help="list the claims instead")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts to a file too")
+    parsed, rest = parser.parse_known_args(arguments[:1])
+    command = {"train": train, "claims": claims}[parsed.command]
+    command([*rest, *arguments[1:]])
 
 
-def claims(options: argparse.Namespace) -> int:
-    """Run, show or list claims; returns the exit code."""
+def claims(arguments: list[str]) -> None:
+    """Run, show or list claims; exits with 1 if an experiment could not be carried through."""
+    options = _claims_parser().parse_args(arguments)
     try:
         from ddpcall.lab.claims.command import main as claims_main
     except ModuleNotFoundError as error:
-        exit_without_lab("claims", error)
-    return claims_main(options.ids, show=options.show, list_only=options.list, json_path=options.json)
+        _exit_without_lab("claims", error)
+    sys.exit(claims_main(options.ids, show=options.show, list_only=options.list, json_path=options.json))
 
 
-def exit_without_lab(command: str, error: ModuleNotFoundError) -> NoReturn:
+def _claims_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ddpcall claims", description="Run the experiments behind claims about `forward`: what do they show?"
+    )
+    parser.add_argument("ids", nargs="*", metavar="ID", help="claims to run, such as CF-3; all if none is given")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--show", action="store_true", help="print the code of the claims instead: scripts that run"
+    )
+    instead.add_argument("--list", action="store_true", help="list the claims instead")
+    instead.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts to a file too")
+    return parser
+
+
+def _exit_without_lab(command: str, error: ModuleNotFoundError) -> NoReturn:
     """Say which package is missing and how to get it; a missing part of ddpcall itself is raised again."""
     if (error.name or "").split(".")[0] == "ddpcall":
         raise error
@@ -75,6 +74,6 @@ def train(overrides: list[str]) -> None:
     try:
         from ddpcall.lab.train import main as train_main
     except ModuleNotFoundError as error:
-        exit_without_lab("train", error)
+        _exit_without_lab("train", error)
     sys.argv = ["ddpcall train", *overrides]
     train_main()

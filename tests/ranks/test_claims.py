@@ -292,6 +292,16 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
     assert set(written["claims"][0]) == {"id", "verdict", "evidence", "torch"}
 
 
+def test_the_command_without_a_package_it_needs_says_what_to_install(tmp_path):
+    hide = (
+        "import sys; sys.modules['rich.syntax'] = None; from ddpcall.cli import main; main(['claims', '--list'])"
+    )
+    done = run_command("-c", hide, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "pip install 'ddpcall[lab]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_an_unknown_id_is_wrong_use_and_names_the_nearest(capsys):
     assert command.main(["CF-33"], show=False, list_only=False, json_path=None) == 2
     message = capsys.readouterr().err

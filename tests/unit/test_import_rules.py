@@ -31,7 +31,7 @@ MAY_IMPORT = {
 ONLY_IN_LAB = {"hydra", "omegaconf", "sklearn"}
 # Claims are experiments that a learner reads and copies, so they spell out what `paths` and `wrappers` are for.
 MAY_SPELL_FORWARD = {"paths.py", "lab/claims"}
-MAY_WRAP = {"wrappers.py", "lab/claims"}
+MAY_WRAP = {"wrappers.py", "lab/claims", "taps.py", "watch"}  # the last two look at what users have wrapped
 WRAPPING = ("torch.nn.parallel", "torch.distributed._composable", "torch.distributed.fsdp")
 
 
