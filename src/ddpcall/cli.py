@@ -53,10 +53,8 @@ def _claims_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("ids", nargs="*", metavar="ID", help="claims to run, such as CF-3; all if none is given")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--show", action="store_true", help="print the code of the claims instead: scripts that run"
-    )
-    instead.add_argument("--list", action="store_true", help="list the claims instead")
+    instead.add_argument("--show", action="store_true", help="print their code instead: scripts that run")
+    instead.add_argument("--list", action="store_true", help="list them instead")
     instead.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts to a file too")
     return parser
 

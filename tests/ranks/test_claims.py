@@ -293,9 +293,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
 
 
 def test_the_command_without_a_package_it_needs_says_what_to_install(tmp_path):
-    hide = (
-        "import sys; sys.modules['rich.syntax'] = None; from ddpcall.cli import main; main(['claims', '--list'])"
-    )
+    hide = "import sys; sys.modules['rich.syntax'] = None; from ddpcall.cli import main; main(['claims'])"
     done = run_command("-c", hide, cwd=tmp_path)
     assert done.returncode == 2
     assert "pip install 'ddpcall[lab]'" in done.stderr
@@ -315,6 +313,8 @@ def test_a_json_path_without_a_directory_is_wrong_use_before_anything_runs(capsy
     path = tmp_path / "nowhere" / "verdicts.json"
     assert command.main([], show=False, list_only=False, json_path=path) == 2
     assert "there is no directory" in capsys.readouterr().err
+    assert command.main([], show=False, list_only=False, json_path=tmp_path) == 2
+    assert "is a directory" in capsys.readouterr().err
 
 
 def test_the_list_names_every_claim_and_its_source(capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,8 +33,8 @@ def main(ids: Sequence[str], *, show: bool, list_only: bool, json_path: Path | N
     """
     try:
         claims = find_claims(ids)
-        if json_path is not None and not json_path.absolute().parent.is_dir():
-            raise WrongUse(f"--json {json_path}: there is no directory {json_path.absolute().parent}")
+        if json_path is not None:
+            _check_writable(json_path)
     except WrongUse as error:
         warn(str(error))
         return EXIT_WRONG_USE
@@ -51,6 +50,14 @@ def main(ids: Sequence[str], *, show: bool, list_only: bool, json_path: Path | N
             write_json(json_path, results)
         return EXIT_FAILED if any(result.failed for result in results) else EXIT_OK
     return EXIT_OK
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a path before half a minute of work is lost on it."""
+    if path.is_dir():
+        raise WrongUse(f"--json {path} is a directory; write the name of a file, such as {path / 'claims.json'}")
+    if not path.absolute().parent.is_dir():
+        raise WrongUse(f"--json {path}: there is no directory {path.absolute().parent}")
 
 
 def run_all(claims: Sequence[Claim]) -> list[Result]:
@@ -75,4 +82,4 @@ def _print_code(console: Console, claims: Sequence[Claim]) -> None:
     if console.is_terminal:
         console.print(Syntax(code, "python", word_wrap=True, background_color="default"))
     else:
-        sys.stdout.write(code)  # as it is, so that it can be piped into a file and run
+        console.out(code, highlight=False, end="")  # as it is, so that it can be piped into a file and run
