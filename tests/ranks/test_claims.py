@@ -207,6 +207,13 @@ def test_a_torch_without_script_skips_its_claims_and_says_so(pool, monkeypatch):
     assert run_claim(claim("FI-3"), pool).ruling.verdict is FALSE  # tracing is still there
 
 
+def test_a_failed_control_gives_no_verdict(pool):
+    """Without a wrapper no call synchronises, so what forward loses cannot be said."""
+    result = run_claim(claim("CF-4"), pool, wrappers=("m alone",))
+    sentence = "the control failed: some wrapper synchronises by call"
+    assert (result.ruling, result.failed) == (Ruling(SKIPPED, sentence), True)
+
+
 def failing_claim() -> Claim:
     return dataclasses.replace(claim("FM-1"), experiment=claim_premises.raise_error)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, times
+from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, require, times
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,9 @@ def judge_no_gradient_code(seen: GradientErrors) -> Ruling:
 def judge_call_sets_up_autograd(seen: GradientErrors) -> Ruling:
     """True if a call has gradients and a direct forward has none."""
     call, direct = (seen.by_path[path] < 1e-6 for path in ("model(x)", "model.forward(x)"))
+    require(call, "model(x) has the right gradient")
     return Ruling(
-        Verdict.TRUE if call and not direct else Verdict.FALSE,
+        Verdict.FALSE if direct else Verdict.TRUE,
         f"requires_grad of the output: {seen.needs_grad['model(x)']} by call, "
         f"{seen.needs_grad['model.forward(x)']} by "
         f"forward; error against the gradient derived by hand: {seen.by_path['model(x)']:.3g} by call, "
@@ -200,6 +201,10 @@ def compare_modes(dropout_class: type[nn.Module] = nn.Dropout) -> Modes:
 
 def judge_modes(seen: Modes) -> Ruling:
     """False if a direct forward follows the mode of both layers, true if it follows that of neither."""
+    require(
+        seen.updates["call", "train"] > 0 == seen.updates["call", "eval"], "by call BatchNorm follows the mode"
+    )
+    require(seen.zeroed["call", "train"] > 0.25 > seen.zeroed["call", "eval"], "by call Dropout follows the mode")
     norm_follows = seen.updates["forward", "train"] > 0 and seen.updates["forward", "eval"] == 0
     dropout_follows = seen.zeroed["forward", "train"] > 0.25 and seen.zeroed["forward", "eval"] == 0
     lost = [not norm_follows, not dropout_follows]

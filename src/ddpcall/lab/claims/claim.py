@@ -37,6 +37,20 @@ class Ruling:
     sentence: str
 
 
+class ControlFailed(Exception):
+    """What must be seen for the evidence to mean anything was not seen, so there is no verdict."""
+
+
+def require(seen: bool, control: str) -> None:
+    """Insist on a judge's positive control: that a hook "did not fire" says something only if it can.
+
+    Raises:
+        ControlFailed: It was not seen.
+    """
+    if not seen:
+        raise ControlFailed(f"the control failed: {control}")
+
+
 def times(number: int) -> str:
     """Say how often: "never", "once", "3 times"."""
     return {0: "never", 1: "once", 2: "twice"}.get(number, f"{number} times")
@@ -80,7 +94,8 @@ class Result:
         ruling: The judge's ruling on the evidence of this run; or `skipped`, with the reason.
         torch: The version it was run with.
         warnings: What torch warned of meanwhile, as `Category: first sentence`, each once.
-        failed: The experiment raised, died or hung: no verdict could be computed, and the run is no success.
+        failed: The experiment raised, died or hung, or its control failed: there is no verdict, and the run is no
+            success.
     """
 
     claim: Claim

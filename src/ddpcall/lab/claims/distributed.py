@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpcall.lab.claims.claim import Claim, Ruling, Verdict
+from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, require
 
 REPLICATE = ("distributed._composable.replicate",)
 
@@ -75,6 +75,7 @@ def compare_gradients_across_ranks(wrappers: tuple[str, ...] = ("DDP(m)", "repli
 def judge_skipping_call_loses_sync(seen: GradientSpread) -> Ruling:
     """True if every wrapper that syncs by call is local by forward, false if none is, depends otherwise."""
     wrappers = [wrapper for (wrapper, path), spread in seen.differ_by.items() if path == "call" and spread == 0]
+    require(bool(wrappers), "some wrapper synchronises by call")
     lost = [wrapper for wrapper in wrappers if seen.differ_by[wrapper, "forward"] > 0]
     verdict = Verdict.FALSE if not lost else Verdict.TRUE if len(lost) == len(wrappers) else Verdict.DEPENDS
     listed = "; ".join(
@@ -112,6 +113,7 @@ def count_all_reduces(wrapper: str = "DDP(m)") -> AllReduces:
 def judge_call_reduces(seen: AllReduces) -> Ruling:
     """True if a call issues more all-reduces than a direct forward, false if as many."""
     total = {path: seen.issued[path, "forward"] + seen.issued[path, "backward"] for path, _ in seen.issued}
+    require(total["call"] > 0, "a step by call issues an all-reduce")
     return Ruling(
         Verdict.TRUE if total["forward"] < total["call"] else Verdict.FALSE,
         f"all-reduces in one step: {total['call']} by wrapped(x), {total['forward']} by wrapped.forward(x), "
@@ -227,6 +229,7 @@ def list_losses(by_call: Step, by_forward: Step) -> list[str]:
 def judge_never(seen: Price) -> Ruling:
     """True if a direct forward costs something under every wrapper, false if under none, depends otherwise."""
     prices = {wrapper: list_losses(seen.by_call[wrapper], seen.by_forward[wrapper]) for wrapper in seen.by_call}
+    require(not any(step.raised for step in seen.by_call.values()), "a step by call raises nothing")
     costly = [wrapper for wrapper, losses in prices.items() if losses]
     verdict = Verdict.FALSE if not costly else Verdict.TRUE if len(costly) == len(prices) else Verdict.DEPENDS
     listed = "; ".join(f"{wrapper}: {', '.join(losses) or 'nothing'}" for wrapper, losses in prices.items())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, times
+from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, require, times
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ def count_hooks(module_class: type[nn.Module] = nn.Sequential) -> HookCounts:
 def judge_can_skip_hooks(seen: HookCounts) -> Ruling:
     """True if hooks that fire in a call do not all fire in a direct forward."""
     by_call, by_forward = seen.fired["call", "own"], seen.fired["forward", "own"]
+    require(by_call == 3, "a call fires all three hooks")
     return Ruling(
         Verdict.TRUE if by_forward < by_call else Verdict.FALSE,
         f"of the model's own three hooks (forward-pre, forward, full-backward) model(x) fired {by_call} and "
@@ -50,6 +51,9 @@ def judge_can_skip_hooks(seen: HookCounts) -> Ruling:
 
 def judge_hooks_do_not_fire(seen: HookCounts) -> Ruling:
     """True if a direct forward fires fewer hooks, false if it fires all, depends if it matters whose they are."""
+    require(
+        seen.fired["call", "own"] == seen.fired["call", "child"] == 3, "a call fires all hooks, own and child's"
+    )
     lost = [seen.fired["forward", whose] < seen.fired["call", whose] for whose in ("own", "child")]
     verdict = Verdict.TRUE if all(lost) else Verdict.DEPENDS if any(lost) else Verdict.FALSE
     return Ruling(
@@ -96,6 +100,7 @@ def override_call() -> OverriddenCall:
 
 def judge_override(seen: OverriddenCall) -> Ruling:
     """Depends if only one of the two overrides loses the hook."""
+    require(seen.inherited == 1, "the hook fires with the inherited __call__")
     lost = [fired < seen.inherited for fired in (seen.own, seen.delegating)]
     verdict = Verdict.TRUE if all(lost) else Verdict.DEPENDS if any(lost) else Verdict.FALSE
     return Ruling(
@@ -151,6 +156,7 @@ def change_data_in_hooks() -> HookReach:
 
 def judge_hooks_change_data(seen: HookReach) -> Ruling:
     """True if hooks of both kinds act during the forward, depends if only one kind does."""
+    require(seen.tensor_hooks_in_backward == 2, "both tensor hooks fire by the end of the backward")
     modules = seen.inputs_seen > 0 and abs(seen.scale_by_module_hooks - 1) > 1e-3
     tensors = seen.tensor_hooks_in_forward > 0
     verdict = Verdict.TRUE if modules and tensors else Verdict.DEPENDS if modules or tensors else Verdict.FALSE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpcall.lab.claims.claim import Claim, Ruling, Verdict
+from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, require
 
 
 class SignBranch(nn.Module):
@@ -163,6 +163,7 @@ def profile_both_paths(paths: tuple[str, ...] = ("call", "forward")) -> Profiled
 
 def judge_profiler_relies_on_call(seen: Profiled) -> Ruling:
     """True if operators are lost, depends if only module scopes are, false if nothing is."""
+    require(seen.operators["call"] > 0 and bool(seen.scopes["call"]), "by call operators and modules are recorded")
     operators_lost = seen.operators["forward"] < seen.operators["call"]
     scopes_lost = len(seen.scopes["forward"]) < len(seen.scopes["call"])
     verdict = Verdict.TRUE if operators_lost else Verdict.DEPENDS if scopes_lost else Verdict.FALSE

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddpcall.lab.claims.claim import Claim, Result, Ruling, Verdict
+from ddpcall.lab.claims.claim import Claim, ControlFailed, Result, Ruling, Verdict
 from ddpcall.ranks import RankPool
 
 TIMEOUT_S = 60.0
@@ -44,7 +44,10 @@ def run_claim(claim: Claim, pool: RankPool, **premise: Any) -> Result:
         sentence = f"the experiment failed, so there is no evidence: rank {first.rank}: {error}"
         return Result(claim, Ruling(Verdict.SKIPPED, sentence), version, failed=True)
     evidence, warned = outcomes[0].value
-    return Result(claim, claim.judge(evidence), version, warned)
+    try:
+        return Result(claim, claim.judge(evidence), version, warned)
+    except ControlFailed as error:
+        return Result(claim, Ruling(Verdict.SKIPPED, str(error)), version, warned, failed=True)
 
 
 def find_missing(needs: Iterable[str]) -> list[str]:

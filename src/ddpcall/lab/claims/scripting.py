@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, times
+from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, require, times
 
 TRACE = ("jit.trace",)
 SCRIPT = ("jit.script",)
@@ -355,6 +355,7 @@ def trace_child(spelling: Callable[..., Tensor] = nn.Linear.forward) -> TracedCh
 
 def judge_tracing_relies_on_call(seen: TracedChild) -> Ruling:
     """Depends if structure is lost and operators are not; true if operators are lost; false if nothing is."""
+    require(seen.calls[0] > 0 and seen.scopes[0] > 0, "by call the child shows in the trace")
     operators_lost = seen.operators[0] != seen.operators[1]
     structure_lost = seen.calls[1] < seen.calls[0] or seen.scopes[1] < seen.scopes[0]
     verdict = Verdict.TRUE if operators_lost else Verdict.DEPENDS if structure_lost else Verdict.FALSE
