@@ -7,7 +7,7 @@ IN_DOCS := replicate_bypass compile_bypass hooks_bypass sharded_bypass precision
   sync_batchnorm dropout_modes mode_mismatch jit_hooks checkpointing
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test check bench tables semantics wheel clean
+.PHONY: help lab test check bench tables semantics claims wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -46,6 +46,9 @@ tables: $(VENV)/.lab  ## rewrite the tables of README and docs from fresh runs
 semantics: $(VENV)/.lab  ## write docs/semantics.md from a run of the whole truth table
 	$(BIN)/python launch/train.py experiment=truth_table device=cpu hydra.run.dir=runs/tables/truth_table
 	$(BIN)/python -m ddpcall.lab.truth_table --page docs/semantics.md runs/tables/truth_table
+
+claims: $(VENV)/.lab  ## run every claim and rewrite docs/claims.md and README from it
+	$(BIN)/python -m ddpcall.lab.claims.document docs/claims.md README.md
 
 wheel: $(VENV)/.dev  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

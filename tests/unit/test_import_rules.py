@@ -29,6 +29,10 @@ MAY_IMPORT = {
     "__init__": set(),
 }
 ONLY_IN_LAB = {"hydra", "omegaconf", "sklearn"}
+# Claims are experiments that a learner reads and copies, so they spell out what `paths` and `wrappers` are for.
+MAY_SPELL_FORWARD = {"paths.py", "lab/claims"}
+MAY_WRAP = {"wrappers.py", "lab/claims", "taps.py", "watch"}  # the last two look at what users have wrapped
+WRAPPING = ("torch.nn.parallel", "torch.distributed._composable", "torch.distributed.fsdp")
 
 
 def find_imports(path: Path) -> set[str]:
@@ -56,6 +60,35 @@ def test_a_room_imports_only_rooms_below_it(path):
     assert rooms <= MAY_IMPORT[room_of(path)] | ({room_of(path)} if path.parent != SOURCE else set())
     if room_of(path) != "lab":
         assert not {name.split(".")[0] for name in imported} & ONLY_IN_LAB
+
+
+def is_under(path: Path, places: set[str]) -> bool:
+    return any(path.is_relative_to(SOURCE / place) for place in places)
+
+
+def spells_forward(path: Path) -> bool:
+    """Say whether a file calls an object's forward; through `super()` or `type(self)` a class extends its own."""
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    found = [func for func in calls if isinstance(func, ast.Attribute) and func.attr == "forward"]
+    return any(ast.unparse(func.value) not in ("super()", "type(self)") for func in found)
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_only_paths_and_claims_spell_forward_and_only_wrappers_and_claims_wrap(path):
+    assert is_under(path, MAY_SPELL_FORWARD) or not spells_forward(path)
+    assert is_under(path, MAY_WRAP) or not any(name.startswith(WRAPPING) for name in find_imports(path))
+
+
+def test_the_rules_on_forward_and_wrapping_see_what_they_forbid():
+    assert spells_forward(SOURCE / "paths.py")
+    assert not spells_forward(SOURCE / "lab" / "models.py")  # super().forward
+    assert any(name.startswith(WRAPPING) for name in find_imports(SOURCE / "wrappers.py"))
+
+
+def test_the_claims_room_needs_nothing_but_the_core():
+    code = "import sys, ddpcall.lab.claims.command; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert not set(done.stdout.split()) & (ONLY_IN_LAB | {"accelerate", "tensorboard"})
 
 
 @pytest.mark.parametrize("package", ["torch", "hydra", "numpy", "rich", "accelerate"])

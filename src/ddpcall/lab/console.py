@@ -14,11 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddpcall.evidence import Consequence, Environment, Evidence
-from ddpcall.lab.schema import TrainConfig
 from ddpcall.verdicts import explain_crash, skipped_kinds
 
 if TYPE_CHECKING:
     from ddpcall.lab.experiment import TrialResult
+    from ddpcall.lab.schema import TrainConfig
 
 PIPED_WIDTH = 220
 MAX_LABEL_WIDTH = 36  # wrapper × path stays on one line
@@ -56,7 +56,7 @@ _UNINTERESTING = {"precision": "float32", "modes": "train"}
 
 def say(message: str) -> None:
     """Print one line for people, to stdout."""
-    _console().print(escape(message), highlight=False)
+    open_console().print(escape(message), highlight=False)
 
 
 def warn(message: str) -> None:
@@ -71,7 +71,8 @@ class _Terminal(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _console() -> Console:
+def open_console() -> Console:
+    """Return a console on stdout: as wide as the terminal, or of one fixed width when piped."""
     console = _Terminal()
     return console if console.is_terminal else _Terminal(width=PIPED_WIDTH)
 
@@ -117,7 +118,7 @@ def print_result(
     """Print the table of cells, what did not hold, and where the evidence lies; keep a copy as table.txt."""
     with (directory / "table.txt").open("w") as file:
         _show(Console(file=file, width=PIPED_WIDTH), config, environment, results)
-    console = _console()
+    console = open_console()
     _show(console, config, environment, results)
     console.print(f"evidence: {escape(str(directory))}", highlight=False, soft_wrap=True)
 
