@@ -70,8 +70,8 @@ class StateDigester:
     """One digest over named tensors, taken again and again at memory speed.
 
     Names, dtypes, shapes and memory order are digested once; the views of the memory are kept, and made anew when
-    a tensor's address or size changes. Nothing of a strided tensor's values is copied beyond `CHUNK_BYTES`, but for
-    slices along the first dim that are larger than that.
+    a tensor's address or size changes. Tensors whose memory has gaps are read through a copy of `CHUNK_BYTES`, or
+    of one slice along the first dim where that is larger; nothing else is copied.
 
     Args:
         tensors: Names and tensors in the same order on every rank; the tensors are kept, not copied.
@@ -106,7 +106,7 @@ class StateDigester:
         """Make the header and the views anew."""
         self._header = xxhash.xxh3_64()
         self._readable: list[Tensor] = []
-        self._views: list[np.ndarray] = []
+        self._views: list[Any] = []
         self._scattered: list[Tensor] = []
         by_device: dict[torch.device, list[Tensor]] = {}
         for name, tensor in self._named.items():
@@ -138,8 +138,8 @@ def is_sharded(tensor: Tensor) -> bool:
 def is_unreadable(tensor: Tensor) -> bool:
     """Say whether a tensor has no values here to compare with other ranks'.
 
-    True for uninitialized lazy parameters, DTensor shards (their values differ between ranks by design), tensors on
-    the meta device, tensors whose storage was freed (FSDP does) and layouts that are not strided.
+    True for uninitialized lazy parameters, DTensor shards (their values differ between ranks by design), tensors
+    on the meta device, tensors whose storage was freed (FSDP does) and layouts that are not strided.
     """
     return is_lazy(tensor) or is_sharded(tensor) or tensor.is_meta or _is_strange(tensor) or _is_freed(tensor)
 
@@ -260,9 +260,8 @@ class _ChunkMixer:
 
     def _as_words(self, chunk: list[Tensor]) -> Tensor:
         num_bytes = sum(part.numel() for part in chunk)
-        if len(chunk) == 1 and num_bytes % 8 == 0 and chunk[0].data_ptr() % 8 == 0:
-            if chunk[0].storage_offset() % 8 == 0:
-                return chunk[0].view(torch.int64)
+        if len(chunk) == 1 and num_bytes % 8 == 0 and chunk[0].storage_offset() % 8 == 0:
+            return chunk[0].view(torch.int64)
         if not self._packed.numel():
             self._packed = torch.empty(self._chunk_bytes, dtype=torch.uint8, device=self._keys.device)
         padded = -(-num_bytes // 8) * 8

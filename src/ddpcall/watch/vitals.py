@@ -53,6 +53,10 @@ class VitalsTaker:
             told to ignore are left out (`_ddp_params_and_buffers_to_ignore`): they differ between ranks by design.
         optimizer: Absent vitals part `optimizer` when None; may be set later, as the attribute `optimizer`.
 
+    The part `rng` is torch's default generator on the model's device, from which dropout draws. Python's and
+    numpy's generators are among its details only: few scripts seed them, and ranks that share the seed that counts
+    would look different.
+
     Blind to: shards of DTensors (FSDP2, tensor parallel: each rank holds other values by design; names, dtypes and
     global shapes are compared, and replicated DTensors whole); the optimizer's state tensors (momenta); values of
     unknown types in the batch and in the optimizer's settings, of which only the type counts; renamed parameters
@@ -78,7 +82,7 @@ class VitalsTaker:
             "buffers": structure.buffers.digest() if structure.num_buffers else None,
             "modes": structure.digest_modes(),
             "optimizer": _digest_details(_optimizer_settings(self.optimizer)) if self.optimizer else None,
-            "rng": _digest_details(_digest_generators()),
+            "rng": self._digest_torch_generator(structure),
             "batch": _digest_details(self._batch) if self._batch else None,
         }
         return Vitals(step, {part: digest for part, digest in parts.items() if digest is not None})
@@ -112,6 +116,10 @@ class VitalsTaker:
                 return dict(self._batch)
         raise ValueError(f"vitals have no part {part!r}; the parts are {', '.join(PARTS)}")
 
+    def _digest_torch_generator(self, structure: _Structure) -> int:
+        on_cuda = any(parameter.is_cuda for parameter in structure.first_parameters)
+        return digest_tensor(torch.cuda.get_rng_state() if on_cuda else torch.get_rng_state())
+
     def _current_structure(self) -> _Structure:
         if not self._structure.is_current():
             self._structure = _Structure(self._structure.model)
@@ -133,6 +141,7 @@ class _Structure:
         ignored = set(_ignored_names(named_modules))
         self.named_parameters = {n: p for n, p in model.named_parameters() if n not in ignored}
         self.named_buffers = {n: b for n, b in model.named_buffers() if n not in ignored}
+        self.first_parameters = list(self.named_parameters.values())[:1]
         self.num_parameters, self.num_buffers = len(self.named_parameters), len(self.named_buffers)
         self.parameters = StateDigester(self.named_parameters)
         self.buffers = StateDigester(self.named_buffers)
@@ -202,8 +211,8 @@ def _digest_generators() -> Details:
     details["python"] = digest_bytes(array("L", state).tobytes() + repr((version, gauss)).encode())
     numpy_random: Any = sys.modules.get("numpy.random")
     if numpy_random is not None:
-        kind, keys, *rest = numpy_random.get_state(legacy=True)
-        details["numpy"] = digest_bytes(keys.tobytes() + repr((kind, rest)).encode())
+        state = numpy_random.get_state(legacy=False)
+        details["numpy"] = digest_bytes(repr(_digest_leaves_of(state)).encode())
     return details
 
 
@@ -218,6 +227,10 @@ def _digest_leaves(value: Any, where: str, depth: int = 0) -> Iterator[tuple[str
     elif depth < _MAX_DEPTH:
         for key, item in _items(value):
             yield from _digest_leaves(item, f"{where}[{key!r}]", depth + 1)
+
+
+def _digest_leaves_of(value: Any) -> list[tuple[str, int]]:
+    return list(_digest_leaves(value, ""))
 
 
 def _digest_array(array_like: Any) -> int:
