@@ -22,7 +22,7 @@ from torch.distributed import HashStore, TCPStore
 from ddpcall.watch.exchange import Comparison, Exchange, find_store
 from ddpcall.watch.vitals import PARTS, Vitals, VitalsTaker
 
-HEALTHY: dict[str, int] = {part: 1 for part in PARTS}
+HEALTHY: dict[str, int] = dict.fromkeys(PARTS, 1)
 PROCESS = Path(__file__).with_name("exchange_process.py")
 
 
@@ -174,10 +174,11 @@ def test_comparing_does_not_touch_the_users_collectives():
 def test_the_second_round_names_parameters_and_settings_by_rank():
     rank = dist.get_rank()
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    last = nn.Linear(2, 2)
+    model = nn.Sequential(nn.Linear(2, 2), last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2 if rank == 3 else 0.1)
     with torch.no_grad():
-        model[1].bias += rank >= 2
+        last.bias += rank >= 2
     taker = VitalsTaker(model, optimizer)
     found = None
     with open_exchange() as exchange:

@@ -10,7 +10,7 @@ from torch.distributed import HashStore, PrefixStore, TCPStore
 from ddpcall.watch.ledger import Comparison, Ledger, Question, State, compare_details
 from ddpcall.watch.vitals import PARTS, Details, Vitals
 
-HEALTHY: dict[str, int] = {part: 1 for part in PARTS}
+HEALTHY: dict[str, int] = dict.fromkeys(PARTS, 1)
 
 
 class CountingStore:
@@ -203,11 +203,8 @@ def test_answers_are_compared_by_name(store):
 
 def test_answers_of_another_step_are_not_compared():
     question = Question(1, 20, ("modes",), (0, 1, 2))
-    answers = {
-        0: (20, {"modes": {"a": "eval"}}),
-        1: (20, {"modes": {"a": "train"}}),
-        2: (24, {"modes": {"a": "x"}}),
-    }
+    modes: list[Details] = [{"a": "eval"}, {"a": "train"}, {"a": "x"}]
+    answers = {rank: (20 + 4 * (rank == 2), {"modes": details}) for rank, details in enumerate(modes)}
     found = compare_details(question, answers)
     assert (found.step, found.ranks, found.missing) == (20, (0, 1), (2,))
     assert found.differing == {"modes": {"a": {0: "eval", 1: "train"}}}
