@@ -178,7 +178,7 @@ def test_the_second_round_names_parameters_and_settings_by_rank():
     model = nn.Sequential(nn.Linear(2, 2), last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2 if rank == 3 else 0.1)
     with torch.no_grad():
-        last.bias += rank >= 2
+        last.bias.add_(float(rank >= 2))
     taker = VitalsTaker(model, optimizer)
     found = None
     with open_exchange() as exchange:
