@@ -2,8 +2,8 @@
 
 The ranks' ledgers are driven one after the other from one process, over 64 connections to a TCPStore in another.
 Sizes alternate (10, 100, 1,000, 10,000, 10, 100 …); figures are medians over the rounds. Bytes are those
-of keys and values, both ways. A rank's µs are those its thread spends on all its requests of one check, waiting for
-replies included; the comparing rank's ms go from its first request of the comparison to its last.
+of keys and values, both ways. A rank's µs are those its thread spends on all its requests of one check,
+replies awaited; the comparing rank's ms go from its first request of the comparison to its last.
 """
 
 import statistics
