@@ -389,3 +389,29 @@ def test_no_thread_is_left_after_close():
     exchange.close()
     exchange.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.ranks(2)
+def test_shards_are_no_replicas_and_replicated_dtensors_are():
+    """Shards differ by design; a DTensor placed as a replica must not."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    rank = dist.get_rank()
+    model = nn.Module()
+    for name, placement in (("shard", Shard(0)), ("replica", Replicate())):
+        local = torch.full((2, 2), float(rank))
+        model.register_parameter(name, nn.Parameter(DTensor.from_local(local, mesh, [placement], run_check=False)))
+    taker = VitalsTaker(model, None)
+    assert taker.details("parameters")["shard"] == 0
+    with open_exchange() as exchange:
+        exchange.publish(taker.take(1))
+        with torch.no_grad():
+            model.get_parameter("replica").to_local().fill_(5)  # type: ignore[operator]
+        exchange.publish(taker.take(2))
+        first, second = exchange.compare(1, wait=True), exchange.compare(2, wait=True)
+    if rank == 0:
+        assert first is not None
+        assert second is not None
+        assert first.differing == {"parameters": ((0,), (1,))}
+        assert second.differing == {}
