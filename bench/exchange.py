@@ -130,6 +130,10 @@ def measure(stores: list[TCPStore]) -> None:
                 step += 1
                 meter._store = prefixed[(round_index + step) % len(prefixed)]
                 costs.setdefault((size, case), []).append(check(ledgers, meter, step, case))
+    for ledgers, meter, prefixed in worlds.values():
+        meter._store = prefixed[0]
+        for ledger in ledgers:
+            ledger.delete_created(step)
     columns = (
         "ranks  case         a rank: requests (most)  bytes    µs   | comparing: requests    bytes      ms      KB"
     )
@@ -154,7 +158,8 @@ def main() -> None:
             TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False) for _ in range(NUM_CONNECTIONS)
         ]
         measure(stores)
-        print(f"keys left on the store: {stores[0].num_keys()}")
+        left = [key for key in stores[0].list_keys() if not key.endswith("/state")]
+        print(f"keys left on the store, but for the states: {len(left)}")
     finally:
         server.stdin.close()
         server.wait()
