@@ -1,0 +1,499 @@
+"""Find models as they are wrapped, and put taps on them: everything here is undone by `close`.
+
+Entry points are patched on their classes (DDP, nn.Module, Parameter, torch.compile, torch.autograd.grad): rare calls,
+nothing in a training step's inner loop. Modules under a wrapper get forward taps on the instance; parameters that a
+reducer owns get a gradient-arrival hook.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim import optimizer as optimizer_hooks
+
+from ddpcall.taps import (
+    NOWHERE,
+    CallSite,
+    ForwardTap,
+    Undo,
+    find_call_site,
+    in_backward,
+    replace_attribute,
+    strip_forward_taps,
+)
+from ddpcall.watch.collectives import CollectiveLog
+from ddpcall.watch.events import Event, EventKind
+from ddpcall.watch.ledger import Entry, Ledger, Unreduced, nonzero, owned_parameters
+from ddpcall.watch.locate import WeightLocator
+
+Emit = Callable[[Event], None]
+
+
+class Attachment:
+    """The taps of one watched run on this rank."""
+
+    def __init__(self, emit: Emit) -> None:
+        """Attach to torch; models are found as they are wrapped from now on.
+
+        Args:
+            emit: Gets every event, on the thread it happened on.
+        """
+        self._emit = emit
+        self.ledgers: list[Ledger] = []
+        self._by_ddp: dict[int, Ledger] = {}
+        self._owner: dict[int, Ledger] = {}
+        self._origins: dict[int, CallSite] = {}
+        self._frozen: set[int] = set()
+        self._structure = 0
+        self._views: dict[int, OptimizerView] = {}
+        self.steps: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self.collectives = CollectiveLog()
+        self._locator: WeightLocator | None = None
+        self._pending: Event | None = None
+        self._inside_entry = False
+        self._applying = 0
+        self._tap = ForwardTap(self._observe_forward, self._is_quiet)
+        with ExitStack() as stack:
+            for patch in (
+                strip_forward_taps,
+                self._patch_ddp,
+                self._patch_module,
+                self._patch_parameter,
+                self._patch_autograd,
+                self._hook_registrations,
+                self._hook_optimizers,
+                self.collectives.attach,
+            ):
+                stack.callback(patch())
+            self._undo = stack.pop_all()
+
+    def close(self) -> None:
+        """Take everything off again; events that were waiting for a better line are emitted first."""
+        self._release_pending()
+        for ledger in self.ledgers:
+            ledger.close()
+        self._undo.close()
+
+    # ---- finding models -------------------------------------------------------------------------------------
+
+    def _patch_ddp(self) -> Undo:
+        init, post_forward = DistributedDataParallel.__init__, DistributedDataParallel._post_forward
+        name = "require_backward_grad_sync"
+
+        @functools.wraps(init)
+        def __init__(ddp: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+            init(ddp, *args, **kwargs)
+            self.adopt(ddp)
+
+        @functools.wraps(post_forward)
+        def _post_forward(ddp: DistributedDataParallel, output: Any) -> Any:
+            output = post_forward(ddp, output)
+            ledger = self._by_ddp.get(id(ddp))
+            if ledger is not None:
+                ledger.passed(output)
+            return output
+
+        def get_sync(ddp: DistributedDataParallel) -> bool:
+            return ddp.__dict__[name]
+
+        def set_sync(ddp: DistributedDataParallel, value: bool) -> None:
+            ddp.__dict__[name] = value
+            ledger = self._by_ddp.get(id(ddp))
+            if ledger is not None:
+                self._sync_switched(ledger, value)
+
+        with ExitStack() as stack:
+            stack.callback(replace_attribute(DistributedDataParallel, "__init__", __init__))
+            disabled = torch._disable_dynamo(_post_forward, recursive=False)
+            stack.callback(replace_attribute(DistributedDataParallel, "_post_forward", disabled))
+            stack.callback(replace_attribute(DistributedDataParallel, name, property(get_sync, set_sync)))
+            return stack.pop_all().close
+
+    def adopt(self, ddp: DistributedDataParallel) -> None:
+        """Watch one DDP: arrivals of the gradients its reducer owns, forwards of the modules under it.
+
+        Blind to: DDP's python reducer and delayed all-reduce, which reduce without being armed.
+        """
+        if ddp._use_python_reducer or ddp._delay_all_reduce_all_params or id(ddp) in self._by_ddp:
+            return
+        owned = dict(owned_parameters(ddp))
+        if dist.get_world_size(ddp.process_group) == 1:
+            return
+        ledger = Ledger(weakref.ref(ddp, self._forget), type(ddp.module).__name__, {id(p): n for n, p in owned.items()})
+        for parameter in owned.values():
+            previous = self._owner.get(id(parameter))
+            if previous is not None:
+                previous.close()
+            self._owner[id(parameter)] = ledger
+            handle: Any = parameter.register_post_accumulate_grad_hook(ledger.arrive)
+            ledger.undo.append(_remove_hook(handle, weakref.ref(parameter)))
+        self._frozen.update(id(p) for p in ddp.module.parameters() if id(p) not in ledger.names)
+        for module in ddp.module.modules():
+            self._tap_module(module, ledger)
+        self.ledgers.append(ledger)
+        self._by_ddp[id(ddp)] = ledger
+        self._structure += 1
+
+    def _forget(self, reference: Any) -> None:
+        self._by_ddp = {key: ledger for key, ledger in self._by_ddp.items() if ledger.ddp is not reference}
+
+    def _tap_module(self, module: nn.Module, ledger: Ledger) -> None:
+        if id(module) in ledger.modules or isinstance(module, torch.jit.ScriptModule):
+            return
+        ledger.modules[id(module)] = weakref.ref(module)
+        self._undo_tap(self._tap.put(module))
+
+    def _undo_tap(self, undo: Undo) -> None:
+        # The attachment is still being built when nothing can be tapped yet.
+        self._undo.callback(undo)
+
+    # ---- forwards -------------------------------------------------------------------------------------------
+
+    def _is_quiet(self) -> bool:
+        return DistributedDataParallel._active_ddp_module is not None or not torch.is_grad_enabled()
+
+    def _observe_forward(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A grad-enabled forward of a watched module, outside every wrapper's: a bypass if gradients follow."""
+        if self._inside_entry or in_backward():
+            return original(*args, **kwargs)
+        ledgers = [ledger for ledger in self.ledgers if ledger.contains(module)]
+        if not ledgers:
+            return original(*args, **kwargs)
+        ledger = ledgers[-1]
+        site = find_call_site(ledger.contains)
+        self._inside_entry = True
+        try:
+            outputs = original(*args, **kwargs)
+        finally:
+            self._inside_entry = False
+        ledger.enter(Entry(site), outputs)
+        return outputs
+
+    # ---- windows --------------------------------------------------------------------------------------------
+
+    def _sync_switched(self, ledger: Ledger, value: bool) -> None:
+        if not value:
+            if ledger.sync_off is None:
+                ledger.sync_off_forwards = ledger.sync_off_reduced = 0
+            ledger.sync_off = find_call_site()
+            return
+        off, ledger.sync_off = ledger.sync_off, None
+        if off is not None and ledger.sync_off_reduced and not ledger.sync_off_forwards:
+            self._emit(Event(EventKind.NO_SYNC_WITHOUT_EFFECT, off, max(self.steps.values(), default=0) + 1))
+
+    # ---- parameters -----------------------------------------------------------------------------------------
+
+    def _patch_module(self) -> Undo:
+        apply = nn.Module._apply
+
+        @functools.wraps(apply)
+        def _apply(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+            if self._applying:
+                return apply(module, *args, **kwargs)
+            touched = [ledger for ledger in self.ledgers if self._touches(module, ledger)]
+            before = [(ledger, _accumulators(self._parameters_of(ledger))) for ledger in touched]
+            self._applying += 1
+            try:
+                return apply(module, *args, **kwargs)
+            finally:
+                self._applying -= 1
+                for ledger, nodes in before:
+                    self._compare_accumulators(ledger, nodes)
+
+        return replace_attribute(nn.Module, "_apply", _apply)
+
+    def _touches(self, module: nn.Module, ledger: Ledger) -> bool:
+        return ledger.contains(module) or any(child is ledger.ddp() for child in module.modules())
+
+    def _parameters_of(self, ledger: Ledger) -> list[nn.Parameter]:
+        ddp = ledger.ddp()
+        return [] if ddp is None else [p for p in ddp._module_parameters if id(p) in ledger.names]
+
+    def _compare_accumulators(self, ledger: Ledger, before: list[Any]) -> None:
+        """A conversion that changes dtype or device makes a new AccumulateGrad; the reducer hangs on the old one.
+
+        Source: `VariableHooks::set_data` in torch/csrc/autograd/variable.cpp.
+        """
+        parameters = self._parameters_of(ledger)
+        if len(parameters) != len(before):
+            return
+        for parameter, old in zip(parameters, before, strict=True):
+            if old is not None and _accumulators([parameter])[0] is not old:
+                ledger.detached.setdefault(id(parameter), find_call_site())
+
+    def _patch_parameter(self) -> Undo:
+        slot = torch._C.TensorBase.requires_grad
+        in_place = nn.Parameter.requires_grad_
+
+        def set_requires_grad(parameter: Tensor, value: bool) -> None:
+            slot.__set__(parameter, value)
+            if value and id(parameter) in self._frozen:
+                self._note_origin(parameter)
+
+        @functools.wraps(in_place)
+        def requires_grad_(parameter: Tensor, requires_grad: bool = True) -> Tensor:
+            if requires_grad and id(parameter) in self._frozen:
+                self._note_origin(parameter)
+            return in_place(parameter, requires_grad)
+
+        with ExitStack() as stack:
+            changed = property(slot.__get__, set_requires_grad)
+            stack.callback(replace_attribute(nn.Parameter, "requires_grad", changed))
+            stack.callback(replace_attribute(nn.Parameter, "requires_grad_", requires_grad_))
+            return stack.pop_all().close
+
+    def _note_origin(self, parameter: Tensor) -> None:
+        self._origins.setdefault(id(parameter), find_call_site())
+        self._structure += 1
+
+    def _hook_registrations(self) -> Undo:
+        """See modules and parameters that are put into a wrapped model."""
+
+        def registered_module(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+            ledger = next((ledger for ledger in self.ledgers if ledger.contains(parent)), None)
+            if ledger is None or child is None:
+                return
+            for module in child.modules():
+                self._tap_module(module, ledger)
+            for parameter in child.parameters():
+                if id(parameter) not in ledger.names:
+                    self._note_origin(parameter)
+
+        def registered_parameter(parent: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            ledger = next((ledger for ledger in self.ledgers if ledger.contains(parent)), None)
+            if ledger is not None and parameter is not None and id(parameter) not in ledger.names:
+                self._note_origin(parameter)
+
+        handles = (
+            module_hooks.register_module_module_registration_hook(registered_module),
+            module_hooks.register_module_parameter_registration_hook(registered_parameter),
+        )
+        return lambda: [handle.remove() for handle in handles] and None
+
+    # ---- gradients without arrival ---------------------------------------------------------------------------
+
+    def _patch_autograd(self) -> Undo:
+        grad = torch.autograd.grad
+
+        @functools.wraps(grad)
+        def taking(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            taken = grad(outputs, inputs, *args, **kwargs)
+            if not torch.compiler.is_compiling() and self.ledgers:
+                self._gradients_taken([inputs] if isinstance(inputs, Tensor) else inputs)
+            return taken
+
+        return replace_attribute(torch.autograd, "grad", taking)
+
+    def _gradients_taken(self, inputs: Iterable[Any]) -> None:
+        parameters = [parameter for parameter in inputs if id(parameter) in self._owner]
+        if not parameters:
+            return
+        site = find_call_site()
+        for parameter in parameters:
+            ledger = self._owner[id(parameter)]
+            blame = Unreduced(EventKind.AUTOGRAD_GRAD, site, gradient=_storage(parameter.grad))
+            if id(parameter) not in ledger.dirty:
+                ledger.dirty[id(parameter)] = blame
+
+    # ---- optimizer steps -------------------------------------------------------------------------------------
+
+    def _hook_optimizers(self) -> Undo:
+        handles = (
+            optimizer_hooks.register_optimizer_step_pre_hook(self._before_step),
+            optimizer_hooks.register_optimizer_step_post_hook(self._after_step),
+        )
+        return lambda: [handle.remove() for handle in handles] and None
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.steps[optimizer] = self.steps.get(optimizer, 0) + 1
+        view = self._view(optimizer)
+        if in_backward():
+            self._stepped_in_backward(optimizer, view)
+        elif not _has_closure(args, kwargs):
+            self._judge(optimizer, view)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if in_backward():
+            return
+        view = self._view(optimizer)
+        if _has_closure(args, kwargs):
+            self._judge(optimizer, view)
+        for ledger in view.ledgers:
+            ledger.end_step()
+        self.collectives.clear()
+
+    def _view(self, optimizer: Optimizer) -> OptimizerView:
+        groups = optimizer.param_groups
+        signature = (self._structure, *(len(group["params"]) for group in groups))
+        view = self._views.get(id(optimizer))
+        if view is None or view.signature != signature:
+            view = self._views[id(optimizer)] = self._look_at(optimizer, signature)
+        return view
+
+    def _look_at(self, optimizer: Optimizer, signature: tuple[int, ...]) -> OptimizerView:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        ledgers = {id(self._owner[id(p)]): self._owner[id(p)] for p in parameters if id(p) in self._owner}
+        return OptimizerView(
+            signature,
+            {id(parameter): weakref.ref(parameter) for parameter in parameters},
+            list(ledgers.values()),
+            self._find_unowned(parameters),
+        )
+
+    def _find_unowned(self, parameters: list[Tensor]) -> dict[int, tuple[str, Ledger]]:
+        unowned = {}
+        stepped = {id(parameter) for parameter in parameters}
+        for ledger in self.ledgers:
+            ddp = ledger.ddp()
+            if ddp is None:
+                continue
+            for name, parameter in ddp.module.named_parameters():
+                if (
+                    id(parameter) in stepped
+                    and id(parameter) not in self._owner
+                    and name not in ddp.parameters_to_ignore
+                ):
+                    unowned[id(parameter)] = (name, ledger)
+        return unowned
+
+    def _stepped_in_backward(self, optimizer: Optimizer, view: OptimizerView) -> None:
+        early = [ledger for ledger in view.ledgers if ledger.armed and _is_distributed(ledger)]
+        for ledger in early:
+            if any(hasattr(parameter, "_in_backward_optimizers") for parameter in self._parameters_of(ledger)):
+                continue
+            names = tuple(name for key, name in ledger.names.items() if key in view.parameters)
+            self._emit(Event(EventKind.STEPPED_EARLY, find_call_site(), self.steps[optimizer], names))
+
+    def _judge(self, optimizer: Optimizer, view: OptimizerView) -> None:
+        """Gradients are about to be used: those that nobody reduced are harm."""
+        step = self.steps[optimizer]
+        for ledger in view.ledgers:
+            if (ledger.dirty or ledger.detached) and _is_distributed(ledger):
+                self._judge_ledger(ledger, view, step)
+        if view.unowned:
+            self._judge_unowned(view, step)
+
+    def _judge_ledger(self, ledger: Ledger, view: OptimizerView, step: int) -> None:
+        by_blame: dict[int, tuple[Unreduced, list[int]]] = {}
+        for key, blame in ledger.dirty.items():
+            by_blame.setdefault(id(blame), (blame, []))[1].append(key)
+        for key, site in ledger.detached.items():
+            blame = ledger.blame_detached(site)
+            by_blame.setdefault(id(blame), (blame, []))[1].append(key)
+        for blame, keys in by_blame.values():
+            used = [key for key in keys if self._is_used(key, blame, view)]
+            if used and not self._were_reduced(used, view):
+                names = tuple(ledger.names[key] for key in used)
+                event = Event(blame.kind, blame.site, step, names, blame.others, blame.facts(ledger))
+                self._emit_or_wait(event, used)
+
+    def _is_used(self, key: int, blame: Unreduced, view: OptimizerView) -> bool:
+        parameter = view.get(key)
+        if parameter is None or parameter.grad is None or not nonzero([parameter.grad]):
+            return False
+        return blame.kind is not EventKind.AUTOGRAD_GRAD or _storage(parameter.grad) != blame.gradient
+
+    def _were_reduced(self, keys: list[int], view: OptimizerView) -> bool:
+        gradients = [parameter.grad for key in keys if (parameter := view.get(key)) is not None]
+        return self.collectives.covers([gradient for gradient in gradients if gradient is not None])
+
+    def _judge_unowned(self, view: OptimizerView, step: int) -> None:
+        by_origin: dict[tuple[CallSite, int], list[int]] = {}
+        for key, (_, ledger) in view.unowned.items():
+            parameter = view.get(key)
+            if parameter is not None and parameter.grad is not None and _is_distributed(ledger):
+                by_origin.setdefault((self._origins.get(key, NOWHERE), id(ledger)), []).append(key)
+        for (origin, _), keys in by_origin.items():
+            if self._were_reduced(keys, view):
+                continue
+            site = origin if origin != NOWHERE else find_call_site()
+            names = tuple(view.unowned[key][0] for key in keys)
+            self._emit(Event(EventKind.UNOWNED, site, step, names))
+
+    # ---- raw weights: the line is looked for in the next step ------------------------------------------------
+
+    def _emit_or_wait(self, event: Event, keys: list[int]) -> None:
+        if event.kind is not EventKind.RAW_WEIGHTS:
+            self._emit(event)
+            return
+        if self._locator is None:
+            self._pending = event
+            self._locator = WeightLocator(keys, next(ledger for ledger in self.ledgers if keys[0] in ledger.names))
+            self._locator.start()
+            return
+        site, self._locator = self._locator.stop(), None
+        if site is not None:
+            self._pending = Event(event.kind, site, self._pending.step if self._pending else event.step, event.parameters)
+        self._release_pending()
+
+    def _release_pending(self) -> None:
+        if self._locator is not None:
+            self._locator.stop()
+            self._locator = None
+        if self._pending is not None:
+            self._emit(self._pending)
+            self._pending = None
+
+
+class OptimizerView:
+    """An optimizer's parameters as the ledgers see them; made anew when the structure changes."""
+
+    def __init__(
+        self,
+        signature: tuple[int, ...],
+        parameters: dict[int, weakref.ref[Tensor]],
+        ledgers: list[Ledger],
+        unowned: dict[int, tuple[str, Ledger]],
+    ) -> None:
+        """Take what `Attachment` found."""
+        self.signature = signature
+        self.parameters = parameters
+        self.ledgers = ledgers
+        self.unowned = unowned
+
+    def get(self, key: int) -> Tensor | None:
+        """Return a parameter by id, None when this optimizer has none such."""
+        reference = self.parameters.get(key)
+        return None if reference is None else reference()
+
+
+def _has_closure(args: Any, kwargs: dict[str, Any]) -> bool:
+    # torch hands the hook the arguments of `step` with the optimizer itself in front.
+    values = [value for value in args if not isinstance(value, Optimizer)] + [kwargs.get("closure")]
+    return any(callable(value) for value in values)
+
+
+def _is_distributed(ledger: Ledger) -> bool:
+    """Say whether there still is a process group for the gradients to be reduced over."""
+    return dist.is_initialized()
+
+
+def _accumulators(parameters: Iterable[Tensor]) -> list[Any]:
+    get_edge = torch.autograd.graph.get_gradient_edge
+    return [get_edge(parameter).node if parameter.requires_grad else None for parameter in parameters]
+
+
+def _storage(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.untyped_storage().data_ptr()
+
+
+def _remove_hook(handle: Any, reference: weakref.ref[Tensor]) -> Undo:
+    def undo() -> None:
+        handle.remove()
+        parameter = reference()
+        if parameter is not None and not parameter._post_accumulate_grad_hooks:
+            setattr(parameter, "_post_accumulate_grad_hooks", None)  # noqa: B010 (typed as a dict, None at first)
+
+    return undo
