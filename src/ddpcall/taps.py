@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from types import CodeType, FrameType, MethodType
+from types import CodeType, FrameType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -311,16 +312,31 @@ def find_call_site(inside: Callable[[Any], bool] | None = None) -> CallSite:
     frame: FrameType | None = sys._getframe(1)
     if threading.current_thread() is not threading.main_thread() and not _has_user_frame(frame):
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    found: FrameType | None = None
-    while frame is not None:
-        if inside is not None and inside(_first_argument(frame)):
+    return find_call_site_among(_outward(frame), inside)
+
+
+def find_call_site_among(frames: Iterable[FrameType], inside: Callable[[Any], bool] | None = None) -> CallSite:
+    """Return the user's line among frames, innermost first; see `find_call_site`."""
+    found: CallSite | None = None
+    for frame in frames:
+        if inside is not None and inside(frame.f_locals.get("self") if _is_method(frame) else None):
             found = None
         elif found is None and is_user_file(frame.f_code.co_filename):
-            found = frame
+            found = site_of(frame)
             if inside is None:
                 break
+    return NOWHERE if found is None else found
+
+
+def _outward(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
         frame = frame.f_back
-    return NOWHERE if found is None else site_of(found)
+
+
+def _is_method(frame: FrameType) -> bool:
+    # A free function may well take the model as its first argument; a method calls it self.
+    return frame.f_code.co_argcount > 0 and frame.f_code.co_varnames[0] == "self"
 
 
 def site_of(frame: FrameType) -> CallSite:
@@ -329,16 +345,7 @@ def site_of(frame: FrameType) -> CallSite:
 
 
 def _has_user_frame(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if is_user_file(frame.f_code.co_filename):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _first_argument(frame: FrameType) -> Any:
-    code = frame.f_code
-    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    return any(is_user_file(outer.f_code.co_filename) for outer in _outward(frame))
 
 
 def replace_attribute(owner: Any, name: str, value: Any) -> Undo:
@@ -443,6 +450,7 @@ def _is_tap(value: Any) -> bool:
 
 
 def _restore_forward(attributes: dict[str, Any]) -> None:
+    """Take one tap off; `strip_forward_taps` has the loop."""
     if not _is_tap(attributes.get("forward")):
         return
     original = getattr(attributes["forward"].__func__, ForwardTap.MARK)
@@ -450,6 +458,26 @@ def _restore_forward(attributes: dict[str, Any]) -> None:
         del attributes["forward"]
     else:
         attributes["forward"] = original
+
+
+def _strip(attributes: dict[str, Any]) -> None:
+    while _is_tap(attributes.get("forward")):
+        _restore_forward(attributes)
+
+
+@contextlib.contextmanager
+def suspend_forward_taps(root: nn.Module) -> Iterator[None]:
+    """Take the taps off a module tree for a while."""
+    taken = {}
+    for module in root.modules():
+        if _is_tap(module.__dict__.get("forward")):
+            taken[module] = module.__dict__["forward"]
+            _strip(module.__dict__)
+    try:
+        yield
+    finally:
+        for module, tap in taken.items():
+            module.__dict__["forward"] = tap
 
 
 def strip_forward_taps() -> Undo:
@@ -463,12 +491,12 @@ def strip_forward_taps() -> Undo:
 
     def __getstate__(self: nn.Module) -> Any:  # noqa: N807
         state = get_state(self)
-        _restore_forward(state)
+        _strip(state)
         return state
 
     def _replicate_for_data_parallel(self: nn.Module) -> Any:
         replica = replicate(self)
-        _restore_forward(replica.__dict__)
+        _strip(replica.__dict__)
         return replica
 
     with ExitStack() as stack:
@@ -495,3 +523,51 @@ def find_tensors(values: Any, depth: int = 4) -> list[Tensor]:
     elif not isinstance(values, tuple | list | set):
         values = tuple(getattr(values, "__dict__", {}).values())
     return [tensor for value in values for tensor in find_tensors(value, depth - 1)]
+
+
+def after_import(name: str, patch: Callable[[ModuleType], Undo]) -> Undo:
+    """Patch a module as soon as it has been imported, now if it is already there; returns the undo.
+
+    Args:
+        name: The module's full name.
+        patch: Gets the module, returns the undo of what it did to it.
+    """
+    undos: list[Undo] = []
+    if name in sys.modules:
+        return patch(sys.modules[name])
+    finder = _PatchingFinder(name, lambda module: undos.append(patch(module)))
+    sys.meta_path.insert(0, finder)
+
+    def undo() -> None:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+        for undo_patch in undos:
+            undo_patch()
+
+    return undo
+
+
+class _PatchingFinder:
+    """Stands before the import system's finders for one module, and calls back after it was executed."""
+
+    def __init__(self, name: str, executed: Callable[[ModuleType], None]) -> None:
+        self._name = name
+        self._executed = executed
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)  # pyright: ignore[reportArgumentType]
+        spec = importlib.util.find_spec(name)
+        loader: Any = None if spec is None else spec.loader
+        if loader is None:
+            return spec
+        execute, executed = loader.exec_module, self._executed
+
+        def exec_module(module: ModuleType) -> None:
+            del loader.exec_module
+            execute(module)
+            executed(module)
+
+        loader.exec_module = exec_module
+        return spec

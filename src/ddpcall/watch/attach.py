@@ -32,9 +32,13 @@ from ddpcall.taps import (
     strip_forward_taps,
 )
 from ddpcall.watch.collectives import CollectiveLog
+from ddpcall.watch.compiled import CompiledWatch
 from ddpcall.watch.events import Event, EventKind
+from ddpcall.watch.hooks import HookWatch
 from ddpcall.watch.ledger import Entry, Ledger, Unreduced, nonzero, owned_parameters
 from ddpcall.watch.locate import WeightLocator
+from ddpcall.watch.precision import PrecisionWatch
+from ddpcall.watch.sharded import ShardedWatch
 
 Emit = Callable[[Event], None]
 
@@ -63,6 +67,11 @@ class Attachment:
         self._inside_entry = False
         self._applying = 0
         self._tap = ForwardTap(self._observe_forward, self._is_quiet)
+        self._undo = ExitStack()
+        self.sharded = ShardedWatch()
+        self._compiled = CompiledWatch(emit, self._step, self._keep)
+        self._hooks = HookWatch(emit, self._step, self._keep, self._hook_registered)
+        precision = PrecisionWatch(emit, self._step, self._keep)
         with ExitStack() as stack:
             for patch in (
                 strip_forward_taps,
@@ -73,16 +82,39 @@ class Attachment:
                 self._hook_registrations,
                 self._hook_optimizers,
                 self.collectives.attach,
+                self._hooks.attach,
+                self._compiled.attach,
+                precision.attach,
             ):
                 stack.callback(patch())
             self._undo = stack.pop_all()
 
+    def _keep(self, undo: Undo) -> None:
+        self._undo.callback(undo)
+
+    def _step(self) -> int:
+        """Return the number of the optimizer step that is being prepared, from 1."""
+        return max(self.steps.values(), default=0) + 1
+
+    def _hook_registered(self, module: nn.Module, kind: str, hook: Any) -> None:
+        self._compiled.hook_registered(module, kind, hook)
+        self.sharded.hook_registered(module, kind, hook)
+
+    def explain_crash(self, error: BaseException) -> None:
+        """Emit an event if a bypass caused the exception that ends the script."""
+        event = self.sharded.explain(error, self._step())
+        if event is not None:
+            self._emit(event)
+
     def close(self) -> None:
         """Take everything off again; events that were waiting for a better line are emitted first."""
-        self._release_pending()
-        for ledger in self.ledgers:
-            ledger.close()
-        self._undo.close()
+        try:
+            self._release_pending()
+            self._compiled.close()
+        finally:
+            for ledger in self.ledgers:
+                ledger.close()
+            self._undo.close()
 
     # ---- finding models -------------------------------------------------------------------------------------
 
@@ -151,22 +183,22 @@ class Attachment:
         if id(module) in ledger.modules or isinstance(module, torch.jit.ScriptModule):
             return
         ledger.modules[id(module)] = weakref.ref(module)
-        self._undo_tap(self._tap.put(module))
-
-    def _undo_tap(self, undo: Undo) -> None:
-        # The attachment is still being built when nothing can be tapped yet.
-        self._undo.callback(undo)
+        self._keep(self._tap.put(module))
 
     # ---- forwards -------------------------------------------------------------------------------------------
 
     def _is_quiet(self) -> bool:
-        return DistributedDataParallel._active_ddp_module is not None or not torch.is_grad_enabled()
+        return (
+            self._inside_entry
+            or DistributedDataParallel._active_ddp_module is not None
+            or not torch.is_grad_enabled()
+        )
 
     def _observe_forward(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A grad-enabled forward of a watched module, outside every wrapper's: a bypass if gradients follow."""
-        if self._inside_entry or in_backward():
+        if in_backward():
             return original(*args, **kwargs)
         ledgers = [ledger for ledger in self.ledgers if ledger.contains(module)]
         if not ledgers:
@@ -191,7 +223,7 @@ class Attachment:
             return
         off, ledger.sync_off = ledger.sync_off, None
         if off is not None and ledger.sync_off_reduced and not ledger.sync_off_forwards:
-            self._emit(Event(EventKind.NO_SYNC_WITHOUT_EFFECT, off, max(self.steps.values(), default=0) + 1))
+            self._emit(Event(EventKind.NO_SYNC_WITHOUT_EFFECT, off, self._step()))
 
     # ---- parameters -----------------------------------------------------------------------------------------
 
@@ -319,6 +351,7 @@ class Attachment:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.steps[optimizer] = self.steps.get(optimizer, 0) + 1
         view = self._view(optimizer)
+        self._compiled.before_step(view.get)
         if in_backward():
             self._stepped_in_backward(optimizer, view)
         elif not _has_closure(args, kwargs):

@@ -85,13 +85,15 @@ def run_program(program: Program, arguments: list[str], options: Options) -> Non
         code = exit_.code
     except BaseException as error:
         _show(error)
+        session.explain_crash(error)
         code = 1
         if isinstance(error, KeyboardInterrupt):
             farewell.signal = signal.SIGINT
     session.close()
     if session.is_last():
+        failed = session.reaches_failure()
         session.report()
-        if code in (None, 0) and session.reaches_failure():
+        if code in (None, 0) and failed:
             code = 1
     sys.exit(code)
 

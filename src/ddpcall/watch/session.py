@@ -72,7 +72,14 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop watching; an exception of the block goes on its way."""
+        if error is not None:
+            self.explain_crash(error)
         self.close()
+
+    def explain_crash(self, error: BaseException) -> None:
+        """Record what the watch knows about the exception that ends the script."""
+        if self._attachment is not None:
+            self._attachment.explain_crash(error)
 
     def adopt(self, model: nn.Module) -> None:
         """Watch a model that was wrapped before the watch began."""
