@@ -35,7 +35,7 @@ from ddpcall.watch.collectives import CollectiveLog
 from ddpcall.watch.compiled import CompiledWatch
 from ddpcall.watch.events import Event, EventKind
 from ddpcall.watch.hooks import HookWatch
-from ddpcall.watch.ledger import Entry, Ledger, Unreduced, nonzero, owned_parameters
+from ddpcall.watch.reducer_ledger import Entry, ReducerLedger, Unreduced, nonzero, owned_parameters
 from ddpcall.watch.locate import WeightLocator
 from ddpcall.watch.precision import PrecisionWatch
 from ddpcall.watch.sharded import ShardedWatch
@@ -53,9 +53,9 @@ class Attachment:
             emit: Gets every event, on the thread it happened on.
         """
         self._emit = emit
-        self.ledgers: list[Ledger] = []
-        self._by_ddp: dict[int, Ledger] = {}
-        self._owner: dict[int, Ledger] = {}
+        self.ledgers: list[ReducerLedger] = []
+        self._by_ddp: dict[int, ReducerLedger] = {}
+        self._owner: dict[int, ReducerLedger] = {}
         self._origins: dict[int, CallSite] = {}
         self._frozen: set[int] = set()
         self._structure = 0
@@ -161,7 +161,7 @@ class Attachment:
         owned = dict(owned_parameters(ddp))
         if dist.get_world_size(ddp.process_group) == 1:
             return
-        ledger = Ledger(weakref.ref(ddp, self._forget), type(ddp.module).__name__, {id(p): n for n, p in owned.items()})
+        ledger = ReducerLedger(weakref.ref(ddp, self._forget), type(ddp.module).__name__, {id(p): n for n, p in owned.items()})
         for parameter in owned.values():
             previous = self._owner.get(id(parameter))
             if previous is not None:
@@ -179,7 +179,7 @@ class Attachment:
     def _forget(self, reference: Any) -> None:
         self._by_ddp = {key: ledger for key, ledger in self._by_ddp.items() if ledger.ddp is not reference}
 
-    def _tap_module(self, module: nn.Module, ledger: Ledger) -> None:
+    def _tap_module(self, module: nn.Module, ledger: ReducerLedger) -> None:
         if id(module) in ledger.modules or isinstance(module, torch.jit.ScriptModule):
             return
         ledger.modules[id(module)] = weakref.ref(module)
@@ -215,7 +215,7 @@ class Attachment:
 
     # ---- windows --------------------------------------------------------------------------------------------
 
-    def _sync_switched(self, ledger: Ledger, value: bool) -> None:
+    def _sync_switched(self, ledger: ReducerLedger, value: bool) -> None:
         if not value:
             if ledger.sync_off is None:
                 ledger.sync_off_forwards = ledger.sync_off_reduced = 0
@@ -246,14 +246,14 @@ class Attachment:
 
         return replace_attribute(nn.Module, "_apply", _apply)
 
-    def _touches(self, module: nn.Module, ledger: Ledger) -> bool:
+    def _touches(self, module: nn.Module, ledger: ReducerLedger) -> bool:
         return ledger.contains(module) or any(child is ledger.ddp() for child in module.modules())
 
-    def _parameters_of(self, ledger: Ledger) -> list[nn.Parameter]:
+    def _parameters_of(self, ledger: ReducerLedger) -> list[nn.Parameter]:
         ddp = ledger.ddp()
         return [] if ddp is None else [p for p in ddp._module_parameters if id(p) in ledger.names]
 
-    def _compare_accumulators(self, ledger: Ledger, before: list[Any]) -> None:
+    def _compare_accumulators(self, ledger: ReducerLedger, before: list[Any]) -> None:
         """A conversion that changes dtype or device makes a new AccumulateGrad; the reducer hangs on the old one.
 
         Source: `VariableHooks::set_data` in torch/csrc/autograd/variable.cpp.
@@ -385,7 +385,7 @@ class Attachment:
             self._find_unowned(parameters),
         )
 
-    def _find_unowned(self, parameters: list[Tensor]) -> dict[int, tuple[str, Ledger]]:
+    def _find_unowned(self, parameters: list[Tensor]) -> dict[int, tuple[str, ReducerLedger]]:
         unowned = {}
         stepped = {id(parameter) for parameter in parameters}
         for ledger in self.ledgers:
@@ -418,7 +418,7 @@ class Attachment:
         if view.unowned:
             self._judge_unowned(view, step)
 
-    def _judge_ledger(self, ledger: Ledger, view: OptimizerView, step: int) -> None:
+    def _judge_ledger(self, ledger: ReducerLedger, view: OptimizerView, step: int) -> None:
         by_blame: dict[int, tuple[Unreduced, list[int]]] = {}
         for key, blame in ledger.dirty.items():
             by_blame.setdefault(id(blame), (blame, []))[1].append(key)
@@ -487,8 +487,8 @@ class OptimizerView:
         self,
         signature: tuple[int, ...],
         parameters: dict[int, weakref.ref[Tensor]],
-        ledgers: list[Ledger],
-        unowned: dict[int, tuple[str, Ledger]],
+        ledgers: list[ReducerLedger],
+        unowned: dict[int, tuple[str, ReducerLedger]],
     ) -> None:
         """Take what `Attachment` found."""
         self.signature = signature
@@ -508,7 +508,7 @@ def _has_closure(args: Any, kwargs: dict[str, Any]) -> bool:
     return any(callable(value) for value in values)
 
 
-def _is_distributed(ledger: Ledger) -> bool:
+def _is_distributed(ledger: ReducerLedger) -> bool:
     """Say whether there still is a process group for the gradients to be reduced over."""
     return dist.is_initialized()
 

@@ -1,231 +1,321 @@
-"""One DDP's ledger: whether its reducer is armed, which gradients arrived while it was not, and who sent them.
+"""The ledger: what ranks leave for each other on the store, and what can be read from it.
 
-The signal that decides is a gradient's arrival while the reducer is not armed. Which attribute was called only
-serves to name the line. An armed arrival clears earlier unarmed ones of the same parameter: the reducer averages
-the accumulated gradient.
+Per check a rank makes three requests, and one rank in eight makes a fourth, however many ranks there are:
+
+1. read the state, which the comparing rank keeps: attempt, last step that was compared, question for details;
+2. offer its digests as the reference of this step: the first offer stands (`compare_set`), all get it back;
+3. add its bits to a counter that it shares with seven others: arrived, and the parts in which it differs from the
+   reference. Whoever completes a counter adds the summary to the next level's, so the root tells of all ranks.
+
+Only a rank that differs where replicas should agree leaves its digests too. The comparing rank reads the root, and
+below it only what is incomplete or differs. Keys are deleted, by the rank that created them, once compared.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+import json
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed import Store
 
-from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_site, find_tensors, is_lazy
-from ddpcall.watch.events import EventKind
+from ddpcall.watch.vitals import OWN_PARTS, PARTS, REPLICATED_PARTS, Details, Vitals
 
-MAX_ENTRIES = 256
-
-
-@dataclass(eq=False)
-class Entry:
-    """A grad-enabled forward into the model that no armed wrapper stood around.
-
-    Attributes:
-        site: The user's line that entered.
-        sync_off: The line that had switched synchronisation off; None when the wrapper was not gone through.
-        linked: Whether its outputs were found, so that `reached` tells whether a backward went through them.
-        reached: The backward (by number) that last went through an output.
-    """
-
-    site: CallSite
-    sync_off: CallSite | None = None
-    linked: bool = False
-    reached: int = 0
+FAN_OUT = 8
+MAX_KEPT_STEPS = 64
+_BITS = 1 + len(PARTS)  # arrived, and one for each part that differs: 7 × 8 bits fit the store's signed counters
+_REPLICATED_BITS = sum(1 << PARTS.index(part) for part in REPLICATED_PARTS)
+_ABSENT = "absent"
+_MAX_RECORDS = 1024
 
 
-@dataclass(eq=False)
-class Unreduced:
-    """What left gradients unreduced, in one backward.
+@dataclass(frozen=True)
+class Comparison:
+    """What the ranks' vitals of one step say about each other.
 
     Attributes:
-        kind: Which event this becomes if the gradients reach an optimizer step.
-        site: The line to blame, or the backward's where none is known.
-        others: Further lines.
-        backward: The line that ran the backward.
-        gradient: For `AUTOGRAD_GRAD`, address of the gradient that the parameter had before.
+        step: The optimizer step.
+        num_ranks: How many ranks' vitals were compared.
+        missing: Ranks whose vitals were not there in time: slow, finished, stopped or dead.
+        same: Parts that are equal on all the ranks that were compared.
+        differing: By replicated part that differs: the groups of ranks that agree with each other, largest first.
+        unlike: Own parts (batch, rng) that are not equal on all ranks, as they should be (batch) or may be (rng).
+        ungrouped: Ranks known to differ from others, but not who agrees with whom: more than 1,024 differed.
     """
 
-    kind: EventKind
-    site: CallSite
-    others: tuple[CallSite, ...] = ()
-    backward: CallSite = NOWHERE
-    gradient: int = 0
-
-    def facts(self, ledger: Ledger) -> dict[str, Any]:
-        """Return what a message says beyond the site."""
-        return {"model": ledger.name, "backward": f"{self.backward.file}:{self.backward.line}"}
+    step: int
+    num_ranks: int
+    missing: tuple[int, ...]
+    same: tuple[str, ...]
+    differing: dict[str, tuple[tuple[int, ...], ...]]
+    unlike: tuple[str, ...]
+    ungrouped: tuple[int, ...] = ()
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
+class DetailsComparison:
+    """What the second round found, one rank of each group being asked.
+
+    Attributes:
+        step: The step the details are of, which comes after that of the comparison that led here.
+        ranks: The ranks that answered.
+        missing: The ranks that were asked and did not.
+        differing: By part, by name of parameter, buffer, module or setting: the value by rank, where they
+            differ; a rank that lacks the name is absent.
+    """
+
+    step: int
+    ranks: tuple[int, ...]
+    missing: tuple[int, ...]
+    differing: dict[str, dict[str, dict[int, int | str | float]]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the comparing rank asks for: details of `parts` from `ranks`, at their first vitals from `step` on."""
+
+    number: int
+    step: int
+    parts: tuple[str, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class State:
+    attempt: str
+    done: int = -1
+    question: Question | None = None
+    closed: bool = False
+
+    def to_json(self) -> str:
+        asked = self.question
+        fields = None if asked is None else [asked.number, asked.step, asked.parts, asked.ranks]
+        return json.dumps([self.attempt, self.done, fields, self.closed])
+
+    @staticmethod
+    def from_json(text: bytes) -> State:
+        attempt, done, fields, closed = json.loads(text)
+        if fields is None:
+            return State(attempt, done, None, closed)
+        number, step, parts, ranks = fields
+        return State(attempt, done, Question(number, step, tuple(parts), tuple(ranks)), closed)
+
+
 class Ledger:
-    """What is known about one DDP.
+    """What ranks leave for each other on the store, request by request; no thread, no waiting.
 
-    Attributes:
-        name: The wrapped module's class, for messages.
-        names: Parameter names by id, for the parameters that the reducer owns.
-        armed: Whether the reducer expects gradients.
-        dirty: Parameters, by id, whose last gradient arrived unarmed, with the backward it came from.
-        detached: Parameters, by id, that a conversion took away from the reducer, with its line.
-        entries: Forwards outside an armed wrapper's since the last optimizer step.
+    Args:
+        store: Of this rank's own, so that no other use of it holds requests up.
+        rank: This rank.
+        world_size: How many ranks there are.
     """
 
-    ddp: weakref.ref[DistributedDataParallel]
-    name: str
-    names: dict[int, str]
-    modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict)
-    armed: bool = False
-    forwards: int = 0
-    dirty: dict[int, Unreduced] = field(default_factory=dict)
-    detached: dict[int, CallSite] = field(default_factory=dict)
-    entries: list[Entry] = field(default_factory=list)
-    sync_off: CallSite | None = None
-    sync_off_forwards: int = 0
-    sync_off_reduced: int = 0
-    backward: int = 0
-    _task: int = -1
-    _unarmed: list[int] = field(default_factory=list)
-    _site: CallSite = NOWHERE
-    _detachments: dict[CallSite, Unreduced] = field(default_factory=dict)
-    on_unreduced: Callable[[], None] | None = None
-    undo: list[Undo] = field(default_factory=list)
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self._store = store
+        self.rank = rank
+        self._level_sizes = _count_nodes(world_size)
+        self._world_size = world_size
+        self._created: deque[tuple[int, str]] = deque()
 
-    def contains(self, candidate: Any) -> bool:
-        """Say whether an object is one of the wrapped module's modules (not the wrapper itself)."""
-        reference = self.modules.get(id(candidate))
-        return reference is not None and reference() is candidate
+    def read_state(self) -> State | None:
+        """Return what the comparing rank last wrote, or None."""
+        text = self._read("state")
+        return None if text is None else State.from_json(text)
 
-    def passed(self, outputs: Any) -> None:
-        """Note that the wrapper's forward ended; it arms the reducer unless synchronisation is off."""
-        ddp = self.ddp()
-        if ddp is None or not torch.is_grad_enabled():
-            return
-        self.forwards += 1
-        if ddp.require_backward_grad_sync:
-            self.armed = True
-            return
-        self.sync_off_forwards += 1
-        self.enter(Entry(find_call_site(), self.sync_off or NOWHERE), outputs)
+    def write_state(self, state: State) -> None:
+        """Replace the state; for the comparing rank alone."""
+        self._store.set("state", state.to_json())
 
-    def enter(self, entry: Entry, outputs: Any) -> None:
-        """Note an entry and link it to the backward of its outputs."""
-        found = find_tensors(outputs)
-        tensors = [tensor for tensor in found if tensor.grad_fn is not None]
-        if found and not tensors:
-            return
-        for tensor in tensors[:8]:
-            node: Any = tensor.grad_fn
-            node.register_prehook(lambda _, entry=entry: self._reach(entry))
-        entry.linked = bool(tensors)
-        self.entries.append(entry)
-        del self.entries[:-MAX_ENTRIES]
+    def post(self, attempt: str, vitals: Vitals) -> None:
+        """Leave one step's vitals for the comparing rank."""
+        prefix = f"{attempt}/{vitals.step}"
+        digests = [vitals.parts.get(part) for part in PARTS]
+        offer = json.dumps([self.rank, *digests])
+        reference = json.loads(self._store.compare_set(f"{prefix}/first", "", offer))
+        if reference[0] == self.rank:
+            self._created.append((vitals.step, f"{prefix}/first"))
+        differs = sum(1 << i for i, digest in enumerate(digests) if digest != reference[1 + i])
+        if differs & _REPLICATED_BITS:
+            self._store.set(f"{prefix}/record/{self.rank}", offer)
+            self._created.append((vitals.step, f"{prefix}/record/{self.rank}"))
+        self._arrive(vitals.step, prefix, 1 | differs << 1)
 
-    def _reach(self, entry: Entry) -> None:
-        self._begin_backward()
-        entry.reached = self.backward
+    def _arrive(self, step: int, prefix: str, bits: int) -> None:
+        index = self.rank
+        for level, size in enumerate(self._level_sizes):
+            node, slot = divmod(index, FAN_OUT)
+            key = f"{prefix}/{level}/{node}"
+            contribution = bits << _BITS * slot
+            value = self._store.add(key, contribution)
+            if value == contribution:
+                self._created.append((step, key))
+            children = _split(value, self._num_children(level, node))
+            if size == 1 or not all(child & 1 for child in children):
+                return
+            bits = _summarize(children)
+            index = node
 
-    def _begin_backward(self) -> None:
-        task = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
-        if task != self._task:
-            self._task = task
-            self.backward += 1
+    def _num_children(self, level: int, node: int) -> int:
+        below = self._world_size if level == 0 else self._level_sizes[level - 1]
+        return min(FAN_OUT, below - node * FAN_OUT)
 
-    def arrive(self, parameter: Tensor) -> None:
-        """Note one gradient: the hook on every parameter the reducer owns."""
-        task = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
-        if self.armed:
-            if task != self._task:
-                self._task = task
-                self.backward += 1
-                _queue(self._after_reducer)
-            if self.dirty:
-                self.dirty.pop(id(parameter), None)
-            return
-        self._begin_backward()
-        if not self._unarmed:
-            self._site = find_call_site()
-            _queue(self._settle)
-        self._unarmed.append(id(parameter))
+    def delete_created(self, done: int) -> None:
+        """Delete the keys this rank created for steps that were compared, and those that were kept too long."""
+        while self._created and (
+            self._created[0][0] <= done or len({step for step, _ in self._created}) > MAX_KEPT_STEPS
+        ):
+            self._store.delete_key(self._created.popleft()[1])
 
-    def _after_reducer(self) -> None:
-        # The reducer queued its own callback after ours: stand behind it.
-        _queue(self._disarm)
+    def delete_step(self, attempt: str, step: int) -> None:
+        """Delete all of a step's keys but the records, whoever created them: for the last steps of a run."""
+        prefix = f"{attempt}/{step}"
+        self._store.delete_key(f"{prefix}/first")
+        for level, size in enumerate(self._level_sizes):
+            for node in range(size):
+                self._store.delete_key(f"{prefix}/{level}/{node}")
 
-    def _disarm(self) -> None:
-        ddp = self.ddp()
-        if self.sync_off is not None:
-            self.sync_off_reduced += 1
-        # In a static graph's first iteration the reducer does not say whether it is done; the step ends it.
-        if ddp is None or not ddp.static_graph:
-            self.armed = ddp is not None and not is_finalized(ddp)
+    def is_complete(self, attempt: str, step: int) -> bool:
+        """Say whether all ranks have left this step's vitals: one request."""
+        top = len(self._level_sizes) - 1
+        return all(child & 1 for child in self._read_node(f"{attempt}/{step}", top, 0))
 
-    def _settle(self) -> None:
-        """Blame somebody for the gradients that arrived unarmed in the backward that ends now."""
-        blame = self._blame()
-        self.dirty.update(dict.fromkeys(self._unarmed, blame))
-        self._unarmed = []
-        if self.on_unreduced is not None:
-            self.on_unreduced()
+    def find_missing(self, attempt: str, step: int) -> list[int]:
+        """Return the ranks that have not left this step's vitals; reads only where some have not."""
+        top = len(self._level_sizes) - 1
+        entries = self._walk(f"{attempt}/{step}", top, 0, lambda bits: not bits & 1)
+        return [rank for rank, bits in entries if not bits & 1]
 
-    def _blame(self) -> Unreduced:
-        reached = [entry for entry in self.entries if entry.reached == self.backward]
-        reached = reached or [entry for entry in self.entries if not entry.linked]
-        bypasses = [entry for entry in reached if entry.sync_off is None]
-        if bypasses:
-            sites = tuple(dict.fromkeys(entry.site for entry in bypasses))
-            return Unreduced(EventKind.BYPASSED, sites[0], sites[1:], self._site)
-        if reached:
-            off, site = reached[-1].sync_off or NOWHERE, reached[-1].site
-            return Unreduced(EventKind.SYNC_OFF, off if off != NOWHERE else site, (site,), self._site)
-        if self.forwards:
-            return Unreduced(EventKind.CONSUMED, self._site, (), self._site)
-        return Unreduced(EventKind.RAW_WEIGHTS, self._site, (), self._site)
+    def compare(self, attempt: str, step: int) -> Comparison:
+        """Compare what is there, now."""
+        prefix = f"{attempt}/{step}"
+        top = len(self._level_sizes) - 1
+        entries = list(self._walk(prefix, top, 0, lambda b: not b & 1 or bool(b >> 1 & _REPLICATED_BITS)))
+        missing = {rank for rank, bits in entries if rank >= 0 and not bits & 1}
+        anywhere = _summarize([bits for _, bits in entries]) >> 1
+        deviants = sorted(rank for rank, bits in entries if rank >= 0 and bits >> 1 & _REPLICATED_BITS)
+        reference = json.loads(self._read(f"{prefix}/first") or "null")
+        records = {rank: self._read(f"{prefix}/record/{rank}") for rank in deviants[:_MAX_RECORDS]}
+        for rank in records:
+            self._store.delete_key(f"{prefix}/record/{rank}")
+        digests = {rank: json.loads(text)[1:] for rank, text in records.items() if text is not None}
+        ungrouped = set(deviants) - set(digests)
+        agreeing = [r for r in range(self._world_size) if r not in missing and r not in set(deviants)]
+        differing = {}
+        for index, part in enumerate(REPLICATED_PARTS):
+            if anywhere >> index & 1:
+                differing[part] = _group(agreeing, reference[1 + index], {r: d[index] for r, d in digests.items()})
+        told = [part for index, part in enumerate(PARTS) if reference and reference[1 + index] is not None]
+        return Comparison(
+            step=step,
+            num_ranks=self._world_size - len(missing),
+            missing=tuple(sorted(missing)),
+            same=tuple(part for part in told if not anywhere >> PARTS.index(part) & 1),
+            differing=differing,
+            unlike=tuple(part for part in OWN_PARTS if anywhere >> PARTS.index(part) & 1),
+            ungrouped=tuple(sorted(ungrouped)),
+        )
 
-    def blame_detached(self, site: CallSite) -> Unreduced:
-        """Return the one blame for all parameters that one line detached."""
-        return self._detachments.setdefault(site, Unreduced(EventKind.DETACHED, site))
+    def _walk(
+        self, prefix: str, level: int, node: int, interesting: Callable[[int], bool]
+    ) -> Iterator[tuple[int, int]]:
+        """Yield (rank, bits) where it is interesting, and (-1, the summary of a subtree) where it is not."""
+        for slot, bits in enumerate(self._read_node(prefix, level, node)):
+            below = node * FAN_OUT + slot
+            if not interesting(bits):
+                yield (-1 if level else below), bits
+            elif level:
+                yield from self._walk(prefix, level - 1, below, interesting)
+            else:
+                yield below, bits
 
-    def end_step(self) -> None:
-        """Forget what an optimizer step has used up."""
-        self.dirty.clear()
-        self.entries.clear()
-        self.forwards = 0
-        ddp = self.ddp()
-        if ddp is not None and ddp.static_graph:
-            self.armed = False
+    def _read_node(self, prefix: str, level: int, node: int) -> list[int]:
+        value = self._read(f"{prefix}/{level}/{node}")
+        return _split(int(value or 0), self._num_children(level, node))
 
-    def close(self) -> None:
-        """Take the hooks off the parameters."""
-        while self.undo:
-            self.undo.pop()()
+    def _read(self, key: str) -> bytes | None:
+        """Return a key's value, or None where there is none, without waiting for it to come.
 
+        Comparing with a value and replacing it by the same reads; on a missing key it returns what was expected.
+        Source: `compareSetHandler` in torch/csrc/distributed/c10d/TCPStoreBackend.cpp.
+        """
+        value = self._store.compare_set(key, _ABSENT, _ABSENT)
+        return None if value == _ABSENT.encode() else value
 
-def is_finalized(ddp: DistributedDataParallel) -> bool:
-    """Say whether the reducer has reduced everything it began: false in between two partial backwards."""
-    try:
-        ddp.reducer._check_reducer_finalized()
-    except RuntimeError:
-        return False
-    return True
+    def answer(self, attempt: str, question: Question, step: int, details: Mapping[str, Details]) -> None:
+        """Leave the answer to a question."""
+        self._store.set(f"{attempt}/answer/{question.number}/{self.rank}", _pack([step, details]))
 
+    def take_answers(self, attempt: str, question: Question) -> dict[int, tuple[int, dict[str, Details]]]:
+        """Return the answers that are there, by rank: the step and the details."""
+        texts = {rank: self._read(f"{attempt}/answer/{question.number}/{rank}") for rank in question.ranks}
+        return {rank: tuple(_unpack(text)) for rank, text in texts.items() if text is not None}
 
-def _queue(callback: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
-
-
-def owned_parameters(ddp: DistributedDataParallel) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield (name, parameter) for what the reducer owns: trainable when wrapped, and not ignored."""
-    names = {id(parameter): name for name, parameter in ddp.module.named_parameters()}
-    for parameter in ddp._module_parameters:
-        if parameter.requires_grad and not is_lazy(parameter):
-            yield names.get(id(parameter), "?"), parameter
+    def delete_answers(self, attempt: str, question: Question) -> None:
+        """Delete the answers to a question."""
+        for rank in question.ranks:
+            self._store.delete_key(f"{attempt}/answer/{question.number}/{rank}")
 
 
-def nonzero(gradients: Iterable[Tensor | None]) -> bool:
-    """Say whether any gradient is there and not zero throughout."""
-    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+def _count_nodes(world_size: int) -> list[int]:
+    """Return the number of counters on each level, leaves first, the root last."""
+    sizes = [-(-world_size // FAN_OUT)]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // FAN_OUT))
+    return sizes
+
+
+def _split(value: int, num_children: int) -> list[int]:
+    return [value >> _BITS * slot & (1 << _BITS) - 1 for slot in range(num_children)]
+
+
+def _summarize(children: Sequence[int]) -> int:
+    """Return one child's bits for the level above: complete, and the parts that differ anywhere below."""
+    differs = 0
+    for bits in children:
+        differs |= bits & ~1
+    return differs | 1
+
+
+def _group(
+    agreeing: Iterable[int], reference: int | None, digests: Mapping[int, int | None]
+) -> tuple[tuple[int, ...], ...]:
+    groups: dict[int | None, list[int]] = {reference: list(agreeing)}
+    for rank, digest in digests.items():
+        groups.setdefault(digest, []).append(rank)
+    ordered = sorted(
+        (sorted(ranks) for ranks in groups.values() if ranks), key=lambda ranks: (-len(ranks), ranks[0])
+    )
+    return tuple(tuple(ranks) for ranks in ordered)
+
+
+def _pack(value: Any) -> str:
+    return zlib.compress(json.dumps(value).encode(), 1).hex()
+
+
+def _unpack(text: bytes) -> Any:
+    return json.loads(zlib.decompress(bytes.fromhex(text.decode())))
+
+
+def compare_details(
+    question: Question, answers: Mapping[int, tuple[int, dict[str, Details]]]
+) -> DetailsComparison:
+    """Compare the answers of the step that most ranks answered for; the others count as missing."""
+    steps = [step for step, _ in answers.values()]
+    step = max(set(steps), key=lambda s: (steps.count(s), s)) if steps else question.step
+    told = {rank: details for rank, (its_step, details) in sorted(answers.items()) if its_step == step}
+    differing: dict[str, dict[str, dict[int, int | str | float]]] = {}
+    for part in question.parts:
+        by_name: dict[str, dict[int, int | str | float]] = {}
+        for rank, details in told.items():
+            for name, value in details.get(part, {}).items():
+                by_name.setdefault(name, {})[rank] = value
+        differing[part] = {
+            name: values
+            for name, values in by_name.items()
+            if len(values) < len(told) or len(set(map(repr, values.values()))) > 1
+        }
+    missing = tuple(rank for rank in question.ranks if rank not in told)
+    return DetailsComparison(step, tuple(told), missing, differing)

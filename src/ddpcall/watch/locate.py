@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from ddpcall.taps import CallSite, find_call_site, in_backward
-from ddpcall.watch.ledger import Ledger
+from ddpcall.watch.reducer_ledger import ReducerLedger
 
 _READS = frozenset({"__get__", "__set__", "backward", "zero_", "detach", "numel", "size", "dim", "requires_grad_"})
 
@@ -20,7 +20,7 @@ class WeightLocator(TorchFunctionMode):
     It is slow and is only put on for one step, after gradients were seen to arrive without any forward.
     """
 
-    def __init__(self, keys: list[int], ledger: Ledger) -> None:
+    def __init__(self, keys: list[int], ledger: ReducerLedger) -> None:
         """Take the wanted parameters, by id, and the ledger they belong to."""
         super().__init__()
         self._keys = frozenset(keys)
