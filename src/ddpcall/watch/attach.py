@@ -11,6 +11,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim import optimizer as optimizer_hooks
 
+from ddpcall.findings import Finding
 from ddpcall.taps import (
     NOWHERE,
     CallSite,
@@ -38,7 +40,9 @@ from ddpcall.watch.hooks import HookWatch
 from ddpcall.watch.reducer_ledger import Entry, ReducerLedger, Unreduced, nonzero, owned_parameters
 from ddpcall.watch.locate import WeightLocator
 from ddpcall.watch.precision import PrecisionWatch
+from ddpcall.watch.replica_watch import ReplicaWatch
 from ddpcall.watch.sharded import ShardedWatch
+from ddpcall.watch.trail import Trail
 
 Emit = Callable[[Event], None]
 
@@ -46,11 +50,23 @@ Emit = Callable[[Event], None]
 class Attachment:
     """The taps of one watched run on this rank."""
 
-    def __init__(self, emit: Emit) -> None:
+    def __init__(
+        self,
+        emit: Emit,
+        *,
+        every: int = 0,
+        compared: Callable[[Finding], None] = lambda finding: None,
+        withdraw: Callable[[Finding], None] = lambda finding: None,
+        explained: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Attach to torch; models are found as they are wrapped from now on.
 
         Args:
             emit: Gets every event, on the thread it happened on.
+            every: Ranks compare vitals every so many optimizer steps; 0 for never.
+            compared: Gets the findings that only a comparison shows, on rank 0.
+            withdraw: Gets such a finding when a better one takes its place.
+            explained: Whether a finding says already why parameters differ.
         """
         self._emit = emit
         self.ledgers: list[ReducerLedger] = []
@@ -64,13 +80,18 @@ class Attachment:
         self.collectives = CollectiveLog()
         self._locator: WeightLocator | None = None
         self._pending: Event | None = None
-        self._inside_entry = False
+        self._inside_entry = self._evaluating = False
         self._applying = 0
         self._tap = ForwardTap(self._observe_forward, self._is_quiet)
         self._undo = ExitStack()
+        self.trail = Trail(self._is_watched, self._may_use_buffers)
+        self.replicas = ReplicaWatch(
+            every, self.trail, compared, withdraw, lambda: explained() or self._pending is not None
+        )
+        self._lead: weakref.ref[Optimizer] | None = None
         self.sharded = ShardedWatch()
-        self._compiled = CompiledWatch(emit, self._step, self._keep)
         self._hooks = HookWatch(emit, self._step, self._keep, self._hook_registered)
+        self._compiled = CompiledWatch(emit, self._step, self._keep, self._hooks.tap)
         precision = PrecisionWatch(emit, self._step, self._keep)
         with ExitStack() as stack:
             for patch in (
@@ -85,6 +106,7 @@ class Attachment:
                 self._hooks.attach,
                 self._compiled.attach,
                 precision.attach,
+                self.trail.attach,
             ):
                 stack.callback(patch())
             self._undo = stack.pop_all()
@@ -106,11 +128,16 @@ class Attachment:
         if event is not None:
             self._emit(event)
 
-    def close(self) -> None:
-        """Take everything off again; events that were waiting for a better line are emitted first."""
+    def close(self, in_order: bool = True) -> None:
+        """Take everything off again; what was waiting for a better line or a last comparison is emitted first.
+
+        Args:
+            in_order: Whether the script came to its end; other ranks are not waited for where it did not.
+        """
         try:
             self._release_pending()
             self._compiled.close()
+            self.replicas.close(in_order)
         finally:
             for ledger in self.ledgers:
                 ledger.close()
@@ -120,12 +147,19 @@ class Attachment:
 
     def _patch_ddp(self) -> Undo:
         init, post_forward = DistributedDataParallel.__init__, DistributedDataParallel._post_forward
+        pre_forward = DistributedDataParallel._pre_forward
         name = "require_backward_grad_sync"
 
         @functools.wraps(init)
         def __init__(ddp: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:  # noqa: N807
             init(ddp, *args, **kwargs)
             self.adopt(ddp)
+
+        @functools.wraps(pre_forward)
+        def _pre_forward(ddp: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
+            if id(ddp) in self._by_ddp:
+                self._note_inputs(inputs, kwargs)
+            return pre_forward(ddp, *inputs, **kwargs)
 
         @functools.wraps(post_forward)
         def _post_forward(ddp: DistributedDataParallel, output: Any) -> Any:
@@ -146,8 +180,9 @@ class Attachment:
 
         with ExitStack() as stack:
             stack.callback(replace_attribute(DistributedDataParallel, "__init__", __init__))
-            disabled = torch._disable_dynamo(_post_forward, recursive=False)
-            stack.callback(replace_attribute(DistributedDataParallel, "_post_forward", disabled))
+            for method, patched in (("_pre_forward", _pre_forward), ("_post_forward", _post_forward)):
+                disabled = torch._disable_dynamo(patched, recursive=False)
+                stack.callback(replace_attribute(DistributedDataParallel, method, disabled))
             stack.callback(replace_attribute(DistributedDataParallel, name, property(get_sync, set_sync)))
             return stack.pop_all().close
 
@@ -175,6 +210,35 @@ class Attachment:
         self.ledgers.append(ledger)
         self._by_ddp[id(ddp)] = ledger
         self._structure += 1
+        self._adopt_replicas()
+
+    def _adopt_replicas(self) -> None:
+        """Compare the replicas of wrapped models that span the world and are meant to stay equal."""
+        wrappers = [ddp for ledger in self.ledgers if (ddp := ledger.ddp()) is not None]
+        models = [ddp.module for ddp in wrappers if _is_replicated(ddp)]
+        if models:
+            self.replicas.adopt(models)
+
+    def _note_inputs(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        lead = None if self._lead is None else self._lead()
+        step = 1 if lead is None else self.steps.get(lead, 0) + 1
+        if torch.is_grad_enabled() and self.replicas.is_due(step):
+            self.replicas.batch = (inputs, kwargs)
+            self.replicas.sites = replace(self.replicas.sites, forward=find_call_site())
+
+    def _is_watched(self, module: nn.Module) -> bool:
+        return id(module) in self._by_ddp or any(ledger.contains(module) for ledger in self.ledgers)
+
+    def _may_use_buffers(self, module: nn.Module) -> int | None:
+        """Return the steps done, if this module's buffers may be rank-local now: trained on, not broadcast since."""
+        lead = None if self._lead is None else self._lead()
+        for ledger in self.ledgers:
+            ddp = ledger.ddp()
+            if ddp is None or lead is None or module not in (ddp, ddp.module) or not ddp.modules_buffers:
+                continue
+            if not ledger.forwarded and not self.collectives.covers([b for b in ddp.modules_buffers]):
+                return self.steps[lead]
+        return None
 
     def _forget(self, reference: Any) -> None:
         self._by_ddp = {key: ledger for key, ledger in self._by_ddp.items() if ledger.ddp is not reference}
@@ -191,13 +255,26 @@ class Attachment:
         return (
             self._inside_entry
             or DistributedDataParallel._active_ddp_module is not None
-            or not torch.is_grad_enabled()
+            or not (torch.is_grad_enabled() or self._evaluating)
         )
+
+    def _observe_evaluation(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The first forward under no_grad after a step: an evaluation past the wrapper, in eval mode."""
+        self._evaluating = False
+        if not module.training:
+            for ledger in self.ledgers:
+                if ledger.contains(module) and (ddp := ledger.ddp()) is not None:
+                    self.trail.use_buffers(ddp, "evaluated", ledger.contains)
+        return original(*args, **kwargs)
 
     def _observe_forward(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A grad-enabled forward of a watched module, outside every wrapper's: a bypass if gradients follow."""
+        if not torch.is_grad_enabled():
+            return self._observe_evaluation(module, original, args, kwargs)
         if in_backward():
             return original(*args, **kwargs)
         ledgers = [ledger for ledger in self.ledgers if ledger.contains(module)]
@@ -366,6 +443,26 @@ class Attachment:
         for ledger in view.ledgers:
             ledger.end_step()
         self.collectives.clear()
+        if view.ledgers:
+            self._compare_replicas(optimizer)
+
+    def _compare_replicas(self, optimizer: Optimizer) -> None:
+        lead = None if self._lead is None else self._lead()
+        if lead is None:
+            lead = optimizer
+            self._lead = weakref.ref(optimizer)
+        if lead is not optimizer or not dist.is_initialized():
+            return
+        self._evaluating = True
+        step = self.steps[optimizer]
+        if self.replicas.is_due(step):
+            self.replicas.sites = replace(
+                self.replicas.sites,
+                step=find_call_site(),
+                created=self.trail.optimizers.get(optimizer, NOWHERE),
+                scheduled=self.trail.schedulers.get(optimizer, NOWHERE),
+            )
+            self.replicas.stepped(optimizer, step)
 
     def _view(self, optimizer: Optimizer) -> OptimizerView:
         groups = optimizer.param_groups
@@ -506,6 +603,12 @@ def _has_closure(args: Any, kwargs: dict[str, Any]) -> bool:
     # torch hands the hook the arguments of `step` with the optimizer itself in front.
     values = [value for value in args if not isinstance(value, Optimizer)] + [kwargs.get("closure")]
     return any(callable(value) for value in values)
+
+
+def _is_replicated(ddp: DistributedDataParallel) -> bool:
+    """Say whether all ranks are meant to hold the same model after every step."""
+    hooks = " ".join(type(state).__name__ for _, state in ddp._comm_hooks)
+    return "LocalSGD" not in hooks and dist.get_world_size(ddp.process_group) == dist.get_world_size()
 
 
 def _is_distributed(ledger: ReducerLedger) -> bool:

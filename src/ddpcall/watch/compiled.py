@@ -72,10 +72,15 @@ class CompiledWatch:
     """
 
     def __init__(
-        self, emit: Callable[[Event], None], step: Callable[[], int], keep: Callable[[Undo], None]
+        self,
+        emit: Callable[[Event], None],
+        step: Callable[[], int],
+        keep: Callable[[Undo], None],
+        adopted: Callable[[nn.Module], None],
     ) -> None:
-        """Take where events go, the current step, and where undos go."""
+        """Take where events go, the current step, where undos go, and who wants every module of a compiled model."""
         self._emit = emit
+        self._adopted = adopted
         self._step = step
         self._keep = keep
         self._roots: list[CompiledRoot] = []
@@ -130,6 +135,7 @@ class CompiledWatch:
         for child in module.modules():
             if can_be_tapped(child) and child not in self._of_module:
                 self._of_module[child] = root
+                self._adopted(child)
                 self._keep(self._tap.put(child))
         return root
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from ddpcall.findings import CATALOGUE, Finding, Severity
+from ddpcall.taps import NOWHERE, CallSite
 from ddpcall.watch.events import Event, EventKind
 
 CODES: dict[EventKind, str] = {
@@ -161,3 +164,132 @@ _MESSAGES: dict[EventKind, Callable[[Event], str]] = {
         "{module} is sharded and was entered here past the hooks that gather its parameters: {error}"
     ),
 }
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What a comparison of the ranks' vitals showed.
+
+    Attributes:
+        step: Optimizer step, from 1, after which it was first seen.
+        groups: By part that differs (or, for batch and rng, that should and does not): the ranks that agree.
+        parameters: Names of the parameters that differ; empty before the second round.
+        settings: Optimizer settings that differ: value by rank, by name.
+        modules: Modes that differ and matter: mode by rank, by module.
+        load_site: The line that loaded a checkpoint, on some ranks only.
+        mode_site: The line that switched to eval, where that differs between ranks.
+        optimizer_site: The line that set the optimizer up, or its schedule.
+        forward_site: The wrapper's forward.
+        buffer_site: The line that evaluated or saved the model.
+        buffer_use: `evaluated` or `saved`.
+    """
+
+    step: int
+    groups: Mapping[str, tuple[tuple[int, ...], ...]]
+    parameters: tuple[str, ...] = ()
+    settings: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
+    modules: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    load_site: CallSite | None = None
+    mode_site: CallSite | None = None
+    optimizer_site: CallSite = NOWHERE
+    forward_site: CallSite = NOWHERE
+    buffer_site: CallSite = NOWHERE
+    buffer_use: str = ""
+
+
+def diagnose_divergence(divergence: Divergence, explained: bool) -> Iterator[Finding]:
+    """Turn a comparison into findings.
+
+    Args:
+        divergence: What differs.
+        explained: Whether a finding already says why parameters differ; then that is not said again.
+    """
+    for part, groups in divergence.groups.items():
+        if part == "parameters":
+            if divergence.load_site is not None:
+                yield _compared("DC202", divergence, groups, divergence.load_site, _loaded(divergence))
+            elif not explained and "optimizer" not in divergence.groups:
+                yield _compared("DC201", divergence, groups, NOWHERE, _diverged(divergence, groups))
+        elif part == "optimizer":
+            yield _compared("DC203", divergence, groups, divergence.optimizer_site, _settings(divergence))
+        elif part == "modes":
+            yield _compared("DC204", divergence, groups, divergence.mode_site or NOWHERE, _modes(divergence))
+        elif part == "buffers":
+            message = (
+                f"The model is {divergence.buffer_use} here past its wrapper after optimizer step {divergence.step}, "
+                f"while its buffers differ between ranks ({_groups(groups)}): they are rank-local until the next "
+                "training forward broadcasts rank 0's."
+            )
+            yield _compared("DC205", divergence, groups, divergence.buffer_site, message)
+        elif part == "batch":
+            message = f"All {len(groups[0])} ranks were fed the same inputs here, up to optimizer step {divergence.step}."
+            yield _compared("DC206", divergence, groups, divergence.forward_site, message)
+        elif part == "rng":
+            message = (
+                f"All {len(groups[0])} ranks' random generators were in the same state after optimizer step "
+                f"{divergence.step}, and the model draws dropout masks: they are identical on all ranks."
+            )
+            yield _compared("DC207", divergence, groups, divergence.forward_site, message)
+
+
+def _compared(
+    code: str, divergence: Divergence, groups: tuple[tuple[int, ...], ...], site: CallSite, message: str
+) -> Finding:
+    rule = CATALOGUE[code]
+    return Finding(
+        code=code,
+        name=rule.name,
+        severity=rule.severity,
+        message=message,
+        file=site.file,
+        line=site.line,
+        function=site.function,
+        ranks=_odd_ranks(groups),
+        step=divergence.step,
+        parameters=divergence.parameters if code in ("DC201", "DC202") else tuple(divergence.modules),
+        cause=rule.name,
+        fix=rule.fix,
+    )
+
+
+def _odd_ranks(groups: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """Return the ranks outside the largest group, or all where no group is larger than the others."""
+    ordered = sorted(groups, key=len, reverse=True)
+    if len(ordered) > 1 and len(ordered[0]) > len(ordered[1]):
+        ordered = ordered[1:]
+    return tuple(sorted(rank for group in ordered for rank in group))
+
+
+def _groups(groups: tuple[tuple[int, ...], ...]) -> str:
+    shown = [", ".join(map(str, group[:8])) + (", …" if len(group) > 8 else "") for group in groups[:4]]
+    return " ≠ ".join(f"rank{'s' * (len(group) > 1)} {text}" for group, text in zip(groups, shown, strict=False))
+
+
+def _loaded(divergence: Divergence) -> str:
+    return (
+        f"load_state_dict ran here on some ranks only, and {len(divergence.parameters)} parameters differ between "
+        f"ranks after optimizer step {divergence.step}."
+    )
+
+
+def _diverged(divergence: Divergence, groups: tuple[tuple[int, ...], ...]) -> str:
+    count = f"{len(divergence.parameters)} parameters" if divergence.parameters else "Parameters"
+    return f"{count} differ between ranks after optimizer step {divergence.step} ({_groups(groups)})."
+
+
+def _settings(divergence: Divergence) -> str:
+    named = [f"{name}: {_by_rank(values)}" for name, values in list(divergence.settings.items())[:3]]
+    shown = "; ".join(named) if named else "settings"
+    return f"The optimizer's settings differ between ranks in step {divergence.step}: {shown}."
+
+
+def _modes(divergence: Divergence) -> str:
+    name, modes = next(iter(divergence.modules.items()), ("", {}))
+    return (
+        f"{len(divergence.modules)} modules that depend on the mode are in train mode on some ranks and in eval mode on "
+        f"others in optimizer step {divergence.step}: {name} is {_by_rank(modes)}."
+    )
+
+
+def _by_rank(values: Mapping[int, Any]) -> str:
+    return ", ".join(f"{value} on rank {rank}" for rank, value in list(values.items())[:4])

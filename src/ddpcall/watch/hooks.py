@@ -74,10 +74,19 @@ class HookWatch:
         return registering
 
     def _hear(self, module: nn.Module, kind: str, hook: Any) -> None:
-        if (is_users(hook) or isinstance(hook, NORMS)) and can_be_tapped(module) and module not in self._tapped:
+        if is_users(hook) or isinstance(hook, NORMS):
+            self.tap(module)
+        self._registered(module, kind, hook)
+
+    def tap(self, module: nn.Module) -> None:
+        """Tap a module, if it is not.
+
+        Modules of compiled models are tapped before they get hooks: a tap put on together with a late hook would
+        make dynamo recompile, and the hook fire that does not without the watch.
+        """
+        if module not in self._tapped and can_be_tapped(module):
             self._tapped.add(module)
             self._keep(self._tap.put(module))
-        self._registered(module, kind, hook)
 
     def _observe(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

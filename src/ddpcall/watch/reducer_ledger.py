@@ -70,6 +70,8 @@ class ReducerLedger:
         name: The wrapped module's class, for messages.
         names: Parameter names by id, for the parameters that the reducer owns.
         armed: Whether the reducer expects gradients.
+        forwards: Grad-enabled forwards of the wrapper since the last optimizer step.
+        forwarded: Whether there was any forward of the wrapper since then: the first one broadcasts the buffers.
         dirty: Parameters, by id, whose last gradient arrived unarmed, with the backward it came from.
         detached: Parameters, by id, that a conversion took away from the reducer, with its line.
         entries: Forwards outside an armed wrapper's since the last optimizer step.
@@ -81,6 +83,7 @@ class ReducerLedger:
     modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict)
     armed: bool = False
     forwards: int = 0
+    forwarded: bool = False
     dirty: dict[int, Unreduced] = field(default_factory=dict)
     detached: dict[int, CallSite] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
@@ -103,6 +106,7 @@ class ReducerLedger:
     def passed(self, outputs: Any) -> None:
         """Note that the wrapper's forward ended; it arms the reducer unless synchronisation is off."""
         ddp = self.ddp()
+        self.forwarded = True
         if ddp is None or not torch.is_grad_enabled():
             return
         self.forwards += 1
@@ -195,6 +199,7 @@ class ReducerLedger:
         self.dirty.clear()
         self.entries.clear()
         self.forwards = 0
+        self.forwarded = False
         ddp = self.ddp()
         if ddp is not None and ddp.static_graph:
             self.armed = False

@@ -89,7 +89,7 @@ def run_program(program: Program, arguments: list[str], options: Options) -> Non
         code = 1
         if isinstance(error, KeyboardInterrupt):
             farewell.signal = signal.SIGINT
-    session.close()
+    session.close(in_order=code in (None, 0))
     if session.is_last():
         failed = session.reaches_failure()
         session.report()

@@ -56,7 +56,13 @@ class Session:
         """
         if Session._running is not None:
             raise RuntimeError("Another ddpcall watch is running in this process; leave it before starting one.")
-        self._attachment = Attachment(self._receive)
+        self._attachment = Attachment(
+            self._receive,
+            every=self.options.every,
+            compared=self._record,
+            withdraw=self._withdraw,
+            explained=self._is_divergence_explained,
+        )
         Session._running = self
         if self.options.json is not None and this_rank() == 0:
             self._journal.write(0, [])
@@ -74,7 +80,7 @@ class Session:
         """Stop watching; an exception of the block goes on its way."""
         if error is not None:
             self.explain_crash(error)
-        self.close()
+        self.close(in_order=error is None)
 
     def explain_crash(self, error: BaseException) -> None:
         """Record what the watch knows about the exception that ends the script."""
@@ -97,14 +103,18 @@ class Session:
         """What the ranks of this host have found so far, merged."""
         return self._journal.read() if self._is_shared() else self.findings
 
-    def close(self) -> None:
-        """Detach, and leave this rank's last word in the journal."""
+    def close(self, in_order: bool = True) -> None:
+        """Detach, and leave this rank's last word in the journal.
+
+        Args:
+            in_order: Whether the script came to its end; where it did not, no other rank is waited for.
+        """
         if self._attachment is None:
             return
         attachment, self._attachment = self._attachment, None
         Session._running = None
         try:
-            attachment.close()
+            attachment.close(in_order)
         finally:
             if self._is_shared():
                 self._journal.write(this_rank(), self.findings, done=True)
@@ -130,7 +140,17 @@ class Session:
         return self.options.json is not None or len(local_ranks()) > 1
 
     def _receive(self, event: Event) -> None:
-        finding = diagnose(event, this_rank())
+        self._record(diagnose(event, this_rank()))
+
+    def _is_divergence_explained(self) -> bool:
+        return any(finding.code < "DC2" for finding in self.all_findings())
+
+    def _withdraw(self, finding: Finding) -> None:
+        with self._lock:
+            if self._found.pop(key_of(finding), None) is not None and self._is_shared():
+                self._journal.write(this_rank(), self._found.values())
+
+    def _record(self, finding: Finding) -> None:
         if not self.options.wants(finding):
             return
         with self._lock:
