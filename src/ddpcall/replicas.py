@@ -43,7 +43,7 @@ def digest_tensor(tensor: Tensor) -> int:
         return digest_on_device(pieces)
     stream = xxhash.xxh3_64()
     for piece in pieces:
-        stream.update(_numpy(piece))
+        stream.update(_Memory().view(piece))
     return _signed(stream.intdigest())
 
 
@@ -91,7 +91,7 @@ class StateDigester:
         deque(map(stream.update, self._views), maxlen=0)
         for tensor in self._scattered:
             for piece in _contiguous_pieces(tensor):
-                stream.update(_numpy(piece))
+                stream.update(_Memory().view(piece))
         for pieces in self._on_devices:
             stream.update(digest_on_device(pieces).to_bytes(8, "little", signed=True))
         return _signed(stream.intdigest())
@@ -108,6 +108,7 @@ class StateDigester:
         self._readable: list[Tensor] = []
         self._views: list[Any] = []
         self._scattered: list[Tensor] = []
+        memory = _Memory()
         by_device: dict[torch.device, list[Tensor]] = {}
         for name, tensor in self._named.items():
             self._header.update(_describe(name, tensor).encode())
@@ -119,10 +120,10 @@ class StateDigester:
             ordered = _in_memory_order(values)
             if values.device.type != "cpu":
                 by_device.setdefault(values.device, []).extend(_contiguous_pieces(ordered))
-            elif not ordered.is_contiguous():
+            elif not _is_plain(ordered):
                 self._scattered.append(ordered)
             elif values.numel():
-                self._views.append(_numpy(ordered))
+                self._views.append(memory.view(ordered))
         self._on_devices = [by_device[device] for device in sorted(by_device, key=str)]
         # A lazy parameter becomes a real one, and freed memory comes back, without a change of address seen here.
         self._changes_unseen = any(is_lazy(t) or _is_freed(t) for t in self._named.values())
@@ -178,7 +179,7 @@ def _describe(name: str, tensor: Tensor) -> str:
 
 def _contiguous_pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Yield a strided tensor's bytes, in order: 1-D uint8 tensors, views where its memory is contiguous."""
-    if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+    if _is_plain(tensor):
         if tensor.numel():
             yield tensor.reshape(-1).view(torch.uint8)
         return
@@ -188,9 +189,24 @@ def _contiguous_pieces(tensor: Tensor) -> Iterator[Tensor]:
             yield rows.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _numpy(tensor: Tensor) -> Any:
-    # As bytes: numpy knows neither bfloat16 nor the 8-bit floats.
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+def _is_plain(tensor: Tensor) -> bool:
+    """Say whether a tensor's values are what its memory holds, without gaps and in order."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+class _Memory:
+    """Makes numpy arrays of memory that is not numpy's.
+
+    Not by `Tensor.numpy`: it forbids for good that the storage is resized, as FSDP does, keeps the storage alive,
+    and knows neither bfloat16 nor the 8-bit floats.
+    """
+
+    def view(self, tensor: Tensor) -> Any:
+        """Return a contiguous CPU tensor's bytes, read-only; good for as long as the tensor has this address."""
+        place = (tensor.data_ptr(), True)
+        shape = (tensor.numel() * tensor.element_size(),)
+        self.__array_interface__ = {"data": place, "shape": shape, "typestr": "|u1", "version": 3}
+        return np.asarray(self)
 
 
 def _signed(digest: int) -> int:
