@@ -71,7 +71,9 @@ def _watch_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings here, as they happen")
     parser.add_argument("--sarif", type=Path, metavar="FILE", help="write them as SARIF 2.1.0, at the end")
-    parser.add_argument("--every", type=int, default=10, metavar="K", help="compare ranks every K steps (10; 0: never)")
+    parser.add_argument(
+        "--every", type=int, default=10, metavar="K", help="compare ranks every K steps (10; 0: never)"
+    )
     parser.add_argument("--only", default="", metavar="CODES", help="report these alone, such as DC101,DC104")
     parser.add_argument("--ignore", default="", metavar="CODES", help="do not report these")
     parser.add_argument("--fail-on", choices=("error", "warning", "never"), default="error")

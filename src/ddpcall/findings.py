@@ -1,4 +1,4 @@
-"""The catalogue of findings: code, severity, why it matters, the line to write. Data and its rendering, no torch."""
+"""The catalogue of findings: code, severity, why it matters, the line to write. Data, rendered; no torch."""
 
 from __future__ import annotations
 
@@ -96,11 +96,14 @@ _RULES = (
         name="gradients-not-synchronized",
         severity=Severity.ERROR,
         title="The optimizer stepped with gradients that were never averaged over the ranks",
-        why="DDP averages gradients only in a backward that follows a forward through the wrapper. Reached any other "
+        why="DDP averages gradients only in a backward that follows a forward through the wrapper. Reached "
+        "any other "
         "way, every rank trains a model of its own on its own share of the data; what is saved is rank 0's.",
         wrong="loss = ddp.module.compute_loss(batch)",
-        fix="Call the wrapper: `loss = ddp(batch)`. To train through another method, let `forward` dispatch to it.",
-        silent_when="Nothing flows back (no_grad, evaluation), the reducer was armed by a forward through the wrapper, "
+        fix="Call the wrapper: `loss = ddp(batch)`. To train through another method, let `forward` dispatch "
+        "to it.",
+        silent_when="Nothing flows back (no_grad, evaluation), the reducer was armed by a forward through the "
+        "wrapper, "
         "the gradients are all-reduced by hand before the step, a later reduced backward covers them, they are "
         "dropped before the step, there is one rank, or the parameters are averaged by hand afterwards.",
         blind_to="DDP's python reducer and delayed all-reduce; updates made without a torch optimizer.",
@@ -111,7 +114,8 @@ _RULES = (
         name="parameter-outside-wrapper",
         severity=Severity.ERROR,
         title="A parameter is trained that no reducer owns",
-        why="DDP's reducer is built once, from the parameters that require gradients when the model is wrapped. One "
+        why="DDP's reducer is built once, from the parameters that require gradients when the model is "
+        "wrapped. One "
         "that is unfrozen, added or replaced later is trained from rank-local gradients.",
         wrong="ddp.module.head = nn.Linear(512, 10)",
         fix="Make the change first and wrap afterwards: `ddp = DistributedDataParallel(model)` again, and a new "
@@ -125,10 +129,12 @@ _RULES = (
         name="wrapper-detached",
         severity=Severity.ERROR,
         title="A parameter's storage was replaced under the wrapper, and its gradients are no longer reduced",
-        why="Changing dtype or device makes autograd create a new node for the parameter. The reducer's hook hangs on "
+        why="Changing dtype or device makes autograd create a new node for the parameter. The reducer's hook "
+        "hangs on "
         "the old one, which no backward reaches any more.",
         wrong="ddp.module.double().float()",
-        fix="Convert before wrapping, or convert a copy: `copy.deepcopy(ddp.module).to(...)`; otherwise wrap again.",
+        fix="Convert before wrapping, or convert a copy: `copy.deepcopy(ddp.module).to(...)`; otherwise wrap "
+        "again.",
         silent_when="The model is not trained afterwards.",
         blind_to="`parameter.data = ...` by hand.",
         links=(_ISSUE + "104336",),
@@ -138,11 +144,13 @@ _RULES = (
         name="sync-window-misplaced",
         severity=Severity.ERROR,
         title="`no_sync()` or `require_backward_grad_sync` stands around the wrong forward",
-        why="DDP decides in `forward` whether the next backward is reduced. If the last forward before a step runs "
+        why="DDP decides in `forward` whether the next backward is reduced. If the last forward before a step "
+        "runs "
         "with synchronisation off, the step uses rank-local gradients. Around a backward alone, no_sync() does "
         "nothing (then it is a warning).",
         wrong="with ddp.no_sync():  # around the last micro-batch too",
-        fix="Put forward and backward of all micro-batches but the last inside `with ddp.no_sync():`, and the last "
+        fix="Put forward and backward of all micro-batches but the last inside `with ddp.no_sync():`, and the "
+        "last "
         "outside, just before `optimizer.step()`.",
         silent_when="A reduced backward follows before the step, or the gradients are reduced by hand.",
         blind_to="The same on replicate and FSDP2.",
@@ -156,7 +164,8 @@ _RULES = (
         why="A gradient hook runs when the local gradient has been accumulated. DDP reduces whole buckets, later. "
         "An optimizer that steps in the hook uses the local gradient.",
         wrong="parameter.register_post_accumulate_grad_hook(lambda p: optimizer.step())",
-        fix="Step after `loss.backward()`, or use `torch.distributed.optim._apply_optimizer_in_backward`, which DDP "
+        fix="Step after `loss.backward()`, or use `torch.distributed.optim._apply_optimizer_in_backward`, "
+        "which DDP "
         "knows of.",
         silent_when="One rank, or DDP's own optimizer-in-backward.",
         blind_to="Updates in the hook that do not go through a torch optimizer's step.",
@@ -203,7 +212,8 @@ _RULES = (
         name="mode-differs",
         severity=Severity.ERROR,
         title="Some ranks train in eval mode",
-        why="Gradients stay equal, but dropout and batch statistics do not: a rank that evaluated and did not switch "
+        why="Gradients stay equal, but dropout and batch statistics do not: a rank that evaluated and did not "
+        "switch "
         "back trains another function.",
         wrong="if rank == 0: evaluate(model)  # calls model.eval() and never model.train()",
         fix="Call `model.train()` after evaluating, on every rank that called `model.eval()`.",
@@ -265,7 +275,8 @@ _RULES = (
         name="compiled-code-bypassed",
         severity=Severity.WARNING,
         title="A compiled model was called on a path that runs eager",
-        why="torch.compile compiles the call it returns; the original module, `_orig_mod` and other methods run eager.",
+        why="torch.compile compiles the call it returns; the original module, `_orig_mod` and other methods "
+        "run eager.",
         wrong="compiled = torch.compile(model); loss = model(x)",
         fix="Call the compiled object; after `model.compile()`, `model(x)`; compile other methods themselves.",
         silent_when="Under no_grad, when the compiled object is used too.",
@@ -289,7 +300,8 @@ _RULES = (
         name="precision-bypassed",
         severity=Severity.WARNING,
         title="Part of a mixed-precision model ran outside its autocast",
-        why="accelerate puts autocast around the prepared model's forward alone; submodules and other methods called "
+        why="accelerate puts autocast around the prepared model's forward alone; submodules and other methods "
+        "called "
         "from outside run in full precision.",
         wrong="hidden = model.module.encoder(x)",
         fix="Call the prepared model, or put `with accelerator.autocast():` around the call.",
@@ -315,7 +327,8 @@ _RULES = (
         name="sharded-forward-bypassed",
         severity=Severity.ERROR,
         title="A sharded module was entered past the hooks that gather its parameters",
-        why="fully_shard and parallelize_module work in forward hooks. `.forward` and other methods meet the shards: "
+        why="fully_shard and parallelize_module work in forward hooks. `.forward` and other methods meet the "
+        "shards: "
         '"got mixed torch.Tensor and DTensor".',
         wrong="loss = model.compute_loss(batch)",
         fix="`model(x)`, or `torch.distributed.fsdp.register_fsdp_forward_method(model, 'compute_loss')`.",

@@ -289,7 +289,7 @@ _INFRASTRUCTURE = ("/accelerate/", "/lightning/fabric/", "/pytorch_lightning/")
 @functools.lru_cache(maxsize=4096)
 def is_user_file(file: str) -> bool:
     """Say whether a file is the user's: not torch's, ours, the standard library's or a wrapper library's."""
-    if file.startswith((_TORCH, _OURS)) or file.startswith("<frozen"):
+    if file.startswith((_TORCH, _OURS, "<frozen")):
         return False
     in_packages = "/site-packages/" in file or "/dist-packages/" in file
     if file.startswith(_STANDARD_LIBRARY) and not in_packages:
@@ -489,7 +489,7 @@ def strip_forward_taps() -> Undo:
     """
     get_state, replicate = nn.Module.__getstate__, nn.Module._replicate_for_data_parallel
 
-    def __getstate__(self: nn.Module) -> Any:  # noqa: N807
+    def __getstate__(self: nn.Module) -> Any:
         state = get_state(self)
         _strip(state)
         return state
@@ -501,9 +501,7 @@ def strip_forward_taps() -> Undo:
 
     with ExitStack() as stack:
         stack.callback(replace_attribute(nn.Module, "__getstate__", __getstate__))
-        stack.callback(
-            replace_attribute(nn.Module, "_replicate_for_data_parallel", _replicate_for_data_parallel)
-        )
+        stack.callback(replace_attribute(nn.Module, "_replicate_for_data_parallel", _replicate_for_data_parallel))
         return stack.pop_all().close
 
 

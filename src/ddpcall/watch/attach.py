@@ -1,17 +1,20 @@
 """Find models as they are wrapped, and put taps on them: everything here is undone by `close`.
 
-Entry points are patched on their classes (DDP, nn.Module, Parameter, torch.compile, torch.autograd.grad): rare calls,
-nothing in a training step's inner loop. Modules under a wrapper get forward taps on the instance; parameters that a
-reducer owns get a gradient-arrival hook.
+Entry points are patched on their classes (DDP, nn.Module, Parameter, torch.compile, torch.autograd.grad): calls that
+are rare, none in a training step's inner loop. Modules under a wrapper get forward taps on the instance; parameters
+that a reducer owns get a gradient-arrival hook.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
+import traceback
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,10 +40,11 @@ from ddpcall.watch.collectives import CollectiveLog
 from ddpcall.watch.compiled import CompiledWatch
 from ddpcall.watch.events import Event, EventKind
 from ddpcall.watch.hooks import HookWatch
-from ddpcall.watch.reducer_ledger import Entry, ReducerLedger, Unreduced, nonzero, owned_parameters
 from ddpcall.watch.locate import WeightLocator
 from ddpcall.watch.precision import PrecisionWatch
+from ddpcall.watch.reducer_ledger import Entry, ReducerLedger, Unreduced, nonzero, owned_parameters
 from ddpcall.watch.replica_watch import ReplicaWatch
+from ddpcall.watch.report import WatchError
 from ddpcall.watch.sharded import ShardedWatch
 from ddpcall.watch.trail import Trail
 
@@ -55,7 +59,7 @@ class Attachment:
         emit: Emit,
         *,
         every: int = 0,
-        compared: Callable[[Finding], None] = lambda finding: None,
+        compared: Callable[[Finding, bool], None] = lambda finding, in_haste: None,
         withdraw: Callable[[Finding], None] = lambda finding: None,
         explained: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -80,7 +84,7 @@ class Attachment:
         self.collectives = CollectiveLog()
         self._locator: WeightLocator | None = None
         self._pending: Event | None = None
-        self._inside_entry = self._evaluating = False
+        self._inside_entry = self._evaluating = self._has_failed = False
         self._applying = 0
         self._tap = ForwardTap(self._observe_forward, self._is_quiet)
         self._undo = ExitStack()
@@ -111,6 +115,20 @@ class Attachment:
                 stack.callback(patch())
             self._undo = stack.pop_all()
 
+    def _guard(self, work: Callable[..., Any], *args: Any) -> None:
+        """Do the watch's own work: an error of ours is said once and never reaches the script."""
+        try:
+            work(*args)
+        except WatchError:
+            raise
+        except Exception:
+            if not self._has_failed:
+                self._has_failed = True
+                print(
+                    f"ddpcall watch: an error of its own, please report it\n{traceback.format_exc()}",
+                    file=sys.stderr,
+                )
+
     def _keep(self, undo: Undo) -> None:
         self._undo.callback(undo)
 
@@ -135,9 +153,8 @@ class Attachment:
             in_order: Whether the script came to its end; other ranks are not waited for where it did not.
         """
         try:
-            self._release_pending()
-            self._compiled.close()
-            self.replicas.close(in_order)
+            for work in (self._release_pending, self._compiled.close, partial(self.replicas.close, in_order)):
+                self._guard(work)
         finally:
             for ledger in self.ledgers:
                 ledger.close()
@@ -151,14 +168,14 @@ class Attachment:
         name = "require_backward_grad_sync"
 
         @functools.wraps(init)
-        def __init__(ddp: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        def __init__(ddp: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:
             init(ddp, *args, **kwargs)
-            self.adopt(ddp)
+            self._guard(self.adopt, ddp)
 
         @functools.wraps(pre_forward)
         def _pre_forward(ddp: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
             if id(ddp) in self._by_ddp:
-                self._note_inputs(inputs, kwargs)
+                self._guard(self._note_inputs, inputs, kwargs)
             return pre_forward(ddp, *inputs, **kwargs)
 
         @functools.wraps(post_forward)
@@ -166,7 +183,7 @@ class Attachment:
             output = post_forward(ddp, output)
             ledger = self._by_ddp.get(id(ddp))
             if ledger is not None:
-                ledger.passed(output)
+                self._guard(ledger.passed, output)
             return output
 
         def get_sync(ddp: DistributedDataParallel) -> bool:
@@ -176,7 +193,7 @@ class Attachment:
             ddp.__dict__[name] = value
             ledger = self._by_ddp.get(id(ddp))
             if ledger is not None:
-                self._sync_switched(ledger, value)
+                self._guard(self._sync_switched, ledger, value)
 
         with ExitStack() as stack:
             stack.callback(replace_attribute(DistributedDataParallel, "__init__", __init__))
@@ -196,7 +213,9 @@ class Attachment:
         owned = dict(owned_parameters(ddp))
         if dist.get_world_size(ddp.process_group) == 1:
             return
-        ledger = ReducerLedger(weakref.ref(ddp, self._forget), type(ddp.module).__name__, {id(p): n for n, p in owned.items()})
+        ledger = ReducerLedger(
+            weakref.ref(ddp, self._forget), type(ddp.module).__name__, {id(p): n for n, p in owned.items()}
+        )
         for parameter in owned.values():
             previous = self._owner.get(id(parameter))
             if previous is not None:
@@ -230,13 +249,13 @@ class Attachment:
         return id(module) in self._by_ddp or any(ledger.contains(module) for ledger in self.ledgers)
 
     def _may_use_buffers(self, module: nn.Module) -> int | None:
-        """Return the steps done, if this module's buffers may be rank-local now: trained on, not broadcast since."""
+        """Return the steps done, if this module's buffers may be rank-local now: not broadcast since the last."""
         lead = None if self._lead is None else self._lead()
         for ledger in self.ledgers:
             ddp = ledger.ddp()
             if ddp is None or lead is None or module not in (ddp, ddp.module) or not ddp.modules_buffers:
                 continue
-            if not ledger.forwarded and not self.collectives.covers([b for b in ddp.modules_buffers]):
+            if not ledger.forwarded and not self.collectives.covers(list(ddp.modules_buffers)):
                 return self.steps[lead]
         return None
 
@@ -287,7 +306,7 @@ class Attachment:
             outputs = original(*args, **kwargs)
         finally:
             self._inside_entry = False
-        ledger.enter(Entry(site), outputs)
+        self._guard(ledger.enter, Entry(site), outputs)
         return outputs
 
     # ---- windows --------------------------------------------------------------------------------------------
@@ -319,7 +338,7 @@ class Attachment:
             finally:
                 self._applying -= 1
                 for ledger, nodes in before:
-                    self._compare_accumulators(ledger, nodes)
+                    self._guard(self._compare_accumulators, ledger, nodes)
 
         return replace_attribute(nn.Module, "_apply", _apply)
 
@@ -400,7 +419,7 @@ class Attachment:
         def taking(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             taken = grad(outputs, inputs, *args, **kwargs)
             if not torch.compiler.is_compiling() and self.ledgers:
-                self._gradients_taken([inputs] if isinstance(inputs, Tensor) else inputs)
+                self._guard(self._gradients_taken, [inputs] if isinstance(inputs, Tensor) else inputs)
             return taken
 
         return replace_attribute(torch.autograd, "grad", taking)
@@ -420,8 +439,12 @@ class Attachment:
 
     def _hook_optimizers(self) -> Undo:
         handles = (
-            optimizer_hooks.register_optimizer_step_pre_hook(self._before_step),
-            optimizer_hooks.register_optimizer_step_post_hook(self._after_step),
+            optimizer_hooks.register_optimizer_step_pre_hook(
+                lambda *given: self._guard(self._before_step, *given)
+            ),
+            optimizer_hooks.register_optimizer_step_post_hook(
+                lambda *given: self._guard(self._after_step, *given)
+            ),
         )
         return lambda: [handle.remove() for handle in handles] and None
 
@@ -565,7 +588,9 @@ class Attachment:
             return
         site, self._locator = self._locator.stop(), None
         if site is not None:
-            self._pending = Event(event.kind, site, self._pending.step if self._pending else event.step, event.parameters)
+            self._pending = Event(
+                event.kind, site, self._pending.step if self._pending else event.step, event.parameters
+            )
         self._release_pending()
 
     def _release_pending(self) -> None:

@@ -78,7 +78,7 @@ class CompiledWatch:
         keep: Callable[[Undo], None],
         adopted: Callable[[nn.Module], None],
     ) -> None:
-        """Take where events go, the current step, where undos go, and who wants every module of a compiled model."""
+        """Take where events go, the current step, where undos go, and who wants each module of a compiled model."""
         self._emit = emit
         self._adopted = adopted
         self._step = step
@@ -159,7 +159,7 @@ class CompiledWatch:
 
     def _noting(self, get: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(get)
-        def __getattr__(compiled: Any, name: str) -> Any:  # noqa: N807
+        def __getattr__(compiled: Any, name: str) -> Any:
             value = get(compiled, name)
             if isinstance(value, MethodType) and not torch.compiler.is_compiling() and torch.is_grad_enabled():
                 root = self._of_module.get(compiled._modules["_orig_mod"])

@@ -70,7 +70,8 @@ def _and_lines(event: Event) -> str:
 
 def _bypassed(event: Event) -> str:
     return (
-        f"The forward entered {_model(event)} here{_and_lines(event)}, past its DistributedDataParallel wrapper, so the "
+        f"The forward entered {_model(event)} here{_and_lines(event)}, past its DistributedDataParallel "
+        "wrapper, so the "
         f"reducer was not armed: in optimizer step {event.step}, gradients of {_gradients(event)} were used as "
         "computed on this rank alone."
     )
@@ -78,8 +79,10 @@ def _bypassed(event: Event) -> str:
 
 def _raw_weights(event: Event) -> str:
     return (
-        f"Weights of {_model(event)} are used here without any forward of its wrapper, so the reducer was not armed: "
-        f"in optimizer step {event.step}, gradients of {_gradients(event)} were used as computed on this rank alone."
+        f"Weights of {_model(event)} are used here without any forward of its wrapper, so the reducer was not "
+        "armed: "
+        f"in optimizer step {event.step}, gradients of {_gradients(event)} were used as computed on this rank "
+        "alone."
     )
 
 
@@ -92,21 +95,24 @@ def _consumed(event: Event) -> str:
 
 def _autograd_grad(event: Event) -> str:
     return (
-        f"torch.autograd.grad returns gradients without accumulating them, so the reducer of {_model(event)} never "
+        f"torch.autograd.grad returns gradients without accumulating them, so the reducer of {_model(event)} "
+        "never "
         f"sees them: in optimizer step {event.step}, gradients of {_gradients(event)} were used unreduced."
     )
 
 
 def _unowned(event: Event) -> str:
     return (
-        f"{_gradients(event).capitalize()} of the wrapped model became trainable after wrapping, here; no reducer owns "
+        f"{_gradients(event).capitalize()} of the wrapped model became trainable after wrapping, here; no "
+        "reducer owns "
         f"them. In optimizer step {event.step} they were stepped with this rank's own gradients."
     )
 
 
 def _detached(event: Event) -> str:
     return (
-        f"This conversion replaced the storage of {_gradients(event)} of {_model(event)} after wrapping; the reducer's "
+        f"This conversion replaced the storage of {_gradients(event)} of {_model(event)} after wrapping; the "
+        "reducer's "
         f"hooks hang on nodes that no backward reaches. In optimizer step {event.step} their gradients were used "
         "unreduced."
     )
@@ -114,7 +120,8 @@ def _detached(event: Event) -> str:
 
 def _sync_off(event: Event) -> str:
     return (
-        f"Synchronisation was switched off here when the last forward of {_model(event)}{_and_lines(event)} before "
+        f"Synchronisation was switched off here when the last forward of {_model(event)}{_and_lines(event)} "
+        "before "
         f"optimizer step {event.step} ran: gradients of {_gradients(event)} were used unreduced."
     )
 
@@ -128,7 +135,8 @@ def _no_effect(event: Event) -> str:
 
 def _stepped_early(event: Event) -> str:
     return (
-        f"The optimizer stepped inside the backward (step {event.step}), before the reducer had averaged the gradients "
+        f"The optimizer stepped inside the backward (step {event.step}), before the reducer had averaged the "
+        "gradients "
         f"of {_gradients(event)}."
     )
 
@@ -151,9 +159,12 @@ _MESSAGES: dict[EventKind, Callable[[Event], str]] = {
         "{module} has {hooks} and was entered through .forward here: none of them ran."
     ),
     EventKind.STALE_WEIGHT: _with_facts(
-        "{module} was entered through .forward here: {hook} did not recompute its {name}, and a stale one was used."
+        "{module} was entered through .forward here: {hook} did not recompute its {name}, and a stale one was "
+        "used."
     ),
-    EventKind.COMPILED_BYPASSED: _with_facts("{module} was compiled, and runs eager when it is reached from here."),
+    EventKind.COMPILED_BYPASSED: _with_facts(
+        "{module} was compiled, and runs eager when it is reached from here."
+    ),
     EventKind.LATE_HOOK: _with_facts(
         "The hook registered here on {module}, after its first compiled call, has not fired since."
     ),
@@ -216,13 +227,16 @@ def diagnose_divergence(divergence: Divergence, explained: bool) -> Iterator[Fin
             yield _compared("DC204", divergence, groups, divergence.mode_site or NOWHERE, _modes(divergence))
         elif part == "buffers":
             message = (
-                f"The model is {divergence.buffer_use} here past its wrapper after optimizer step {divergence.step}, "
+                f"The model is {divergence.buffer_use} here past its wrapper after optimizer step "
+                f"{divergence.step}, "
                 f"while its buffers differ between ranks ({_groups(groups)}): they are rank-local until the next "
                 "training forward broadcasts rank 0's."
             )
             yield _compared("DC205", divergence, groups, divergence.buffer_site, message)
         elif part == "batch":
-            message = f"All {len(groups[0])} ranks were fed the same inputs here, up to optimizer step {divergence.step}."
+            message = (
+                f"All {len(groups[0])} ranks were fed the same inputs here, until optimizer step {divergence.step}"
+            )
             yield _compared("DC206", divergence, groups, divergence.forward_site, message)
         elif part == "rng":
             message = (
@@ -286,7 +300,8 @@ def _settings(divergence: Divergence) -> str:
 def _modes(divergence: Divergence) -> str:
     name, modes = next(iter(divergence.modules.items()), ("", {}))
     return (
-        f"{len(divergence.modules)} modules that depend on the mode are in train mode on some ranks and in eval mode on "
+        f"{len(divergence.modules)} modules that depend on the mode are in train mode on some ranks and in "
+        "eval mode on "
         f"others in optimizer step {divergence.step}: {name} is {_by_rank(modes)}."
     )
 

@@ -1,4 +1,4 @@
-"""What a watched run is seen to do: events with the user's line. Facts only; `diagnose` turns them into findings."""
+"""What a watched run is seen to do: events with the user's line. Facts; `diagnose` makes findings of them."""
 
 from __future__ import annotations
 

@@ -101,7 +101,9 @@ class HookWatch:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, NORMS) and _is_stale(hook, module):
                 facts = {"module": name, "hook": type(hook).__name__, "name": _weight_name(hook)}
-                yield Event(EventKind.STALE_WEIGHT, find_call_site(), self._step(), (_weight_name(hook),), (), facts)
+                yield Event(
+                    EventKind.STALE_WEIGHT, find_call_site(), self._step(), (_weight_name(hook),), (), facts
+                )
         counts = {kind: sum(map(is_users, getattr(module, slot).values())) for kind, slot in HOOK_DICTS.items()}
         skipped = [f"{count} {kind} hook{'s' * (count != 1)}" for kind, count in counts.items() if count]
         if skipped:

@@ -1,7 +1,7 @@
 """Findings on disk, as they happen: one JSON file that all ranks of a host merge into, under a lock.
 
-No rank waits for another: whoever has something to say locks the file, reads it, merges and replaces it. What a rank
-said stays when it is killed.
+No rank waits for another: whoever has something to say locks the file, reads it, merges and replaces it. What a
+rank said stays when it is killed.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def _findings(state: dict[str, Any]) -> Iterator[Finding]:
 
 def from_record(record: dict[str, Any]) -> Finding:
     """Rebuild a finding from its JSON record."""
-    return Finding(**{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()})
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
+    return Finding(**values)
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -70,7 +70,7 @@ def parse_codes(text: str | frozenset[str] | set[str] | list[str] | tuple[str, .
 
 
 def is_ignored_inline(finding: Finding) -> bool:
-    """Say whether the finding's line has a comment `# ddpcall: ignore[DC101] reason`; without brackets, any code."""
+    """Say whether the finding's line says `# ddpcall: ignore[DC101] reason`; without brackets, any code."""
     match = _IGNORE.search(linecache.getline(finding.file, finding.line)) if finding.line else None
     if match is None:
         return False

@@ -17,7 +17,7 @@ from ddpcall.watch.hooks import can_be_tapped
 
 
 class PrecisionWatch:
-    """Follows `Accelerator.prepare`: a submodule entered with gradients on and outside autocast lost its precision.
+    """Follows `Accelerator.prepare`: a submodule entered with gradients on, outside autocast, lost its precision.
 
     Blind to: other libraries' autocast; parameters that are used without a forward.
 

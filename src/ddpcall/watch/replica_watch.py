@@ -47,8 +47,8 @@ class Sites:
 class ReplicaWatch:
     """Takes vitals after an optimizer step, hands them to the exchange and reads what comes back.
 
-    One optimizer leads: the first that stepped parameters of a wrapped model. Vitals are taken after its steps 1 to
-    16, then after every `every`-th.
+    One optimizer leads: the first that stepped parameters of a wrapped model. Vitals are taken after its steps 1
+    to 16, then after every `every`-th.
 
     Blind to: settings of the other optimizers; wrapped models whose process group is not the whole world.
     """
@@ -57,11 +57,19 @@ class ReplicaWatch:
         self,
         every: int,
         trail: Trail,
-        emit: Callable[[Finding], None],
+        emit: Callable[[Finding, bool], None],
         withdraw: Callable[[Finding], None],
         explained: Callable[[], bool],
     ) -> None:
-        """Take the interval, the trail, where findings go, and whether another finding explains divergence."""
+        """Take what to compare and where it goes.
+
+        Args:
+            every: Steps between vitals.
+            trail: This rank's lines.
+            emit: Gets findings, and whether a better one may follow.
+            withdraw: Gets those that a better one replaces.
+            explained: Says whether another finding explains why parameters differ.
+        """
         self._every = every
         self._trail = trail
         self._emit = emit
@@ -174,15 +182,15 @@ class ReplicaWatch:
         self._judged.update(news)
         divergence = Divergence(comparison.step, {part: comparison.differing[part] for part in news})
         if "modes" not in news:  # which modules differ decides about modes
-            self._say(divergence)
+            self._say(divergence, in_haste=True)
         self._asked = replace(comparison, differing={part: comparison.differing[part] for part in news})
         assert self._exchange is not None
         self._exchange.ask_details(self._asked)
 
-    def _say(self, divergence: Divergence) -> None:
+    def _say(self, divergence: Divergence, in_haste: bool = False) -> None:
         for finding in diagnose_divergence(self._with_sites(divergence), self._explained()):
             self._preliminary.append(finding)
-            self._emit(finding)
+            self._emit(finding, in_haste)
 
     def _with_sites(self, divergence: Divergence) -> Divergence:
         sites = self.sites
@@ -206,13 +214,12 @@ class ReplicaWatch:
         harmful = [name for name in modes if not name.startswith("@") and self._depends_on_mode(name)]
         if not harmful:
             differing.pop("modes", None)
-        settings = {name: values for name, values in details.differing.get("optimizer", {}).items()}
         self._say(
             Divergence(
                 asked.step,
                 differing,
                 parameters=tuple(name for name in parameters if not name.startswith("@")),
-                settings=settings,
+                settings=details.differing.get("optimizer", {}),
                 modules={name: {rank: str(mode) for rank, mode in modes[name].items()} for name in harmful},
                 load_site=_read_site(load.split(" ", 1)[1]) if " " in load else None,
                 mode_site=_read_site(switch) if switch else None,
@@ -240,7 +247,7 @@ class ReplicaWatch:
                 ranks = tuple(range(comparison.num_ranks))
                 same = Divergence(comparison.step, {part: (ranks,)}, forward_site=self.sites.forward)
                 for finding in diagnose_divergence(same, False):
-                    self._emit(finding)
+                    self._emit(finding, False)
 
     def _note_buffers(self, comparison: Comparison) -> None:
         self._last_buffers = (comparison.step, comparison.differing.get("buffers", ()))
@@ -253,13 +260,15 @@ class ReplicaWatch:
         if self._last_buffers is None:
             return
         step, groups = self._last_buffers
-        for use in [use for use in self._uses if use.step == step or (use.step > step and not self.is_due(use.step))]:
+        for use in [
+            use for use in self._uses if use.step == step or (use.step > step and not self.is_due(use.step))
+        ]:
             self._uses.remove(use)
             if groups and "buffers" not in self._judged:
                 self._judged.add("buffers")
                 found = Divergence(use.step, {"buffers": groups}, buffer_site=use.site, buffer_use=use.use)
                 for finding in diagnose_divergence(found, False):
-                    self._emit(finding)
+                    self._emit(finding, False)
         self._uses = [use for use in self._uses if use.step > step]
 
 

@@ -18,6 +18,19 @@ _COLORS = {"error": "red", "warning": "yellow", "note": "blue"}
 _MOST_PARAMETERS = 6
 
 
+class WatchError(RuntimeError):
+    """A finding, raised where the harm is done (`on_finding="raise"`).
+
+    Attributes:
+        finding: The finding.
+    """
+
+    def __init__(self, finding: Finding) -> None:
+        """Take the finding; the message is its text."""
+        super().__init__(render_text(finding))
+        self.finding = finding
+
+
 def describe_place(finding: Finding) -> str:
     """Return `file:line in function`, the file relative to the working directory where it lies below it."""
     if not finding.line:

@@ -1,4 +1,4 @@
-"""Run a training script under the watch, unchanged: argv, `__main__`, tracebacks, exit code and signals as without."""
+"""Run a training script under the watch: argv, `__main__`, tracebacks, exit code and signals stay as without."""
 
 from __future__ import annotations
 

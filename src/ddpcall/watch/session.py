@@ -22,19 +22,9 @@ from ddpcall.watch.diagnose import diagnose
 from ddpcall.watch.events import Event
 from ddpcall.watch.journal import Journal, Key, key_of, merge_findings
 from ddpcall.watch.options import Options, parse_codes
+from ddpcall.watch.report import WatchError
 
-
-class WatchError(RuntimeError):
-    """A finding, raised where the harm is done (`on_finding="raise"`).
-
-    Attributes:
-        finding: The finding.
-    """
-
-    def __init__(self, finding: Finding) -> None:
-        """Take the finding; the message is its text."""
-        super().__init__(report.render_text(finding))
-        self.finding = finding
+__all__ = ["Session", "WatchError", "watch"]
 
 
 class Session:
@@ -150,7 +140,8 @@ class Session:
             if self._found.pop(key_of(finding), None) is not None and self._is_shared():
                 self._journal.write(this_rank(), self._found.values())
 
-    def _record(self, finding: Finding) -> None:
+    def _record(self, finding: Finding, in_haste: bool = False) -> None:
+        """Keep a finding, put it on disk and say it; of one found in haste nothing is said: a better follows."""
         if not self.options.wants(finding):
             return
         with self._lock:
@@ -164,7 +155,7 @@ class Session:
             if self._is_shared() and count & (count - 1) == 0:  # at 1, 2, 4, …: not at every step
                 is_new_anywhere = key not in {key_of(other) for other in self._journal.read()}
                 self._journal.write(this_rank(), self._found.values())
-        if not is_new_here:
+        if not is_new_here or in_haste:
             return
         if self.options.on_finding == "raise":
             raise WatchError(finding)
@@ -231,7 +222,9 @@ def local_ranks() -> set[int]:
 
 def run_id() -> str:
     """Return an id that the ranks of one launch share and no other launch has."""
-    parts = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")]
+    parts = [
+        os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    ]
     launcher = os.getppid() if len(local_ranks()) > 1 else os.getpid()
     return "-".join([*parts, str(launcher)])
 

@@ -1,4 +1,4 @@
-"""The trail: where this rank last did what can make replicas differ. Lines only; whether it did harm is seen later."""
+"""The trail: the lines where this rank last did what can make replicas differ. Harm is seen later."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ class Trail:
         buffer_uses: Evaluations and checkpoints since they were last taken.
     """
 
-    def __init__(self, is_watched: Callable[[nn.Module], bool], may_use_buffers: Callable[[nn.Module], int | None]) -> None:
+    def __init__(
+        self, is_watched: Callable[[nn.Module], bool], may_use_buffers: Callable[[nn.Module], int | None]
+    ) -> None:
         """Take two questions to the attachment.
 
         Args:
