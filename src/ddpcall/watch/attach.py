@@ -1,8 +1,8 @@
 """Find models as they are wrapped, and put taps on them: everything here is undone by `close`.
 
-Entry points are patched on their classes (DDP, nn.Module, Parameter, torch.compile, torch.autograd.grad): calls that
-are rare, none in a training step's inner loop. Modules under a wrapper get forward taps on the instance; parameters
-that a reducer owns get a gradient-arrival hook.
+Entry points are patched on their classes (DDP, nn.Module, Parameter, torch.compile, torch.autograd.grad): calls
+that are rare, none in a training step's inner loop. Modules under a wrapper get forward taps on the instance;
+parameters that a reducer owns get a gradient-arrival hook.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import _ReplicateState
 from torch.nn.modules import module as module_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -33,6 +34,7 @@ from ddpcall.taps import (
     Undo,
     find_call_site,
     in_backward,
+    is_lazy,
     replace_attribute,
     strip_forward_taps,
 )
@@ -137,6 +139,8 @@ class Attachment:
         return max(self.steps.values(), default=0) + 1
 
     def _hook_registered(self, module: nn.Module, kind: str, hook: Any) -> None:
+        if isinstance(getattr(hook, "__self__", None), _ReplicateState) and kind == "forward_pre":
+            self._guard(self._announce, module)
         self._compiled.hook_registered(module, kind, hook)
         self.sharded.hook_registered(module, kind, hook)
 
@@ -213,22 +217,44 @@ class Attachment:
         owned = dict(owned_parameters(ddp))
         if dist.get_world_size(ddp.process_group) == 1:
             return
+        announced = next((self._owner[id(p)] for p in owned.values() if id(p) in self._owner), None)
+        if announced is not None and announced.is_announced:
+            self._found_reducer(announced, ddp)
+            return
         ledger = ReducerLedger(
             weakref.ref(ddp, self._forget), type(ddp.module).__name__, {id(p): n for n, p in owned.items()}
         )
-        for parameter in owned.values():
+        self._open_ledger(ledger, ddp.module, list(owned.values()))
+        self._by_ddp[id(ddp)] = ledger
+        self._adopt_replicas()
+
+    def _open_ledger(self, ledger: ReducerLedger, root: nn.Module, owned: list[nn.Parameter]) -> None:
+        for parameter in owned:
             previous = self._owner.get(id(parameter))
             if previous is not None:
                 previous.close()
             self._owner[id(parameter)] = ledger
             handle: Any = parameter.register_post_accumulate_grad_hook(ledger.arrive)
             ledger.undo.append(_remove_hook(handle, weakref.ref(parameter)))
-        self._frozen.update(id(p) for p in ddp.module.parameters() if id(p) not in ledger.names)
-        for module in ddp.module.modules():
+        self._frozen.update(id(p) for p in root.parameters() if id(p) not in ledger.names)
+        for module in root.modules():
             self._tap_module(module, ledger)
         self.ledgers.append(ledger)
-        self._by_ddp[id(ddp)] = ledger
         self._structure += 1
+
+    def _announce(self, root: nn.Module) -> None:
+        """Watch a module under `replicate`, which makes its DDP in the first call, if one ever comes."""
+        if dist.get_world_size() == 1:
+            return
+        owned = {name: p for name, p in root.named_parameters() if p.requires_grad and not is_lazy(p)}
+        ledger = ReducerLedger(lambda: None, type(root).__name__, {id(p): n for n, p in owned.items()})
+        ledger.is_announced = True
+        self._open_ledger(ledger, root, list(owned.values()))
+
+    def _found_reducer(self, ledger: ReducerLedger, ddp: DistributedDataParallel) -> None:
+        ledger.is_announced = False
+        ledger.ddp = weakref.ref(ddp, self._forget)
+        self._by_ddp[id(ddp)] = ledger
         self._adopt_replicas()
 
     def _adopt_replicas(self) -> None:

@@ -78,7 +78,7 @@ class CompiledWatch:
         keep: Callable[[Undo], None],
         adopted: Callable[[nn.Module], None],
     ) -> None:
-        """Take where events go, the current step, where undos go, and who wants each module of a compiled model."""
+        """Take where events go, the current step, where undos go, and who wants all modules compiled."""
         self._emit = emit
         self._adopted = adopted
         self._step = step

@@ -69,6 +69,9 @@ class ReducerLedger:
     Attributes:
         name: The wrapped module's class, for messages.
         names: Parameter names by id, for the parameters that the reducer owns.
+        ddp: Returns the DDP while it lives; it is held weakly.
+        modules: The modules under the wrapper, by id.
+        is_announced: Whether its reducer is still to be made (`replicate`).
         armed: Whether the reducer expects gradients.
         forwards: Grad-enabled forwards of the wrapper since the last optimizer step.
         forwarded: Whether there was any forward of the wrapper since then: the first one broadcasts the buffers.
@@ -77,10 +80,11 @@ class ReducerLedger:
         entries: Forwards outside an armed wrapper's since the last optimizer step.
     """
 
-    ddp: weakref.ref[DistributedDataParallel]
+    ddp: Callable[[], DistributedDataParallel | None]
     name: str
     names: dict[int, str]
     modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict)
+    is_announced: bool = False
     armed: bool = False
     forwards: int = 0
     forwarded: bool = False
