@@ -21,12 +21,14 @@ class Program:
 
     Attributes:
         code: Its compiled code.
-        file: What `__file__` and `sys.argv[0]` are to be.
+        name: What `sys.argv[0]` is to be.
+        file: What `__file__` is to be.
         directory: What `sys.path[0]` is to be.
         spec: A module's spec; None for a script.
     """
 
     code: CodeType
+    name: str
     file: str
     directory: str
     spec: Any = None
@@ -40,7 +42,8 @@ def load_script(path: str) -> Program:
     """
     source = Path(path).read_bytes()
     directory = os.path.dirname(os.path.realpath(path))
-    return Program(compile(source, path, "exec", dont_inherit=True), path, directory)
+    file = os.path.abspath(path)
+    return Program(compile(source, file, "exec", dont_inherit=True), path, file, directory)
 
 
 def load_module(name: str) -> Program:
@@ -56,7 +59,8 @@ def load_module(name: str) -> Program:
     loader: Any = None if spec is None else spec.loader
     if spec is None or not hasattr(loader, "get_code"):
         raise ImportError(f"No module named {name}")
-    return Program(loader.get_code(spec.name), spec.origin or name, os.getcwd(), spec)
+    file = spec.origin or name
+    return Program(loader.get_code(spec.name), file, file, os.getcwd(), spec)
 
 
 def run_program(program: Program, arguments: list[str], options: Options) -> None:
@@ -71,7 +75,7 @@ def run_program(program: Program, arguments: list[str], options: Options) -> Non
         SystemExit: The program's own exit code; 1 when it succeeded, this rank is the last of its host to
             leave and findings reach `fail_on`.
     """
-    sys.argv = [program.file, *arguments]
+    sys.argv = [program.name, *arguments]
     sys.path[0] = program.directory
     main = _make_main(program)
     farewell = _Farewell()
@@ -119,6 +123,7 @@ def _show(error: BaseException) -> None:
     trace = error.__traceback__
     while trace is not None and _is_ours(trace):
         trace = trace.tb_next
+    error.__traceback__ = trace  # the default hook prints this one, whatever it is handed
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
     sys.excepthook(type(error), error, trace)
 
