@@ -1,5 +1,7 @@
 """Events and comparisons become findings: a pure function, tested as one."""
 
+from typing import Any
+
 import pytest
 
 from ddpcall.taps import CallSite
@@ -62,12 +64,13 @@ def test_divergence_is_not_said_twice():
 
 def test_each_part_has_its_code_and_line():
     groups = ((0,), (1,))
-    for part, code, sites in (
+    cases: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("optimizer", "DC203", {"optimizer_site": SITE}),
         ("modes", "DC204", {"mode_site": SITE, "modules": {"drop": {0: "eval", 1: "train"}}}),
         ("buffers", "DC205", {"buffer_site": SITE, "buffer_use": "evaluated"}),
         ("batch", "DC206", {"forward_site": SITE}),
         ("rng", "DC207", {"forward_site": SITE}),
-    ):
+    )
+    for part, code, sites in cases:
         (finding,) = diagnose_divergence(Divergence(2, {part: groups}, **sites), explained=False)
         assert (finding.code, finding.line) == (code, 12)

@@ -5,12 +5,14 @@ import inspect
 import io
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import ddpcall
 from ddpcall.watch.session import WatchError
@@ -229,7 +231,8 @@ def test_skipped_hooks_are_found_and_gradients_are_not_complained_about(rank, se
     handle = setup.ddp.register_forward_hook(lambda module, inputs, outputs: None)
     setup.step(setup.ddp(setup.batch()).mean())
     assert session.findings == []
-    setup.step(setup.ddp.forward(setup.batch()).mean())  # here
+    outputs: Any = setup.ddp.forward(setup.batch())  # here
+    setup.step(outputs.mean())
     finding = only(session, "DC301", test_skipped_hooks_are_found_and_gradients_are_not_complained_about)
     assert "1 forward hook " in finding.message
     handle.remove()
@@ -262,10 +265,11 @@ def harmless(rank, name, setup):
         case "wrapped_call":
             setup.step(ddp(x).mean())
         case "wrapped_forward":
-            setup.step(ddp.forward(x).mean())
+            outputs: Any = ddp.forward(x)
+            setup.step(outputs.mean())
         case "evaluation":
             with torch.no_grad():
-                ddp.module(x), ddp.module.forward(x)
+                assert torch.equal(ddp.module(x), ddp.module.forward(x))
             setup.step(ddp(x).mean())
         case "evaluation_with_gradients_on":
             ddp.module(x).mean().item()
@@ -329,8 +333,8 @@ def harmless(rank, name, setup):
 
             setup.optimizer.step(closure)
         case "checkpointed":
-            run = torch.utils.checkpoint.checkpoint
-            setup.step(run(ddp, x, use_reentrant=False).mean())
+            outputs: Any = checkpoint(ddp, x, use_reentrant=False)
+            setup.step(outputs.mean())
 
 
 HARMLESS = [
@@ -372,7 +376,7 @@ def test_other_reducers_settings_stay_silent_and_are_seen(rank, session, options
 
 
 def test_ignored_parameters_are_trained_locally_on_purpose(rank, session):
-    net = Net()
+    net: Any = Net()
     net._ddp_params_and_buffers_to_ignore = ["second.weight", "second.bias"]
     setup = Setup(rank, net)
     setup.step(setup.ddp(setup.batch()).mean())
@@ -427,6 +431,7 @@ def test_copies_of_a_class_with_its_own_getstate_use_their_own_parameters(rank, 
 
 def facts(model, x):
     """Return what a user can see of a model."""
+    traced: Any = torch.jit.trace(model, x)
     return {
         "state": list(model.state_dict()),
         "modules": [name for name, _ in model.named_modules()],
@@ -437,7 +442,7 @@ def facts(model, x):
         "signature": str(inspect.signature(model.forward)),
         "outputs": model(x).tolist(),
         "fx": torch.fx.symbolic_trace(model).code,
-        "traced": torch.jit.trace(model, x)(x).tolist(),
+        "traced": traced(x).tolist(),
         "exported": [
             node.target for node in torch.export.export(model, (x,)).graph.nodes if node.op == "call_function"
         ],

@@ -24,7 +24,7 @@ from torch.distributed._composable.replicate import _ReplicateState
 from torch.nn.modules import module as module_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim import optimizer as optimizer_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ddpcall.findings import Finding
 from ddpcall.taps import (
@@ -193,7 +193,7 @@ class Attachment:
         def get_sync(ddp: DistributedDataParallel) -> bool:
             return ddp.__dict__[name]
 
-        def set_sync(ddp: DistributedDataParallel, value: bool) -> None:
+        def set_sync(ddp: Any, value: bool) -> None:
             ddp.__dict__[name] = value
             ledger = self._by_ddp.get(id(ddp))
             if ledger is not None:
@@ -388,7 +388,7 @@ class Attachment:
                 ledger.detached.setdefault(id(parameter), find_call_site())
 
     def _patch_parameter(self) -> Undo:
-        slot = torch._C.TensorBase.requires_grad
+        slot: Any = torch._C.TensorBase.requires_grad
         in_place = nn.Parameter.requires_grad_
 
         def set_requires_grad(parameter: Tensor, value: bool) -> None:
@@ -397,7 +397,7 @@ class Attachment:
                 self._note_origin(parameter)
 
         @functools.wraps(in_place)
-        def requires_grad_(parameter: Tensor, requires_grad: bool = True) -> Tensor:
+        def requires_grad_(parameter: Any, requires_grad: bool = True) -> Tensor:
             if requires_grad and id(parameter) in self._frozen:
                 self._note_origin(parameter)
             return in_place(parameter, requires_grad)
@@ -434,7 +434,7 @@ class Attachment:
             module_hooks.register_module_module_registration_hook(registered_module),
             module_hooks.register_module_parameter_registration_hook(registered_parameter),
         )
-        return lambda: [handle.remove() for handle in handles] and None
+        return partial(_remove_all, handles)
 
     # ---- gradients without arrival ---------------------------------------------------------------------------
 
@@ -465,14 +465,10 @@ class Attachment:
 
     def _hook_optimizers(self) -> Undo:
         handles = (
-            optimizer_hooks.register_optimizer_step_pre_hook(
-                lambda *given: self._guard(self._before_step, *given)
-            ),
-            optimizer_hooks.register_optimizer_step_post_hook(
-                lambda *given: self._guard(self._after_step, *given)
-            ),
+            register_optimizer_step_pre_hook(lambda *given: self._guard(self._before_step, *given)),
+            register_optimizer_step_post_hook(lambda *given: self._guard(self._after_step, *given)),
         )
-        return lambda: [handle.remove() for handle in handles] and None
+        return partial(_remove_all, handles)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.steps[optimizer] = self.steps.get(optimizer, 0) + 1
@@ -674,6 +670,11 @@ def _accumulators(parameters: Iterable[Tensor]) -> list[Any]:
 
 def _storage(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.untyped_storage().data_ptr()
+
+
+def _remove_all(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _remove_hook(handle: Any, reference: weakref.ref[Tensor]) -> Undo:
