@@ -1,6 +1,16 @@
 """ddpcall: what `model.forward(x)` and `model.module(x)` lose in distributed PyTorch training.
 
-Importing this package does no work: it patches nothing and imports neither torch nor Hydra.
+Importing this package does no work: it patches nothing and imports neither torch nor Hydra. `ddpcall.watch` is
+imported when it is first asked for.
 """
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "watch":
+        return importlib.import_module("ddpcall.watch")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

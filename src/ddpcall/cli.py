@@ -32,9 +32,77 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser(
         "claims", add_help=False, help="put on trial what people say about forward: every claim an experiment"
     )
+    commands.add_parser("watch", add_help=False, help="run a training script unchanged and say what it does wrong")
+    commands.add_parser("explain", add_help=False, help="print the page of a finding, such as DC101")
     parsed, rest = parser.parse_known_args(arguments[:1])
-    command = {"train": train, "claims": claims}[parsed.command]
+    command = {"train": train, "claims": claims, "watch": watch, "explain": explain}[parsed.command]
     command([*rest, *arguments[1:]])
+
+
+def watch(arguments: list[str]) -> None:
+    """Run a script or module under the watch."""
+    parser = _watch_parser()
+    # Everything behind the script's name is the script's.
+    options = parser.parse_args(arguments)
+    from ddpcall.watch.options import Options, parse_codes
+    from ddpcall.watch.script import load_module, load_script, run_program
+
+    rest = options.script
+    if options.module is None and not rest:
+        parser.error("say which script to watch: ddpcall watch [options] script.py [its arguments]")
+    try:
+        settings = Options(
+            json=options.json,
+            sarif=options.sarif,
+            every=options.every,
+            only=parse_codes(options.only),
+            ignore=parse_codes(options.ignore),
+            fail_on=options.fail_on,
+        )
+        program = load_script(rest[0]) if options.module is None else load_module(options.module[0])
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
+    own_arguments = rest[1:] if options.module is None else options.module[1:]
+    run_program(program, own_arguments, settings)
+
+
+def _watch_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ddpcall watch",
+        usage="%(prog)s [options] (script.py | -m module) [arguments of the script]",
+        description="Run a training script unchanged and say which line bypassed what. Under torchrun: "
+        "torchrun --nproc-per-node N -m ddpcall watch script.py …",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings here, as they happen")
+    parser.add_argument("--sarif", type=Path, metavar="FILE", help="write them as SARIF 2.1.0, at the end")
+    parser.add_argument(
+        "--every", type=int, default=10, metavar="K", help="compare ranks every K steps (10; 0: never)"
+    )
+    parser.add_argument("--only", default="", metavar="CODES", help="report these alone, such as DC101,DC104")
+    parser.add_argument("--ignore", default="", metavar="CODES", help="do not report these")
+    parser.add_argument("--fail-on", choices=("error", "warning", "never"), default="error")
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="run a module instead of a script")
+    parser.add_argument("script", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def explain(arguments: list[str]) -> None:
+    """Print a finding's page, or write them all."""
+    from ddpcall.findings import find_rule, render_index, render_page, render_pages
+
+    parser = argparse.ArgumentParser(prog="ddpcall explain", description="Print the page of a finding.")
+    parser.add_argument("code", nargs="?", help="DC101, or gradients-not-synchronized; without it, the list")
+    parser.add_argument("--write", type=Path, metavar="DIRECTORY", help="write all pages there")
+    options = parser.parse_args(arguments)
+    if options.write is not None:
+        options.write.mkdir(parents=True, exist_ok=True)
+        for name, page in render_pages().items():
+            (options.write / name).write_text(page)
+        return
+    try:
+        print(render_index() if options.code is None else render_page(find_rule(options.code)))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def claims(arguments: list[str]) -> None:

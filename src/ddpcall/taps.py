@@ -6,10 +6,18 @@ exception. Probes and watch are built on these and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import functools
+import importlib.util
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from types import CodeType, FrameType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -258,3 +266,310 @@ def tap_gradient_arrivals(parameters: Iterable[nn.Parameter], log: ReducerLog) -
                 setattr(parameter, "_post_accumulate_grad_hooks", None)  # noqa: B010 (typed as a dict, None at first)
 
     return undo
+
+
+@dataclass(frozen=True, order=True)
+class CallSite:
+    """A line of the user's code.
+
+    Attributes:
+        file: Path as Python knows it.
+        line: From 1; 0 when unknown.
+        function: Name of the function the line stands in; `<module>` at the top level.
+    """
+
+    file: str
+    line: int
+    function: str
+
+
+NOWHERE = CallSite("", 0, "")
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
+_INFRASTRUCTURE = ("/accelerate/", "/lightning/fabric/", "/pytorch_lightning/")
+
+
+@functools.lru_cache(maxsize=4096)
+def is_user_file(file: str) -> bool:
+    """Say whether a file is the user's: not torch's, ours, the standard library's or a wrapper library's."""
+    if file.startswith((_TORCH, _OURS, "<frozen")):
+        return False
+    in_packages = "/site-packages/" in file or "/dist-packages/" in file
+    if file.startswith(_STANDARD_LIBRARY) and not in_packages:
+        return False
+    return not (in_packages and any(part in file for part in _INFRASTRUCTURE))
+
+
+def find_call_site(inside: Callable[[Any], bool] | None = None) -> CallSite:
+    """Return the line of the user's code that is running.
+
+    Args:
+        inside: Says of an object whether it belongs to the model. With it, the site is where the model was
+            entered from: the caller of the outermost frame whose first argument belongs to the model.
+
+    Returns:
+        The innermost user frame outside the model; on an autograd worker thread, the main thread's.
+
+    Blind to: frames of static methods and free functions of the model below its outermost method.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    if threading.current_thread() is not threading.main_thread() and not _has_user_frame(frame):
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return find_call_site_among(_outward(frame), inside)
+
+
+def find_call_site_among(frames: Iterable[FrameType], inside: Callable[[Any], bool] | None = None) -> CallSite:
+    """Return the user's line among frames, innermost first; see `find_call_site`."""
+    found: CallSite | None = None
+    for frame in frames:
+        if inside is not None and inside(frame.f_locals.get("self") if _is_method(frame) else None):
+            found = None
+        elif found is None and is_user_file(frame.f_code.co_filename):
+            found = site_of(frame)
+            if inside is None:
+                break
+    return NOWHERE if found is None else found
+
+
+def _outward(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _is_method(frame: FrameType) -> bool:
+    # A free function may well take the model as its first argument; a method calls it self.
+    return frame.f_code.co_argcount > 0 and frame.f_code.co_varnames[0] == "self"
+
+
+def site_of(frame: FrameType) -> CallSite:
+    """Return the line a frame is at."""
+    return CallSite(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+
+
+def _has_user_frame(frame: FrameType | None) -> bool:
+    return any(is_user_file(outer.f_code.co_filename) for outer in _outward(frame))
+
+
+def replace_attribute(owner: Any, name: str, value: Any) -> Undo:
+    """Put a value in an owner's own `__dict__` (class, module or instance) and return the undo.
+
+    The undo leaves alone what somebody else has put in its place since.
+    """
+    had_own = name in vars(owner)
+    original = vars(owner).get(name)
+    setattr(owner, name, value)
+
+    def undo() -> None:
+        if vars(owner).get(name) is not value:
+            return
+        if had_own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+    return undo
+
+
+ForwardObserver = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+_CALL_CODES = frozenset(
+    {nn.Module._call_impl.__code__, nn.Module._slow_forward.__code__}
+    | {code for code in nn.Module._call_impl.__code__.co_consts if isinstance(code, CodeType)}
+)
+_CALL_NAMES = frozenset(code.co_name for code in _CALL_CODES)
+
+
+def came_through_call(frame: FrameType) -> bool:
+    """Say whether a frame is `Module.__call__`'s, which runs the hooks around forward."""
+    return frame.f_code.co_name in _CALL_NAMES and frame.f_code in _CALL_CODES
+
+
+class ForwardTap:
+    """Puts a function before the forwards of single modules, as a bound method in the instance's `__dict__`.
+
+    A bound method is copied with the module and pickles by name, so copies use their own parameters; modules that
+    are copied or pickled the usual way do not carry it at all (`strip_forward_taps`). Compiled code never sees
+    the observer: dynamo folds `is_compiling()` and traces the original.
+    """
+
+    MARK = "_ddpcall_original"
+
+    def __init__(self, observer: ForwardObserver, quiet: Callable[[], bool]) -> None:
+        """Take the observer, which gets (module, original, args, kwargs) and returns the outputs.
+
+        Args:
+            observer: Called in place of the original when `quiet()` is false.
+            quiet: A cheap test; true means nothing is to be observed.
+        """
+        self._observer = observer
+        self._quiet = quiet
+        self._by_class: dict[Any, Callable[..., Any]] = {}
+
+    def put(self, module: nn.Module) -> Undo:
+        """Tap one module; the undo restores its `__dict__`."""
+        own = vars(module).get("forward")
+        function = self._tapped(own) if own is not None else self._tapped_class(type(module))
+        method = MethodType(function, module)
+        module.__dict__["forward"] = method
+        reference = weakref.ref(module)  # an undo must not keep a model alive
+
+        def undo() -> None:
+            tapped = reference()
+            if tapped is not None and _is_tap(tapped.__dict__.get("forward")):
+                _restore_forward(tapped.__dict__)
+
+        return undo
+
+    def _tapped_class(self, cls: type[nn.Module]) -> Callable[..., Any]:
+        if cls not in self._by_class:
+            self._by_class[cls] = self._tapped(None, cls.forward)
+        return self._by_class[cls]
+
+    def _tapped(self, own: Any, function: Any = None) -> Callable[..., Any]:
+        observer, quiet, is_compiling = self._observer, self._quiet, torch.compiler.is_compiling
+        if own is None:
+
+            def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                if is_compiling() or quiet():
+                    return type(self).forward(self, *args, **kwargs)
+                return observer(self, MethodType(type(self).forward, self), args, kwargs)
+
+        else:
+
+            def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                if is_compiling() or quiet():
+                    return own(*args, **kwargs)
+                return observer(self, own, args, kwargs)
+
+        with contextlib.suppress(AttributeError, TypeError):  # a partial has no name
+            functools.update_wrapper(forward, function if own is None else own)
+        forward.__name__ = "forward"  # pickle finds a bound method by its name
+        setattr(forward, ForwardTap.MARK, own)
+        return forward
+
+
+def _is_tap(value: Any) -> bool:
+    return isinstance(value, MethodType) and ForwardTap.MARK in value.__func__.__dict__
+
+
+def _restore_forward(attributes: dict[str, Any]) -> None:
+    """Take one tap off; `strip_forward_taps` has the loop."""
+    if not _is_tap(attributes.get("forward")):
+        return
+    original = getattr(attributes["forward"].__func__, ForwardTap.MARK)
+    if original is None:
+        del attributes["forward"]
+    else:
+        attributes["forward"] = original
+
+
+def _strip(attributes: dict[str, Any]) -> None:
+    while _is_tap(attributes.get("forward")):
+        _restore_forward(attributes)
+
+
+@contextlib.contextmanager
+def suspend_forward_taps(root: nn.Module) -> Iterator[None]:
+    """Take the taps off a module tree for a while."""
+    taken = {}
+    for module in root.modules():
+        if _is_tap(module.__dict__.get("forward")):
+            taken[module] = module.__dict__["forward"]
+            _strip(module.__dict__)
+    try:
+        yield
+    finally:
+        for module, tap in taken.items():
+            module.__dict__["forward"] = tap
+
+
+def strip_forward_taps() -> Undo:
+    """Make copies and pickles of tapped modules come out untapped: copy, deepcopy, pickle, DataParallel replicas.
+
+    Source: `torch/nn/modules/module.py`, `__getstate__` and `_replicate_for_data_parallel`.
+
+    Blind to: subclasses whose own `__getstate__` takes `self.__dict__`; their copies carry an idle tap.
+    """
+    get_state, replicate = nn.Module.__getstate__, nn.Module._replicate_for_data_parallel
+
+    def __getstate__(self: nn.Module) -> Any:
+        state = get_state(self)
+        _strip(state)
+        return state
+
+    def _replicate_for_data_parallel(self: nn.Module) -> Any:
+        replica = replicate(self)
+        _strip(replica.__dict__)
+        return replica
+
+    with ExitStack() as stack:
+        stack.callback(replace_attribute(nn.Module, "__getstate__", __getstate__))
+        stack.callback(replace_attribute(nn.Module, "_replicate_for_data_parallel", _replicate_for_data_parallel))
+        return stack.pop_all().close
+
+
+def in_backward() -> bool:
+    """Say whether this thread is running a backward."""
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def find_tensors(values: Any, depth: int = 4) -> list[Tensor]:
+    """Return the tensors in nested tuples, lists, dicts and plain objects, at most `depth` levels down."""
+    if isinstance(values, Tensor):
+        return [values]
+    if depth == 0 or isinstance(values, nn.Module | str | bytes | int | float | None):
+        return []
+    if isinstance(values, dict):
+        values = tuple(values.values())
+    elif not isinstance(values, tuple | list | set):
+        values = tuple(getattr(values, "__dict__", {}).values())
+    return [tensor for value in values for tensor in find_tensors(value, depth - 1)]
+
+
+def after_import(name: str, patch: Callable[[ModuleType], Undo]) -> Undo:
+    """Patch a module as soon as it has been imported, now if it is already there; returns the undo.
+
+    Args:
+        name: The module's full name.
+        patch: Gets the module, returns the undo of what it did to it.
+    """
+    undos: list[Undo] = []
+    if name in sys.modules:
+        return patch(sys.modules[name])
+    finder = _PatchingFinder(name, lambda module: undos.append(patch(module)))
+    sys.meta_path.insert(0, finder)
+
+    def undo() -> None:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+        for undo_patch in undos:
+            undo_patch()
+
+    return undo
+
+
+class _PatchingFinder:
+    """Stands before the import system's finders for one module, and calls back after it was executed."""
+
+    def __init__(self, name: str, executed: Callable[[ModuleType], None]) -> None:
+        self._name = name
+        self._executed = executed
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)  # pyright: ignore[reportArgumentType]
+        spec = importlib.util.find_spec(name)
+        loader: Any = None if spec is None else spec.loader
+        if loader is None:
+            return spec
+        execute, executed = loader.exec_module, self._executed
+
+        def exec_module(module: ModuleType) -> None:
+            del loader.exec_module
+            execute(module)
+            executed(module)
+
+        loader.exec_module = exec_module
+        return spec

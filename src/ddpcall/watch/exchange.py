@@ -86,6 +86,7 @@ class _Worker:
         self._compared: deque[int] = deque(maxlen=4)
         self._answers_due: float | None = None
         self._tries = 0
+        self._looking = False
         # Many ranks that look often would keep the store busy.
         self._least_pause_s = max(0.002, world_size * 5e-5)
 
@@ -107,6 +108,8 @@ class _Worker:
         pause_s = self._least_pause_s
         while True:
             with self._changed:
+                # Asleep without a limit, it must be woken when somebody begins to wait.
+                self._looking = self._choose_pause(pause_s) is not None
                 woken = self._changed.wait_for(self._has_work, self._choose_pause(pause_s))
                 self._held.extend((time.monotonic(), vitals) for vitals in self._inbox.vitals)
                 self._inbox.vitals.clear()
@@ -128,7 +131,8 @@ class _Worker:
 
     def _has_work(self) -> bool:
         inbox = self._inbox
-        return bool(inbox.vitals or inbox.answers or inbox.to_ask or inbox.closing)
+        news = bool(inbox.vitals or inbox.answers or inbox.to_ask or inbox.closing)
+        return news or bool(inbox.hurried and not self._looking)
 
     def _choose_pause(self, pause_s: float) -> float | None:
         """Return the seconds until the store is to be looked at without being told to, or None."""

@@ -1,0 +1,310 @@
+"""Events and comparisons in, findings out. Pure: no torch, no clock, nothing remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ddpcall.findings import CATALOGUE, Finding, Severity
+from ddpcall.taps import NOWHERE, CallSite
+from ddpcall.watch.events import Event, EventKind
+
+CODES: dict[EventKind, str] = {
+    EventKind.BYPASSED: "DC101",
+    EventKind.RAW_WEIGHTS: "DC101",
+    EventKind.CONSUMED: "DC101",
+    EventKind.AUTOGRAD_GRAD: "DC101",
+    EventKind.UNOWNED: "DC102",
+    EventKind.DETACHED: "DC103",
+    EventKind.SYNC_OFF: "DC104",
+    EventKind.NO_SYNC_WITHOUT_EFFECT: "DC104",
+    EventKind.STEPPED_EARLY: "DC105",
+    EventKind.HOOKS_SKIPPED: "DC301",
+    EventKind.COMPILED_BYPASSED: "DC302",
+    EventKind.LATE_HOOK: "DC303",
+    EventKind.PRECISION_LOST: "DC304",
+    EventKind.STALE_WEIGHT: "DC305",
+    EventKind.SHARDED_BYPASSED: "DC306",
+}
+SEVERITIES = {EventKind.NO_SYNC_WITHOUT_EFFECT: Severity.WARNING}
+
+
+def diagnose(event: Event, rank: int) -> Finding:
+    """Turn one event into the finding it amounts to.
+
+    Args:
+        event: What happened on this rank; events that did no harm are not emitted in the first place.
+        rank: This rank.
+    """
+    rule = CATALOGUE[CODES[event.kind]]
+    return Finding(
+        code=rule.code,
+        name=rule.name,
+        severity=SEVERITIES.get(event.kind, rule.severity),
+        message=_MESSAGES[event.kind](event),
+        file=event.site.file,
+        line=event.site.line,
+        function=event.site.function,
+        ranks=(rank,),
+        step=event.step,
+        parameters=event.parameters,
+        cause=event.kind.value,
+        fix=rule.fix,
+    )
+
+
+def _gradients(event: Event) -> str:
+    count = len(event.parameters)
+    return f"{count} parameter{'s' * (count != 1)}"
+
+
+def _model(event: Event) -> str:
+    return str(event.facts.get("model", "the model"))
+
+
+def _and_lines(event: Event) -> str:
+    lines = sorted({site.line for site in event.others if site.file == event.site.file} - {event.site.line})
+    return f" (and line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))})" if lines else ""
+
+
+def _bypassed(event: Event) -> str:
+    return (
+        f"The forward entered {_model(event)} here{_and_lines(event)}, past its DistributedDataParallel "
+        "wrapper, so the "
+        f"reducer was not armed: in optimizer step {event.step}, gradients of {_gradients(event)} were used as "
+        "computed on this rank alone."
+    )
+
+
+def _raw_weights(event: Event) -> str:
+    return (
+        f"Weights of {_model(event)} are used here without any forward of its wrapper, so the reducer was not "
+        "armed: "
+        f"in optimizer step {event.step}, gradients of {_gradients(event)} were used as computed on this rank "
+        "alone."
+    )
+
+
+def _consumed(event: Event) -> str:
+    return (
+        f"This backward came after another had used up the reducer of {_model(event)}: a forward arms it for one "
+        f"backward. In optimizer step {event.step}, gradients of {_gradients(event)} were used unreduced."
+    )
+
+
+def _autograd_grad(event: Event) -> str:
+    return (
+        f"torch.autograd.grad returns gradients without accumulating them, so the reducer of {_model(event)} "
+        "never "
+        f"sees them: in optimizer step {event.step}, gradients of {_gradients(event)} were used unreduced."
+    )
+
+
+def _unowned(event: Event) -> str:
+    return (
+        f"{_gradients(event).capitalize()} of the wrapped model became trainable after wrapping, here; no "
+        "reducer owns "
+        f"them. In optimizer step {event.step} they were stepped with this rank's own gradients."
+    )
+
+
+def _detached(event: Event) -> str:
+    return (
+        f"This conversion replaced the storage of {_gradients(event)} of {_model(event)} after wrapping; the "
+        "reducer's "
+        f"hooks hang on nodes that no backward reaches. In optimizer step {event.step} their gradients were used "
+        "unreduced."
+    )
+
+
+def _sync_off(event: Event) -> str:
+    return (
+        f"Synchronisation was switched off here when the last forward of {_model(event)}{_and_lines(event)} "
+        "before "
+        f"optimizer step {event.step} ran: gradients of {_gradients(event)} were used unreduced."
+    )
+
+
+def _no_effect(event: Event) -> str:
+    return (
+        "no_sync() around a backward alone has no effect: the forward before it had armed the reducer, and the "
+        "gradients were reduced."
+    )
+
+
+def _stepped_early(event: Event) -> str:
+    return (
+        f"The optimizer stepped inside the backward (step {event.step}), before the reducer had averaged the "
+        "gradients "
+        f"of {_gradients(event)}."
+    )
+
+
+def _with_facts(template: str) -> Callable[[Event], str]:
+    return lambda event: template.format(**event.facts)
+
+
+_MESSAGES: dict[EventKind, Callable[[Event], str]] = {
+    EventKind.BYPASSED: _bypassed,
+    EventKind.RAW_WEIGHTS: _raw_weights,
+    EventKind.CONSUMED: _consumed,
+    EventKind.AUTOGRAD_GRAD: _autograd_grad,
+    EventKind.UNOWNED: _unowned,
+    EventKind.DETACHED: _detached,
+    EventKind.SYNC_OFF: _sync_off,
+    EventKind.NO_SYNC_WITHOUT_EFFECT: _no_effect,
+    EventKind.STEPPED_EARLY: _stepped_early,
+    EventKind.HOOKS_SKIPPED: _with_facts(
+        "{module} has {hooks} and was entered through .forward here: none of them ran."
+    ),
+    EventKind.STALE_WEIGHT: _with_facts(
+        "{module} was entered through .forward here: {hook} did not recompute its {name}, and a stale one was "
+        "used."
+    ),
+    EventKind.COMPILED_BYPASSED: _with_facts(
+        "{module} was compiled, and runs eager when it is reached from here."
+    ),
+    EventKind.LATE_HOOK: _with_facts(
+        "The hook registered here on {module}, after its first compiled call, has not fired since."
+    ),
+    EventKind.PRECISION_LOST: _with_facts(
+        "{module} was prepared for {precision}, but ran outside its autocast when reached from here."
+    ),
+    EventKind.SHARDED_BYPASSED: _with_facts(
+        "{module} is sharded and was entered here past the hooks that gather its parameters: {error}"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What a comparison of the ranks' vitals showed.
+
+    Attributes:
+        step: Optimizer step, from 1, after which it was first seen.
+        groups: By part that differs (or, for batch and rng, that should and does not): the ranks that agree.
+        parameters: Names of the parameters that differ; empty before the second round.
+        settings: Optimizer settings that differ: value by rank, by name.
+        modules: Modes that differ and matter: mode by rank, by module.
+        load_site: The line that loaded a checkpoint, on some ranks only.
+        mode_site: The line that switched to eval, where that differs between ranks.
+        optimizer_site: The line that set the optimizer up, or its schedule.
+        forward_site: The wrapper's forward.
+        buffer_site: The line that evaluated or saved the model.
+        buffer_use: `evaluated` or `saved`.
+    """
+
+    step: int
+    groups: Mapping[str, tuple[tuple[int, ...], ...]]
+    parameters: tuple[str, ...] = ()
+    settings: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
+    modules: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    load_site: CallSite | None = None
+    mode_site: CallSite | None = None
+    optimizer_site: CallSite = NOWHERE
+    forward_site: CallSite = NOWHERE
+    buffer_site: CallSite = NOWHERE
+    buffer_use: str = ""
+
+
+def diagnose_divergence(divergence: Divergence, explained: bool) -> Iterator[Finding]:
+    """Turn a comparison into findings.
+
+    Args:
+        divergence: What differs.
+        explained: Whether a finding already says why parameters differ; then that is not said again.
+    """
+    for part, groups in divergence.groups.items():
+        if part == "parameters":
+            if divergence.load_site is not None:
+                yield _compared("DC202", divergence, groups, divergence.load_site, _loaded(divergence))
+            elif not explained and "optimizer" not in divergence.groups:
+                yield _compared("DC201", divergence, groups, NOWHERE, _diverged(divergence, groups))
+        elif part == "optimizer":
+            yield _compared("DC203", divergence, groups, divergence.optimizer_site, _settings(divergence))
+        elif part == "modes":
+            yield _compared("DC204", divergence, groups, divergence.mode_site or NOWHERE, _modes(divergence))
+        elif part == "buffers":
+            message = (
+                f"The model is {divergence.buffer_use} here past its wrapper after optimizer step "
+                f"{divergence.step}, "
+                f"while its buffers differ between ranks ({_groups(groups)}): they are rank-local until the next "
+                "training forward broadcasts rank 0's."
+            )
+            yield _compared("DC205", divergence, groups, divergence.buffer_site, message)
+        elif part == "batch":
+            message = (
+                f"All {len(groups[0])} ranks were fed the same inputs here, until optimizer step {divergence.step}"
+            )
+            yield _compared("DC206", divergence, groups, divergence.forward_site, message)
+        elif part == "rng":
+            message = (
+                f"All {len(groups[0])} ranks' random generators were in the same state after optimizer step "
+                f"{divergence.step}, and the model draws dropout masks: they are identical on all ranks."
+            )
+            yield _compared("DC207", divergence, groups, divergence.forward_site, message)
+
+
+def _compared(
+    code: str, divergence: Divergence, groups: tuple[tuple[int, ...], ...], site: CallSite, message: str
+) -> Finding:
+    rule = CATALOGUE[code]
+    return Finding(
+        code=code,
+        name=rule.name,
+        severity=rule.severity,
+        message=message,
+        file=site.file,
+        line=site.line,
+        function=site.function,
+        ranks=_odd_ranks(groups),
+        step=divergence.step,
+        parameters=divergence.parameters if code in ("DC201", "DC202") else tuple(divergence.modules),
+        cause=rule.name,
+        fix=rule.fix,
+    )
+
+
+def _odd_ranks(groups: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """Return the ranks outside the largest group, or all where no group is larger than the others."""
+    ordered = sorted(groups, key=len, reverse=True)
+    if len(ordered) > 1 and len(ordered[0]) > len(ordered[1]):
+        ordered = ordered[1:]
+    return tuple(sorted(rank for group in ordered for rank in group))
+
+
+def _groups(groups: tuple[tuple[int, ...], ...]) -> str:
+    shown = [", ".join(map(str, group[:8])) + (", …" if len(group) > 8 else "") for group in groups[:4]]
+    return " ≠ ".join(f"rank{'s' * (len(group) > 1)} {text}" for group, text in zip(groups, shown, strict=False))
+
+
+def _loaded(divergence: Divergence) -> str:
+    return (
+        f"load_state_dict ran here on some ranks only, and {len(divergence.parameters)} parameters differ between "
+        f"ranks after optimizer step {divergence.step}."
+    )
+
+
+def _diverged(divergence: Divergence, groups: tuple[tuple[int, ...], ...]) -> str:
+    count = f"{len(divergence.parameters)} parameters" if divergence.parameters else "Parameters"
+    return f"{count} differ between ranks after optimizer step {divergence.step} ({_groups(groups)})."
+
+
+def _settings(divergence: Divergence) -> str:
+    named = [f"{name}: {_by_rank(values)}" for name, values in list(divergence.settings.items())[:3]]
+    shown = "; ".join(named) if named else "settings"
+    return f"The optimizer's settings differ between ranks in step {divergence.step}: {shown}."
+
+
+def _modes(divergence: Divergence) -> str:
+    name, modes = next(iter(divergence.modules.items()), ("", {}))
+    return (
+        f"{len(divergence.modules)} modules that depend on the mode are in train mode on some ranks and in "
+        "eval mode on "
+        f"others in optimizer step {divergence.step}: {name} is {_by_rank(modes)}."
+    )
+
+
+def _by_rank(values: Mapping[int, Any]) -> str:
+    return ", ".join(f"{value} on rank {rank}" for rank, value in list(values.items())[:4])

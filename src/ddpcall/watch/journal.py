@@ -1,0 +1,129 @@
+"""Findings on disk, as they happen: one JSON file that all ranks of a host merge into, under a lock.
+
+No rank waits for another: whoever has something to say locks the file, reads it, merges and replaces it. What a
+rank said stays when it is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ddpcall.findings import Finding
+
+SCHEMA = 1
+Key = tuple[Any, ...]
+
+
+def key_of(finding: Finding) -> Key:
+    """Return what makes two findings the same: site and cause."""
+    return (finding.code, finding.file, finding.line, finding.function, finding.cause)
+
+
+def merge_findings(findings: Iterable[Finding]) -> list[Finding]:
+    """Merge findings of one site and cause: ranks and parameters united, earliest step, largest count."""
+    merged: dict[Key, Finding] = {}
+    for finding in findings:
+        known = merged.get(key_of(finding))
+        merged[key_of(finding)] = finding if known is None else _merge_two(known, finding)
+    return sorted(merged.values(), key=lambda finding: (finding.step, finding.code, finding.file, finding.line))
+
+
+def _merge_two(first: Finding, second: Finding) -> Finding:
+    early = first if first.step <= second.step else second
+    return dataclasses.replace(
+        early,
+        ranks=tuple(sorted({*first.ranks, *second.ranks})),
+        parameters=tuple(dict.fromkeys((*first.parameters, *second.parameters))),
+        count=max(first.count, second.count),
+    )
+
+
+class Journal:
+    """The merged findings of one run, in one file."""
+
+    def __init__(self, path: Path, run: str) -> None:
+        """Name the file; what another run left in it is discarded at the first write.
+
+        Args:
+            path: The JSON file; its directory is made.
+            run: The run's id, the same on all ranks.
+        """
+        self.path = path.absolute()
+        self._run = run
+
+    def write(self, rank: int, findings: Iterable[Finding], done: bool = False) -> None:
+        """Put one rank's findings, all it has so far, in place of what it said before.
+
+        Args:
+            rank: This rank.
+            findings: All of this rank's findings so far; fewer than before where some were withdrawn.
+            done: Whether this rank is leaving.
+        """
+        with self._locked() as state:
+            state["by_rank"][str(rank)] = [dataclasses.asdict(finding) for finding in findings]
+            if done:
+                state["done"] = sorted({*state["done"], rank})
+            self._replace(state)
+
+    def read(self) -> list[Finding]:
+        """Return all ranks' findings, merged."""
+        return merge_findings(_findings(self._load()))
+
+    def done(self) -> set[int]:
+        """Return the ranks that have left in good order."""
+        return set(self._load()["done"])
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[dict[str, Any]]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield self._load()
+
+    def _load(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            state = json.loads(self._state_path.read_text())
+            if state.get("run") == self._run:
+                return state
+        return {"run": self._run, "by_rank": {}, "done": []}
+
+    @property
+    def _state_path(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.ranks")
+
+    def _replace(self, state: dict[str, Any]) -> None:
+        _write_atomically(self._state_path, json.dumps(state))
+        merged = [dataclasses.asdict(finding) for finding in merge_findings(_findings(state))]
+        _write_atomically(self.path, json.dumps({"schema": SCHEMA, "findings": merged}, indent=2) + "\n")
+
+    def remove_state(self, keep: bool) -> None:
+        """Remove what only the ranks need, once all are done; without `keep`, the JSON file too."""
+        names = [f".{self.path.name}.ranks", f".{self.path.name}.lock"]
+        for name in names if keep else [*names, self.path.name]:
+            with contextlib.suppress(OSError):
+                self.path.with_name(name).unlink()
+
+
+def _findings(state: dict[str, Any]) -> Iterator[Finding]:
+    for records in state["by_rank"].values():
+        for record in records:
+            yield from_record(record)
+
+
+def from_record(record: dict[str, Any]) -> Finding:
+    """Rebuild a finding from its JSON record."""
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
+    return Finding(**values)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)

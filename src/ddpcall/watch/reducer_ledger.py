@@ -1,0 +1,240 @@
+"""One DDP's ledger: whether its reducer is armed, which gradients arrived while it was not, and who sent them.
+
+The signal that decides is a gradient's arrival while the reducer is not armed. Which attribute was called only
+serves to name the line. An armed arrival clears earlier unarmed ones of the same parameter: the reducer averages
+the accumulated gradient.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_site, find_tensors, is_lazy
+from ddpcall.watch.events import EventKind
+
+MAX_ENTRIES = 256
+
+
+@dataclass(eq=False)
+class Entry:
+    """A grad-enabled forward into the model that no armed wrapper stood around.
+
+    Attributes:
+        site: The user's line that entered.
+        sync_off: The line that had switched synchronisation off; None when the wrapper was not gone through.
+        linked: Whether its outputs were found, so that `reached` tells whether a backward went through them.
+        reached: The backward (by number) that last went through an output.
+    """
+
+    site: CallSite
+    sync_off: CallSite | None = None
+    linked: bool = False
+    reached: int = 0
+
+
+@dataclass(eq=False)
+class Unreduced:
+    """What left gradients unreduced, in one backward.
+
+    Attributes:
+        kind: Which event this becomes if the gradients reach an optimizer step.
+        site: The line to blame, or the backward's where none is known.
+        others: Further lines.
+        backward: The line that ran the backward.
+        gradient: For `AUTOGRAD_GRAD`, address of the gradient that the parameter had before.
+    """
+
+    kind: EventKind
+    site: CallSite
+    others: tuple[CallSite, ...] = ()
+    backward: CallSite = NOWHERE
+    gradient: int = 0
+
+    def facts(self, ledger: ReducerLedger) -> dict[str, Any]:
+        """Return what a message says beyond the site."""
+        return {"model": ledger.name, "backward": f"{self.backward.file}:{self.backward.line}"}
+
+
+@dataclass(eq=False)
+class ReducerLedger:
+    """What is known about one DDP.
+
+    Attributes:
+        name: The wrapped module's class, for messages.
+        names: Parameter names by id, for the parameters that the reducer owns.
+        ddp: Returns the DDP while it lives; it is held weakly.
+        modules: The modules under the wrapper, by id.
+        is_announced: Whether its reducer is still to be made (`replicate`).
+        armed: Whether the reducer expects gradients.
+        forwards: Grad-enabled forwards of the wrapper since the last optimizer step.
+        forwarded: Whether there was any forward of the wrapper since then: the first one broadcasts the buffers.
+        dirty: Parameters, by id, whose last gradient arrived unarmed, with the backward it came from.
+        detached: Parameters, by id, that a conversion took away from the reducer, with its line.
+        entries: Forwards outside an armed wrapper's since the last optimizer step.
+    """
+
+    ddp: Callable[[], DistributedDataParallel | None]
+    name: str
+    names: dict[int, str]
+    modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict)
+    is_announced: bool = False
+    armed: bool = False
+    forwards: int = 0
+    forwarded: bool = False
+    dirty: dict[int, Unreduced] = field(default_factory=dict)
+    detached: dict[int, CallSite] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
+    sync_off: CallSite | None = None
+    sync_off_forwards: int = 0
+    sync_off_reduced: int = 0
+    backward: int = 0
+    _task: int = -1
+    _unarmed: list[int] = field(default_factory=list)
+    _site: CallSite = NOWHERE
+    _detachments: dict[CallSite, Unreduced] = field(default_factory=dict)
+    on_unreduced: Callable[[], None] | None = None
+    undo: list[Undo] = field(default_factory=list)
+
+    def contains(self, candidate: Any) -> bool:
+        """Say whether an object is one of the wrapped module's modules (not the wrapper itself)."""
+        reference = self.modules.get(id(candidate))
+        return reference is not None and reference() is candidate
+
+    def passed(self, outputs: Any) -> None:
+        """Note that the wrapper's forward ended; it arms the reducer unless synchronisation is off."""
+        ddp = self.ddp()
+        self.forwarded = True
+        if ddp is None or not torch.is_grad_enabled():
+            return
+        self.forwards += 1
+        if ddp.require_backward_grad_sync:
+            self.armed = True
+            return
+        self.sync_off_forwards += 1
+        self.enter(Entry(find_call_site(), self.sync_off or NOWHERE), outputs)
+
+    def enter(self, entry: Entry, outputs: Any) -> None:
+        """Note an entry and link it to the backward of its outputs."""
+        found = find_tensors(outputs)
+        tensors = [tensor for tensor in found if tensor.grad_fn is not None]
+        if found and not tensors:
+            return
+        for tensor in tensors[:8]:
+            node: Any = tensor.grad_fn
+            node.register_prehook(lambda _, entry=entry: self._reach(entry))
+        entry.linked = bool(tensors)
+        self.entries.append(entry)
+        del self.entries[:-MAX_ENTRIES]
+
+    def _reach(self, entry: Entry) -> None:
+        self._begin_backward()
+        entry.reached = self.backward
+
+    def _begin_backward(self) -> None:
+        task = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
+        if task != self._task:
+            self._task = task
+            self.backward += 1
+
+    def arrive(self, parameter: Tensor) -> None:
+        """Note one gradient: the hook on every parameter the reducer owns."""
+        task = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
+        if self.armed:
+            if task != self._task:
+                self._task = task
+                self.backward += 1
+                _queue(self._after_reducer)
+            if self.dirty:
+                self.dirty.pop(id(parameter), None)
+            return
+        self._begin_backward()
+        if not self._unarmed:
+            self._site = find_call_site()
+            _queue(self._settle)
+        self._unarmed.append(id(parameter))
+
+    def _after_reducer(self) -> None:
+        # The reducer queued its own callback after ours: stand behind it.
+        _queue(self._disarm)
+
+    def _disarm(self) -> None:
+        ddp = self.ddp()
+        if self.sync_off is not None:
+            self.sync_off_reduced += 1
+        # In a static graph's first iteration the reducer does not say whether it is done; the step ends it.
+        if ddp is None or not ddp.static_graph:
+            self.armed = ddp is not None and not is_finalized(ddp)
+
+    def _settle(self) -> None:
+        """Blame somebody for the gradients that arrived unarmed in the backward that ends now."""
+        blame = self._blame()
+        self.dirty.update(dict.fromkeys(self._unarmed, blame))
+        self._unarmed = []
+        if self.on_unreduced is not None:
+            self.on_unreduced()
+
+    def _blame(self) -> Unreduced:
+        reached = [entry for entry in self.entries if entry.reached == self.backward]
+        reached = reached or [entry for entry in self.entries if not entry.linked]
+        bypasses = [entry for entry in reached if entry.sync_off is None]
+        if bypasses:
+            sites = tuple(dict.fromkeys(entry.site for entry in bypasses))
+            return Unreduced(EventKind.BYPASSED, sites[0], sites[1:], self._site)
+        if reached:
+            off, site = reached[-1].sync_off or NOWHERE, reached[-1].site
+            return Unreduced(EventKind.SYNC_OFF, off if off != NOWHERE else site, (site,), self._site)
+        if self.forwards:
+            return Unreduced(EventKind.CONSUMED, self._site, (), self._site)
+        return Unreduced(EventKind.RAW_WEIGHTS, self._site, (), self._site)
+
+    def blame_detached(self, site: CallSite) -> Unreduced:
+        """Return the one blame for all parameters that one line detached."""
+        return self._detachments.setdefault(site, Unreduced(EventKind.DETACHED, site))
+
+    def end_step(self) -> None:
+        """Forget what an optimizer step has used up."""
+        self.dirty.clear()
+        self.entries.clear()
+        self.forwards = 0
+        self.forwarded = False
+        ddp = self.ddp()
+        if ddp is not None and ddp.static_graph:
+            self.armed = False
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        while self.undo:
+            self.undo.pop()()
+
+
+def is_finalized(ddp: DistributedDataParallel) -> bool:
+    """Say whether the reducer has reduced everything it began: false in between two partial backwards."""
+    try:
+        ddp.reducer._check_reducer_finalized()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _queue(callback: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def owned_parameters(ddp: DistributedDataParallel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (name, parameter) for what the reducer owns: trainable when wrapped, and not ignored."""
+    names = {id(parameter): name for name, parameter in ddp.module.named_parameters()}
+    for parameter in ddp._module_parameters:
+        if parameter.requires_grad and not is_lazy(parameter):
+            yield names.get(id(parameter), "?"), parameter
+
+
+def nonzero(gradients: Iterable[Tensor | None]) -> bool:
+    """Say whether any gradient is there and not zero throughout."""
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)

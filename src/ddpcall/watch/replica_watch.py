@@ -1,0 +1,302 @@
+"""Compares the replicas while the script runs: vitals on every rank, what they amount to on rank 0."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Optimizer
+
+from ddpcall.findings import Finding
+from ddpcall.taps import NOWHERE, CallSite
+from ddpcall.watch.diagnose import Divergence, diagnose_divergence
+from ddpcall.watch.exchange import Comparison, DetailsComparison, Exchange, find_store
+from ddpcall.watch.trail import BufferUse, Trail
+from ddpcall.watch.vitals import Details, VitalsTaker
+
+WAIT_S = 5.0
+EVERY_STEP_UNTIL = 16
+LOADED = "@load_state_dict"
+SWITCHED = "@mode"
+_UNHARMFUL_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Sites:
+    """This rank's lines for what can only be seen by comparing.
+
+    Attributes:
+        forward: The wrapper's last forward.
+        step: The last optimizer step.
+        created: Where the optimizer was made.
+        scheduled: Where its scheduler was last stepped.
+    """
+
+    forward: CallSite = NOWHERE
+    step: CallSite = NOWHERE
+    created: CallSite = NOWHERE
+    scheduled: CallSite = NOWHERE
+
+
+class ReplicaWatch:
+    """Takes vitals after an optimizer step, hands them to the exchange and reads what comes back.
+
+    One optimizer leads: the first that stepped parameters of a wrapped model. Vitals are taken after its steps 1
+    to 16, then after every `every`-th.
+
+    Blind to: settings of the other optimizers; wrapped models whose process group is not the whole world.
+    """
+
+    def __init__(
+        self,
+        every: int,
+        trail: Trail,
+        emit: Callable[[Finding, bool], None],
+        withdraw: Callable[[Finding], None],
+        explained: Callable[[], bool],
+    ) -> None:
+        """Take what to compare and where it goes.
+
+        Args:
+            every: Steps between vitals.
+            trail: This rank's lines.
+            emit: Gets findings, and whether a better one may follow.
+            withdraw: Gets those that a better one replaces.
+            explained: Says whether another finding explains why parameters differ.
+        """
+        self._every = every
+        self._trail = trail
+        self._emit = emit
+        self._withdraw = withdraw
+        self._explained = explained
+        self._exchange: Exchange | None = None
+        self._taker: VitalsTaker | None = None
+        self._models: nn.Module | None = None
+        self._asked: Comparison | None = None
+        self._preliminary: list[Finding] = []
+        self._judged: set[str] = set()
+        self._same_batch = self._same_rng = 0
+        self._uses: list[BufferUse] = []
+        self._last_buffers: tuple[int, tuple[tuple[int, ...], ...]] | None = None
+        self._last_step = 0
+        self.batch: Any = None
+        self.sites = Sites()
+
+    def is_due(self, step: int) -> bool:
+        """Say whether vitals are taken after a step, counted from 1; the same on every rank."""
+        return self._every > 0 and (step <= EVERY_STEP_UNTIL or step % self._every == 0)
+
+    def adopt(self, models: list[nn.Module]) -> None:
+        """Take the wrapped models, those of this process that span the whole world."""
+        self._models = models[0] if len(models) == 1 else nn.ModuleList(models)
+        optimizer = None if self._taker is None else self._taker.optimizer
+        self._taker = VitalsTaker(self._models, optimizer)
+
+    def stepped(self, optimizer: Optimizer, step: int) -> None:
+        """Take and publish the vitals of a step, and read what has come back meanwhile."""
+        if self._taker is None:
+            return
+        if self._exchange is None:
+            store = find_store(WAIT_S)
+            if store is None:
+                return
+            self._exchange = Exchange(store, dist.get_rank(), dist.get_world_size(), wait_s=WAIT_S)
+        self._taker.optimizer = optimizer
+        self._exchange.publish(self._taker.take(step, self.batch))
+        self.batch = None
+        self._last_step = step
+        parts = self._exchange.asked(step)
+        if parts:
+            self._exchange.post_details(step, self._details(parts))
+        self.read()
+
+    def read(self) -> None:
+        """Turn comparisons that have arrived into findings; rank 0 alone gets any."""
+        if self._exchange is None:
+            return
+        for comparison in self._exchange.comparisons():
+            self._compare(comparison)
+        details = self._exchange.details()
+        if details is not None:
+            self._explain(details)
+
+    def close(self, in_order: bool) -> None:
+        """Finish: wait, bounded, for the last comparison and its details, unless the script failed."""
+        if self._exchange is None:
+            return
+        try:
+            if in_order and self._taker is not None:
+                self._finish(self._exchange)
+        finally:
+            self._exchange.close()
+            self._exchange = self._taker = self._models = None
+
+    def _finish(self, exchange: Exchange) -> None:
+        last = exchange.compare(self._last_step, wait=True)
+        self.read()
+        if last is not None:
+            self._compare(last)
+        self._judge_uses()
+        if self._asked is not None:  # the answers would have come in a later step
+            exchange.ask_details(self._asked, now=True)
+        parts = self._await_own_question(exchange) if self._asked else exchange.asked(self._last_step, wait=True)
+        if parts:
+            exchange.post_details(self._last_step, self._details(parts))
+        if self._asked is not None:
+            details = exchange.details(wait=True)
+            if details is not None:
+                self._explain(details)
+
+    def _await_own_question(self, exchange: Exchange) -> tuple[str, ...]:
+        """Wait until the exchange's thread has put the question that this rank has just asked, also to itself."""
+        deadline = time.monotonic() + WAIT_S
+        while not (parts := exchange.asked(self._last_step)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return parts
+
+    def _details(self, parts: tuple[str, ...]) -> dict[str, Details]:
+        assert self._taker is not None
+        details = {part: self._taker.details(part) for part in parts}
+        times, site = self._trail.loads
+        if "parameters" in details:
+            details["parameters"][LOADED] = f"{times} {_write_site(site)}" if times else "0"
+        if "modes" in details and False in self._trail.modes:
+            details["modes"][SWITCHED] = _write_site(self._trail.modes[False])
+        return details
+
+    # ---- rank 0 ---------------------------------------------------------------------------------------------
+
+    def _compare(self, comparison: Comparison) -> None:
+        self._count_same(comparison)
+        self._note_buffers(comparison)
+        parts = [part for part in ("optimizer", "parameters", "modes") if part in comparison.differing]
+        news = [part for part in parts if part not in self._judged]
+        if not news:
+            return
+        self._judged.update(news)
+        divergence = Divergence(comparison.step, {part: comparison.differing[part] for part in news})
+        if "modes" not in news:  # which modules differ decides about modes
+            self._say(divergence, in_haste=True)
+        self._asked = replace(comparison, differing={part: comparison.differing[part] for part in news})
+        assert self._exchange is not None
+        self._exchange.ask_details(self._asked)
+
+    def _say(self, divergence: Divergence, in_haste: bool = False) -> None:
+        for finding in diagnose_divergence(self._with_sites(divergence), self._explained()):
+            self._preliminary.append(finding)
+            self._emit(finding, in_haste)
+
+    def _with_sites(self, divergence: Divergence) -> Divergence:
+        sites = self.sites
+        first = divergence.step <= 1
+        optimizer = sites.created if first else sites.scheduled
+        return replace(divergence, optimizer_site=optimizer if optimizer != NOWHERE else sites.step)
+
+    def _explain(self, details: DetailsComparison) -> None:
+        """Replace what was said in haste by what the details tell."""
+        if self._asked is None:
+            return
+        asked, self._asked = self._asked, None
+        for finding in self._preliminary:
+            self._withdraw(finding)
+        self._preliminary = []
+        parameters = details.differing.get("parameters", {})
+        modes = details.differing.get("modes", {})
+        load = next((value for value in _values(parameters, LOADED) if not value.startswith("0")), "")
+        switch = next(iter(_values(modes, SWITCHED)), "")
+        differing = dict(asked.differing)
+        harmful = [name for name in modes if not name.startswith("@") and self._depends_on_mode(name)]
+        if not harmful:
+            differing.pop("modes", None)
+        self._say(
+            Divergence(
+                asked.step,
+                differing,
+                parameters=tuple(name for name in parameters if not name.startswith("@")),
+                settings=details.differing.get("optimizer", {}),
+                modules={name: {rank: str(mode) for rank, mode in modes[name].items()} for name in harmful},
+                load_site=_read_site(load.split(" ", 1)[1]) if " " in load else None,
+                mode_site=_read_site(switch) if switch else None,
+            )
+        )
+        self._preliminary = []
+
+    def _depends_on_mode(self, name: str) -> bool:
+        assert self._models is not None
+        try:
+            module = self._models if name == "(root)" else self._models.get_submodule(name)
+        except AttributeError:
+            return False
+        return _depends_on_mode(module)
+
+    def _count_same(self, comparison: Comparison) -> None:
+        if comparison.missing or comparison.num_ranks < 2:
+            return
+        self._same_batch = self._same_batch + 1 if "batch" in comparison.same else 0
+        drops = self._models is not None and any(map(_drops, self._models.modules()))
+        self._same_rng = self._same_rng + 1 if "rng" in comparison.same and drops else 0
+        for count, part in ((self._same_batch, "batch"), (self._same_rng, "rng")):
+            if count == _UNHARMFUL_STEPS and part not in self._judged:
+                self._judged.add(part)
+                ranks = tuple(range(comparison.num_ranks))
+                same = Divergence(comparison.step, {part: (ranks,)}, forward_site=self.sites.forward)
+                for finding in diagnose_divergence(same, False):
+                    self._emit(finding, False)
+
+    def _note_buffers(self, comparison: Comparison) -> None:
+        self._last_buffers = (comparison.step, comparison.differing.get("buffers", ()))
+        self._judge_uses()
+
+    def _judge_uses(self) -> None:
+        """Evaluations and checkpoints of a step whose buffers were compared."""
+        self._uses += self._trail.buffer_uses
+        self._trail.buffer_uses = []
+        if self._last_buffers is None:
+            return
+        step, groups = self._last_buffers
+        for use in [
+            use for use in self._uses if use.step == step or (use.step > step and not self.is_due(use.step))
+        ]:
+            self._uses.remove(use)
+            if groups and "buffers" not in self._judged:
+                self._judged.add("buffers")
+                found = Divergence(use.step, {"buffers": groups}, buffer_site=use.site, buffer_use=use.use)
+                for finding in diagnose_divergence(found, False):
+                    self._emit(finding, False)
+        self._uses = [use for use in self._uses if use.step > step]
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    if isinstance(module, _NormBase):
+        return module.track_running_stats
+    return _drops(module, any_mode=True)
+
+
+def _drops(module: nn.Module, any_mode: bool = False) -> bool:
+    """Say whether a module draws dropout masks now."""
+    if not (any_mode or module.training):
+        return False
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return module.dropout > 0
+    return False
+
+
+def _values(details: dict[str, dict[int, Any]], name: str) -> list[str]:
+    return [str(value) for value in details.get(name, {}).values()]
+
+
+def _write_site(site: CallSite) -> str:
+    return f"{site.line}|{site.function}|{site.file}"
+
+
+def _read_site(text: str) -> CallSite:
+    line, function, file = text.split("|", 2)
+    return CallSite(file, int(line), function)

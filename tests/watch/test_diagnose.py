@@ -1,0 +1,76 @@
+"""Events and comparisons become findings: a pure function, tested as one."""
+
+from typing import Any
+
+import pytest
+
+from ddpcall.taps import CallSite
+from ddpcall.watch.diagnose import CODES, Divergence, diagnose, diagnose_divergence
+from ddpcall.watch.events import Event, EventKind
+
+SITE = CallSite("train.py", 12, "step")
+FACTS = {
+    EventKind.HOOKS_SKIPPED: {"module": "Net", "hooks": "1 forward hook"},
+    EventKind.STALE_WEIGHT: {"module": "Linear", "hook": "WeightNorm", "name": "weight"},
+    EventKind.COMPILED_BYPASSED: {"module": "Net"},
+    EventKind.LATE_HOOK: {"module": "ReLU"},
+    EventKind.PRECISION_LOST: {"module": "Net", "precision": "bf16"},
+    EventKind.SHARDED_BYPASSED: {"module": "Net", "error": "got mixed torch.Tensor and DTensor"},
+}
+
+
+@pytest.mark.parametrize("kind", list(EventKind))
+def test_every_event_becomes_a_finding_at_its_site(kind):
+    finding = diagnose(Event(kind, SITE, 3, ("w", "b"), (), FACTS.get(kind, {"model": "Net"})), rank=1)
+    assert (finding.code, finding.cause) == (CODES[kind], kind.value)
+    assert (finding.file, finding.line, finding.function) == ("train.py", 12, "step")
+    assert (finding.ranks, finding.step, finding.parameters) == ((1,), 3, ("w", "b"))
+    assert "{" not in finding.message
+    assert len(finding.message) > 40
+
+
+def test_a_window_without_effect_is_only_a_warning():
+    assert diagnose(Event(EventKind.NO_SYNC_WITHOUT_EFFECT, SITE), 0).severity == "warning"
+    assert diagnose(Event(EventKind.SYNC_OFF, SITE), 0).severity == "error"
+
+
+def test_other_lines_of_the_same_forward_are_named():
+    others = (CallSite("train.py", 14, "step"), CallSite("train.py", 13, "step"))
+    event = Event(EventKind.BYPASSED, SITE, 1, ("w",), others, {"model": "Net"})
+    assert "(and lines 13, 14)" in diagnose(event, 0).message
+
+
+def codes(divergence: Divergence, explained: bool = False) -> list[str]:
+    return [finding.code for finding in diagnose_divergence(divergence, explained)]
+
+
+def test_unexplained_divergence_names_the_odd_ranks():
+    divergence = Divergence(4, {"parameters": ((0, 1, 3), (2,))}, parameters=("w",))
+    (finding,) = diagnose_divergence(divergence, explained=False)
+    assert (finding.code, finding.ranks, finding.step, finding.parameters) == ("DC201", (2,), 4, ("w",))
+
+
+def test_of_two_halves_neither_is_the_odd_one():
+    (finding,) = diagnose_divergence(Divergence(1, {"parameters": ((0,), (1,))}), explained=False)
+    assert finding.ranks == (0, 1)
+
+
+def test_divergence_is_not_said_twice():
+    parameters = {"parameters": ((0,), (1,))}
+    assert codes(Divergence(1, parameters), explained=True) == []
+    assert codes(Divergence(1, {"optimizer": ((0,), (1,)), **parameters})) == ["DC203"]
+    assert codes(Divergence(1, parameters, load_site=SITE), explained=False) == ["DC202"]
+
+
+def test_each_part_has_its_code_and_line():
+    groups = ((0,), (1,))
+    cases: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("optimizer", "DC203", {"optimizer_site": SITE}),
+        ("modes", "DC204", {"mode_site": SITE, "modules": {"drop": {0: "eval", 1: "train"}}}),
+        ("buffers", "DC205", {"buffer_site": SITE, "buffer_use": "evaluated"}),
+        ("batch", "DC206", {"forward_site": SITE}),
+        ("rng", "DC207", {"forward_site": SITE}),
+    )
+    for part, code, sites in cases:
+        (finding,) = diagnose_divergence(Divergence(2, {part: groups}, **sites), explained=False)
+        assert (finding.code, finding.line) == (code, 12)

@@ -1,0 +1,76 @@
+"""Options: what is reported, what fails, and what a comment on the line silences."""
+
+from dataclasses import replace
+
+import pytest
+
+from ddpcall.watch.options import Options, is_ignored_inline, parse_codes
+from ddpcall.watch.report import describe_parameters, render_text, to_sarif
+from tests.watch.test_journal import FINDING
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "train.py"
+    path.write_text(
+        "a(x)\n"
+        "a(x)  # ddpcall: ignore[DC101] the probe is trained per rank\n"
+        "a(x)  # ddpcall: ignore[DC104, replicas-diverged] not this one\n"
+        "a(x)  # ddpcall: ignore\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "ignored"), [(1, False), (2, True), (3, False), (4, True), (0, False), (99, False)]
+)
+def test_a_comment_on_the_line_silences_the_codes_it_names(script, line, ignored):
+    assert is_ignored_inline(replace(FINDING, file=str(script), line=line)) is ignored
+
+
+def test_only_and_ignore_take_codes_and_names():
+    assert parse_codes("DC101, hooks-skipped") == {"DC101", "DC301"}
+    assert Options(only=parse_codes("DC101")).wants(FINDING)
+    assert not Options(only=parse_codes("DC102")).wants(FINDING)
+    assert not Options(ignore=parse_codes("gradients-not-synchronized")).wants(FINDING)
+
+
+@pytest.mark.parametrize(
+    ("fail_on", "failing"), [("error", {"error"}), ("warning", {"error", "warning"}), ("never", set())]
+)
+def test_fail_on_is_the_least_severity_that_fails(fail_on, failing):
+    options = Options(fail_on=fail_on)
+    assert {severity for severity in ("error", "warning", "note") if options.fails(severity)} == failing
+
+
+@pytest.mark.parametrize("wrong", [{"on_finding": "shout"}, {"fail_on": "maybe"}, {"every": -1}])
+def test_wrong_options_say_what_to_write(wrong):
+    with pytest.raises(ValueError, match="write"):
+        Options(**wrong)
+
+
+def test_text_says_what_where_and_what_to_write():
+    text = render_text(FINDING)
+    assert "DC101 gradients-not-synchronized (error) at train.py:3 in main" in text
+    assert "what happened" in text
+    assert "write instead: write this" in text
+
+
+def test_long_lists_of_parameters_are_cut():
+    many = replace(FINDING, parameters=tuple(f"p{n}" for n in range(9)))
+    assert describe_parameters(many) == "p0, p1, p2, p3, p4, p5 and 3 more"
+
+
+def test_sarif_has_rule_level_and_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = to_sarif([replace(FINDING, file=str(tmp_path / "src" / "train.py")), replace(FINDING, line=0)])
+    (run,) = log["runs"]
+    placed, nowhere = run["results"]
+    assert log["version"] == "2.1.0"
+    assert run["tool"]["driver"]["rules"][placed["ruleIndex"]]["id"] == placed["ruleId"] == "DC101"
+    assert placed["level"] == "error"
+    assert placed["locations"][0]["physicalLocation"] == {
+        "artifactLocation": {"uri": "src/train.py"},
+        "region": {"startLine": 3},
+    }
+    assert "locations" not in nowhere
