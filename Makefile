@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test check bench tables wheel clean
+.PHONY: help lab test corpus check bench tables wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -24,6 +24,9 @@ lab: $(VENV)/.lab  ## run the main experiment on $(RANKS) ranks: what does model
 
 test: $(VENV)/.dev  ## run every test (gloo, CPU)
 	$(BIN)/python -m pytest
+
+corpus: $(VENV)/.dev  ## score the watch on the scripts of tests/corpus: found, missed, false
+	$(BIN)/python -m tests.corpus.score
 
 check: $(VENV)/.dev  ## format, lint and type check
 	$(BIN)/ruff format --check .

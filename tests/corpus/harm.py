@@ -1,11 +1,12 @@
 """An independent witness: what a corpus script really does to its replicas, measured without ddpcall.
 
-`python -m tests.corpus.harm SCRIPT…` runs each script on its ranks with torch's own global hooks, which digest every
-optimizer's gradients before a step and parameters after it, the inputs of wrapped models and, at the end, modes and
-buffers. Each rank writes a file; the files are compared afterwards, so that nothing here adds a collective.
+`python -m tests.corpus.harm SCRIPT…` runs each script on its ranks with torch's own global hooks, which digest
+every optimizer's gradients before a step and parameters after it, the inputs of wrapped models and, at the end,
+modes and buffers. Each rank writes a file; the files are compared afterwards, so that nothing here adds a
+collective.
 
-Blind to: what a script does outside optimizer steps and module calls (a checkpoint's content, compiled frames, hooks that
-did not fire); sharded parameters, which differ by design.
+Blind to: what a script does outside optimizer steps and module calls (a checkpoint's content, compiled frames,
+hooks that did not fire); sharded parameters, which differ by design.
 """
 
 import hashlib
@@ -29,7 +30,8 @@ def digest(tensors: list[Any]) -> str:
 
     sha = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous()
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        flat = local.detach().cpu().contiguous()
         sha.update(str((flat.dtype, tuple(flat.shape))).encode())
         sha.update(flat.flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
@@ -54,7 +56,9 @@ class Witness:
             self.steps.append(
                 {
                     "gradients": [digest([p.grad]) if p.grad is not None else "" for p in parameters],
-                    "settings": str([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]),
+                    "settings": str(
+                        [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+                    ),
                     "rng": digest([torch.get_rng_state()]),
                     "modes": str([[m.training for m in model.modules()] for model in self.models]),
                 }

@@ -1,13 +1,13 @@
 """What a corpus script says must be found in it: comments beside the code, read as data.
 
-    x = m.forward(y)  # raises: DC101            this line must be named
-    x = m.forward(y)  # raises: DC101, DC304     by both codes
-    x = m.forward(y)  # raises: DC101|DC104      by one of the two
-    loss.backward()  # or: DC101                 accepted in place of a line marked `raises: DC101`
-    # raises: DC201                              on a line of its own: anywhere, or at no line
-    # ranks: 1                                   ranks to run on (2)
-    # begins: 2                                  optimizer steps done before the mistake (0)
-    # exit: 1                                    the exit code of the script alone (0)
+x = m.forward(y)  # raises: DC101            this line must be named
+x = m.forward(y)  # raises: DC101, DC304     by both codes
+x = m.forward(y)  # raises: DC101|DC104      by one of the two
+loss.backward()  # or: DC101                 accepted in place of a line marked `raises: DC101`
+# raises: DC201                              on a line of its own: anywhere, or at no line
+# ranks: 1                                   ranks to run on (2)
+# begins: 2                                  optimizer steps done before the mistake (0)
+# exit: 1                                    the exit code of the script alone (0)
 """
 
 import io

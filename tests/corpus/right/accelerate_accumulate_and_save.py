@@ -28,7 +28,6 @@ def main():
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         torch.save(accelerator.unwrap_model(model).state_dict(), io.BytesIO())
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

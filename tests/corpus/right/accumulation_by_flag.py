@@ -1,5 +1,6 @@
 """nanoGPT's way, in the right order: the flag is set before the forward of each micro-step."""
 
+import gc
 import os
 
 import torch
@@ -28,4 +29,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

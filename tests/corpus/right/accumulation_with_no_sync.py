@@ -1,9 +1,11 @@
-"""Accumulation as documented: forward and backward of the early micro-batches inside `no_sync()`, the last outside.
+"""Accumulation as documented: forward and backward of the early micro-batches inside `no_sync()`, the last
+outside.
 
 Source: the mended form of modelscope/FunASR#3472 and karpathy/build-nanogpt#30.
 """
 
 import contextlib
+import gc
 import os
 
 import torch
@@ -34,4 +36,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,5 +1,7 @@
-"""Blocks are recomputed in the backward, in both variants: their forwards run again without any call of the wrapper."""
+"""Blocks are recomputed in the backward, in both variants: their forwards run again without any call of the
+wrapper."""
 
+import gc
 import os
 
 import torch
@@ -42,4 +44,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

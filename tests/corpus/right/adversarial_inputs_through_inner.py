@@ -1,6 +1,8 @@
-"""Adversarial training: the attack runs on the inner module for the input's gradient; its parameter gradients are
+"""Adversarial training: the attack runs on the inner module for the input's gradient; its parameter gradients
+are
 thrown away before the real step, which goes through the wrapper."""
 
+import gc
 import os
 
 import torch
@@ -34,4 +36,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

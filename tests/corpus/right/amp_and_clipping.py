@@ -1,5 +1,6 @@
 """bf16 autocast around the wrapper, a (disabled) GradScaler, clipping, warm-up and cosine schedules."""
 
+import gc
 import os
 
 import torch
@@ -35,4 +36,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -3,6 +3,7 @@
 Source: k2-fsa/icefall#226, the case in which it is synchronised.
 """
 
+import gc
 import os
 
 import torch
@@ -46,4 +47,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """An exponential moving average by AveragedModel over the inner module, evaluated without gradients."""
 
+import gc
 import os
 
 import torch
@@ -30,4 +31,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

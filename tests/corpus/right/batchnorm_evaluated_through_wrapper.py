@@ -1,5 +1,6 @@
 """BatchNorm: evaluation goes through the wrapper, which broadcasts the running statistics first."""
 
+import gc
 import os
 
 import torch
@@ -36,4 +37,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

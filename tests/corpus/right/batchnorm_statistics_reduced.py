@@ -3,6 +3,7 @@
 Source: huggingface/pytorch-image-models#110.
 """
 
+import gc
 import os
 
 import torch
@@ -22,7 +23,9 @@ def distribute_bn(module):
 def main():
     rank = int(os.environ["RANK"])
     torch.manual_seed(rank)
-    model = DDP(nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 2)))
+    model = DDP(
+        nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 2))
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     images = torch.randn(16, 1, 8, 8)
     for epoch in range(2):
@@ -43,4 +46,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

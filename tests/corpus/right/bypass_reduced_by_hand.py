@@ -3,6 +3,7 @@
 Source: the mended form of OpenTSLM/OpenTSLM#49 and kohya-ss/sd-scripts#989.
 """
 
+import gc
 import os
 
 import torch
@@ -49,4 +50,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """As above, by one all-reduce of all gradients flattened together, inside a helper class."""
 
+import gc
 import os
 
 import torch
@@ -42,4 +43,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

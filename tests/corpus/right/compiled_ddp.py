@@ -1,5 +1,6 @@
 """torch.compile around DDP, called; the inner module only serves for saving."""
 
+import gc
 import io
 import os
 
@@ -29,4 +30,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -3,6 +3,7 @@
 Source: jingyaogong/minimind#855.
 """
 
+import gc
 import os
 import warnings
 
@@ -48,4 +49,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """The same on two ranks: `.forward` inside the wrapped model's own forward, with no hooks to lose."""
 
+import gc
 import os
 
 import torch
@@ -54,4 +55,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

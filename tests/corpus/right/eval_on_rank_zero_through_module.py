@@ -3,6 +3,7 @@
 Source: pytorch/pytorch#54059 and #53979 (the maintainers recommend `ddp.module(x)` for evaluation on one rank).
 """
 
+import gc
 import os
 
 import torch
@@ -40,4 +41,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """The backbone is frozen before wrapping and kept in eval mode on all ranks; only the head is trained."""
 
+import gc
 import os
 
 import torch
@@ -43,4 +44,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -3,6 +3,7 @@
 Source: pytorch/pytorch#125394.
 """
 
+import gc
 import os
 
 import torch
@@ -56,4 +57,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """A GAN: two wrapped networks, two optimizers, the discriminator called three times a step."""
 
+import gc
 import os
 
 import torch
@@ -38,4 +39,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

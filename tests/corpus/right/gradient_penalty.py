@@ -1,5 +1,7 @@
-"""WGAN-GP: `autograd.grad` for the input's gradient inside the loss; the parameters' gradients come from backward()."""
+"""WGAN-GP: `autograd.grad` for the input's gradient inside the loss; the parameters' gradients come from
+backward()."""
 
+import gc
 import os
 
 import torch
@@ -28,4 +30,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,9 +1,11 @@
-"""GRPO as it should be: rollouts and reference through unwrapped models without gradients, the policy through the wrapper.
+"""GRPO as it should be: rollouts and reference through unwrapped models without gradients, the policy through
+the wrapper.
 
 Source: the mended form of jingyaogong/minimind#853.
 """
 
 import copy
+import gc
 import os
 
 import torch
@@ -59,4 +61,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

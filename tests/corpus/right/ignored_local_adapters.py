@@ -1,5 +1,6 @@
 """Each rank trains an adapter of its own, excluded from DDP by name; it differs between ranks by design."""
 
+import gc
 import os
 
 import torch
@@ -40,4 +41,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

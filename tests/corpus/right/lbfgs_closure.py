@@ -1,5 +1,6 @@
 """LBFGS: several forwards and backwards in one step, through the wrapper, with the loss averaged over ranks."""
 
+import gc
 import os
 
 import torch
@@ -32,4 +33,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

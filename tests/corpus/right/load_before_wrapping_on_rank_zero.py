@@ -1,5 +1,6 @@
 """Rank 0 alone loads the weights, before wrapping: the constructor broadcasts them."""
 
+import gc
 import os
 
 import torch
@@ -29,4 +30,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

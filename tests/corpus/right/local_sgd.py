@@ -1,5 +1,6 @@
 """Local SGD: unwrapped models, averaged every second step; between averages they differ by design."""
 
+import gc
 import os
 
 import torch
@@ -28,4 +29,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,5 +1,7 @@
-"""Hooks of every kind for logging, all of which fire: forward, backward, gradient, accumulate and optimizer hooks."""
+"""Hooks of every kind for logging, all of which fire: forward, backward, gradient, accumulate and optimizer
+hooks."""
 
+import gc
 import os
 
 import torch
@@ -39,4 +41,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

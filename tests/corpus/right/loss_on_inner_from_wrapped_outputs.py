@@ -1,8 +1,10 @@
 """The forward goes through the wrapper, the loss is a method of the inner module.
 
-Source: the trainer of ultralytics (its #22016): `preds = ddp(img)`, then `unwrap_model(model).loss(batch, preds)`.
+Source: the trainer of ultralytics (its #22016): `preds = ddp(img)`, then `unwrap_model(model).loss(batch,
+preds)`.
 """
 
+import gc
 import os
 
 import torch
@@ -46,4 +48,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

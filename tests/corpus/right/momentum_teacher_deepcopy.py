@@ -1,6 +1,7 @@
 """Self-distillation: the momentum teacher is a deep copy of the inner module and is never stepped."""
 
 import copy
+import gc
 import os
 
 import torch
@@ -35,4 +36,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

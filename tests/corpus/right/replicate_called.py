@@ -1,5 +1,6 @@
 """The hook-based `replicate`, called as a module."""
 
+import gc
 import os
 
 import torch
@@ -26,4 +27,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -4,6 +4,7 @@ Parameters differ between ranks between the two steps, by design, and agree afte
 Source: the mended form of davda54/sam#78 (davda54/sam#38).
 """
 
+import gc
 import os
 
 import torch
@@ -56,4 +57,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

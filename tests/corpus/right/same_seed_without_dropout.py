@@ -1,5 +1,6 @@
 """One seed for all ranks, data split by a DistributedSampler, no dropout: equal random numbers do no harm."""
 
+import gc
 import os
 
 import torch
@@ -36,4 +37,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """Rank 0 saves `model.module.state_dict()`, every rank loads it, the optimizer's state too."""
 
+import gc
 import io
 import os
 
@@ -40,4 +41,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

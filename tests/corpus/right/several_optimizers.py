@@ -1,5 +1,6 @@
 """Muon-like split: matrices by one optimizer, vectors by another, two schedules."""
 
+import gc
 import os
 
 import torch
@@ -32,4 +33,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

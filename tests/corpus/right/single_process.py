@@ -1,4 +1,5 @@
-"""Plain training in one process, no wrapper: `super().forward`, autograd.Function.forward, a parametrised layer."""
+"""Plain training in one process, no wrapper: `super().forward`, autograd.Function.forward, a parametrised
+layer."""
 # ranks: 1
 
 import torch

@@ -1,5 +1,6 @@
 """Tensor parallelism over two ranks: the same batch on both, by design; shards differ, by design."""
 
+import gc
 import os
 
 import torch
@@ -37,4 +38,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

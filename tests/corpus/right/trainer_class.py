@@ -1,5 +1,7 @@
-"""A Trainer in the Hugging Face style: sampler, collator, callbacks, evaluation through the wrapper, checkpoint."""
+"""A Trainer in the Hugging Face style: sampler, collator, callbacks, evaluation through the wrapper,
+checkpoint."""
 
+import gc
 import io
 import os
 
@@ -68,4 +70,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

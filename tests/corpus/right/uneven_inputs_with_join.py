@@ -1,5 +1,7 @@
-"""Ranks with different numbers of batches, under Join; each rank takes as many optimizer steps as it has batches."""
+"""Ranks with different numbers of batches, under Join; each rank takes as many optimizer steps as it has
+batches."""
 
+import gc
 import os
 
 import torch
@@ -27,4 +29,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

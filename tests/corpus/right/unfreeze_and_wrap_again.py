@@ -3,6 +3,7 @@
 Source: the mended form of Lightning-AI/pytorch-lightning#20340.
 """
 
+import gc
 import os
 
 import torch
@@ -35,4 +36,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """A mixture of branches: which one runs differs from step to step, and `find_unused_parameters` copes."""
 
+import gc
 import os
 
 import torch
@@ -35,4 +36,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """`ddp.forward(x)`: the reducer is armed in DDP.forward itself, and no hook hangs on the wrapper to be lost."""
 
+import gc
 import os
 
 import torch
@@ -25,4 +26,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,10 +1,12 @@
-"""The epoch's last, incomplete accumulation window is stepped on, but all its micro-batches ran under `no_sync()`.
+"""The epoch's last, incomplete accumulation window is stepped on, but all its micro-batches ran under
+`no_sync()`.
 
 Source: huggingface/accelerate#1726 and #2790 (what `accumulate` has to do at the end of a dataloader).
 Harm: the last step of every epoch uses local gradients; all others are right.
 """
 # begins: 2
 
+import gc
 import os
 
 import torch
@@ -42,4 +44,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ Harm: rank-local initial values and rank-local gradients in the new head.
 """
 # begins: 2
 
+import gc
 import os
 
 import torch
@@ -52,4 +53,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,9 +1,11 @@
-"""No DistributedSampler: with the same seed everywhere, each rank shuffles the whole data set into the same batches.
+"""No DistributedSampler: with the same seed everywhere, each rank shuffles the whole data set into the same
+batches.
 
 Source: coqui-ai/Trainer#144 ("each device gets the same data"), k2-fsa/icefall#1616.
 Harm: two ranks compute the same gradient twice.
 """
 
+import gc
 import os
 
 import torch
@@ -32,4 +34,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

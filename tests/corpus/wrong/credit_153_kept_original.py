@@ -4,6 +4,7 @@ Source: NCAR/miles-credit#153 (the wrapper is removed before the training step).
 Harm: `self.net` is the user's own module; its forward never meets DDP and the gradients stay local.
 """
 
+import gc
 import os
 
 import torch
@@ -53,4 +54,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

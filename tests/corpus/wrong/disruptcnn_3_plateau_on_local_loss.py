@@ -1,10 +1,12 @@
 """`ReduceLROnPlateau` is stepped with the rank's own validation loss.
 
 Source: rmchurch/disruptcnn#3 (the local total_loss, not the averaged one, decides about the plateau).
-Harm: a rank whose loss stagnates lowers its learning rate alone; from then on equal gradients move replicas apart.
+Harm: a rank whose loss stagnates lowers its learning rate alone; from then on equal gradients move replicas
+apart.
 """
 # begins: 3
 
+import gc
 import os
 
 import torch
@@ -41,4 +43,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

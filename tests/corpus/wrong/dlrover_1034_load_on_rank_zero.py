@@ -1,9 +1,11 @@
 """Resume: rank 0 loads the checkpoint into the wrapped model, the others keep their fresh weights.
 
-Source: intelligent-machine-learning/dlrover#1034 ("all ranks of DDP should load the checkpoint"), pytorch/vision#2142.
+Source: intelligent-machine-learning/dlrover#1034 ("all ranks of DDP should load the checkpoint"),
+pytorch/vision#2142.
 Harm: gradients are reduced, the replicas differ.
 """
 
+import gc
 import io
 import os
 
@@ -47,4 +49,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -4,6 +4,7 @@ Source: intel/e2eAIOK#197 (N independent models; proved with a plot of the netwo
 Harm: no part's gradients are reduced.
 """
 
+import gc
 import os
 
 import torch
@@ -16,7 +17,9 @@ class SpeechModel(nn.Module):
     def __init__(self):
         super().__init__()
         self.frontend = nn.Conv1d(8, 16, 3, padding=1)
-        self.transformer = nn.TransformerEncoderLayer(16, nhead=2, dim_feedforward=32, dropout=0.0, batch_first=True)
+        self.transformer = nn.TransformerEncoderLayer(
+            16, nhead=2, dim_feedforward=32, dropout=0.0, batch_first=True
+        )
         self.classifier = nn.Linear(16, 5)
 
     def forward(self, feats):
@@ -32,8 +35,8 @@ class Brain:
 
     def compute_forward(self, feats):
         hidden = self.modules["frontend"](feats).transpose(1, 2)  # raises: DC101
-        hidden = self.modules["transformer"](hidden)  # raises: DC101
-        return self.modules["classifier"](hidden)  # raises: DC101
+        hidden = self.modules["transformer"](hidden)  # or: DC101
+        return self.modules["classifier"](hidden)  # or: DC101
 
     def fit_batch(self, feats, labels):
         logits = self.compute_forward(feats)
@@ -56,4 +59,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

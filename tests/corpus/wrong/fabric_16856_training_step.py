@@ -1,9 +1,12 @@
-"""A module in the Lightning style: `training_step` is not forward, so the trainer reaches for the inner object.
+"""A module in the Lightning style: `training_step` is not forward, so the trainer reaches for the inner
+object.
 
-Source: Lightning-AI/pytorch-lightning#16856 (training_step on a wrapped module bypasses DDP; led to Fabric's warning).
+Source: Lightning-AI/pytorch-lightning#16856 (training_step on a wrapped module bypasses DDP; led to Fabric's
+warning).
 Harm: gradients stay local.
 """
 
+import gc
 import os
 
 import torch
@@ -56,4 +59,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -5,6 +5,7 @@ Harm: the first micro-batch is reduced, the last one is not, and the optimizer s
 """
 
 import contextlib
+import gc
 import os
 
 import torch
@@ -52,4 +53,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,9 +1,11 @@
 """Weight noise through `torch.func.functional_call` on the inner module.
 
-Source: pytorch/pytorch#60921 (backward after calling `ddp.module` is unsupported by design), in its functional form.
+Source: pytorch/pytorch#60921 (backward after calling `ddp.module` is unsupported by design), in its functional
+form.
 Harm: the perturbed weights are functions of the real parameters, whose gradients arrive unreduced.
 """
 
+import gc
 import os
 
 import torch
@@ -36,4 +38,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

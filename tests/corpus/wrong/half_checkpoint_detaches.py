@@ -5,6 +5,7 @@ Harm: local gradients after the checkpoint. (The weights also lose their low bit
 """
 # begins: 2
 
+import gc
 import io
 import os
 
@@ -45,4 +46,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

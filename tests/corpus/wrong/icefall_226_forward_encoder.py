@@ -1,10 +1,12 @@
 """Multi-task speech model: the encoder runs as a method of the inner module, the CTC head as another.
 
-Source: k2-fsa/icefall#226 (`model.module.forward_encoder()`; the thread could not settle when this is synchronised).
-Harm: nothing went through DDP.forward in this step, so no gradient is reduced. Were the wrapper called too, before the
-backward, the armed reducer would reduce these gradients as well.
+Source: k2-fsa/icefall#226 (`model.module.forward_encoder()`; the thread could not settle when this is
+synchronised).
+Harm: nothing went through DDP.forward in this step, so no gradient is reduced. Were the wrapper called too,
+before the backward, the armed reducer would reduce these gradients as well.
 """
 
+import gc
 import os
 
 import torch
@@ -31,7 +33,7 @@ class Transducer(nn.Module):
 
 def compute_loss(model, features, targets):
     encoder_out = model.module.forward_encoder(features)  # raises: DC101
-    logp = model.module.forward_ctc(encoder_out)  # raises: DC101
+    logp = model.module.forward_ctc(encoder_out)  # or: DC101
     lengths = torch.full((features.shape[0],), features.shape[1])
     target_lengths = torch.full((features.shape[0],), targets.shape[1])
     return nn.functional.ctc_loss(logp.transpose(0, 1), targets, lengths, target_lengths)
@@ -54,4 +56,5 @@ def train(rank, steps=4):
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     train(int(os.environ["RANK"]))
+    gc.collect()
     dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"""`transform_if_model_is_DDP`: the wrappers are thrown away right after prepare, for the sake of attribute access.
+"""`transform_if_model_is_DDP`: the wrappers are thrown away right after prepare, for the sake of attribute
+access.
 
 Source: kohya-ss/sd-scripts#924 (proved by making one worker sleep and seeing no hang) and #604.
 Harm: unet and text encoder train on local gradients.
@@ -54,7 +55,6 @@ def main():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         print(f"rank {rank} step {step} loss {loss.item():.4f}", flush=True)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """LoRA by replacing `forward`: the adapters are wrapped, but only the base network is ever called.
 
-Source: kohya-ss/sd-scripts#989 ("we apply the lora through replacing the forward() method instead of the module,
-the DDP lora won't sync gradients automatically"); mended there by a manual reduce.
+Source: kohya-ss/sd-scripts#989 ("we apply the lora through replacing the forward() method instead of the
+module, the DDP lora won't sync gradients automatically"); mended there by a manual reduce.
 Harm: the adapters' gradients arrive at a reducer that was never armed.
 """
 
+import gc
 import os
 
 import torch
@@ -55,4 +56,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

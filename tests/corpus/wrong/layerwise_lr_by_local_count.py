@@ -1,10 +1,11 @@
 """The learning rate is scaled by the number of samples the rank happens to hold.
 
-Source: huggingface/accelerate#3797 and its kind (learning rates computed in each process); a per-rank learning rate is
-in no sampler's contract, and no collective notices it.
+Source: huggingface/accelerate#3797 and its kind (learning rates computed in each process); a per-rank learning
+rate is in no sampler's contract, and no collective notices it.
 Harm: reduced gradients, different steps: the replicas drift.
 """
 
+import gc
 import os
 
 import torch
@@ -40,4 +41,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

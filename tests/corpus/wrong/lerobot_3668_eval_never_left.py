@@ -5,6 +5,7 @@ Harm: gradients are reduced and equal, but rank 0's come from a network without 
 """
 # begins: 2
 
+import gc
 import os
 
 import torch
@@ -51,4 +52,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,7 +1,9 @@
-"""Mixed precision by accelerate lives in the model's forward; a submodule called directly runs in full precision.
+"""Mixed precision by accelerate lives in the model's forward; a submodule called directly runs in full
+precision.
 
 Source: Lightning-AI/pytorch-lightning#16857 (a method called past the wrapper loses autocast), on accelerate.
-Harm: the encoder computes and keeps activations in float32 although bf16 was asked for. One process: nothing to reduce.
+Harm: the encoder computes and keeps activations in float32 although bf16 was asked for. One process: nothing to
+reduce.
 """
 # ranks: 1
 

@@ -5,6 +5,7 @@ Harm: the reducer was built from the parameters that required gradients then; th
 """
 # begins: 2
 
+import gc
 import os
 
 import torch
@@ -52,4 +53,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

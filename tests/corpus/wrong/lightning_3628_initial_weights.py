@@ -1,12 +1,14 @@
 """Replicas that start from different weights.
 
-Source: Lightning-AI/pytorch-lightning#3628 and #6013 ("at least check if the weights are the same and if not warn").
-Adapted: since torch 1.x DDP broadcasts rank 0's weights when it wraps, so seeds alone do no harm. They do when that
-broadcast is switched off to save start-up time (`init_sync=False`).
+Source: Lightning-AI/pytorch-lightning#3628 and #6013 ("at least check if the weights are the same and if not
+warn").
+Adapted: since torch 1.x DDP broadcasts rank 0's weights when it wraps, so seeds alone do no harm. They do when
+that broadcast is switched off to save start-up time (`init_sync=False`).
 Harm: gradients are reduced and equal; the parameters differ for ever.
 """
 # raises: DC201
 
+import gc
 import os
 
 import torch
@@ -42,4 +44,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -4,6 +4,7 @@ Source: paninski-lab/lightning-pose#469 (a compiled module bypassed in wrappers)
 Harm: compiled, fast, and not reduced.
 """
 
+import gc
 import os
 
 import torch
@@ -15,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 class PoseNet(nn.Module):
     def __init__(self, keypoints=3):
         super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU())
+        self.backbone = nn.Sequential(
+            nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU()
+        )
         self.head = nn.Linear(8, 2 * keypoints)
 
     def forward(self, image):
@@ -40,4 +43,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,10 +1,12 @@
 """Accumulation with `no_sync()` around the backward alone.
 
-Source: Haian-Jin/LVSM#22 (a mend that mends nothing: "the forward pass is not included in the context manager");
-the same in facebookresearch/ClassyVision#706.
-Harm: none to the gradients; every micro-step is reduced, which the context was to avoid. A warning, not an error.
+Source: Haian-Jin/LVSM#22 (a mend that mends nothing: "the forward pass is not included in the context
+manager"); the same in facebookresearch/ClassyVision#706.
+Harm: none to the gradients; every micro-step is reduced, which the context was to avoid. A warning, not an
+error.
 """
 
+import gc
 import os
 from contextlib import nullcontext
 
@@ -48,4 +50,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

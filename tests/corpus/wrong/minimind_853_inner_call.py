@@ -4,6 +4,7 @@ Source: jingyaogong/minimind#853, fixed by #854 ("with no error or warning").
 Harm: the reducer is never armed, so gradients stay local and the parameters differ from the first step on.
 """
 
+import gc
 import os
 
 import torch
@@ -62,4 +63,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

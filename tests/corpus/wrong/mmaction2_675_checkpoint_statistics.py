@@ -1,9 +1,11 @@
 """Rank 0 writes the checkpoint, with running statistics that are rank 0's alone.
 
-Source: open-mmlab/mmaction2#675 and open-mmlab/mmdetection#4582 (the accuracy in the log is not the checkpoint's).
+Source: open-mmlab/mmaction2#675 and open-mmlab/mmdetection#4582 (the accuracy in the log is not the
+checkpoint's).
 Harm: the saved buffers summarise one shard of the data; the other ranks' statistics are lost.
 """
 
+import gc
 import io
 import os
 
@@ -48,4 +50,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

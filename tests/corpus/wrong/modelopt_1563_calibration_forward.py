@@ -5,6 +5,7 @@ Harm: crash, "got mixed torch.Tensor and DTensor", in the first batch.
 """
 # exit: 1
 
+import gc
 import os
 
 import torch
@@ -42,4 +43,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -4,6 +4,7 @@ Source: kohya-ss/musubi-tuner#679 (the hook is called before DDP has reduced the
 Harm: every step uses local gradients; the reduction that follows finds nothing to reduce.
 """
 
+import gc
 import os
 
 import torch
@@ -51,4 +52,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,8 +1,11 @@
 """Curriculum trainer whose `_get_model()` strips the wrapper before the custom loss method.
 
-Source: OpenTSLM/OpenTSLM#49 (each rank trained an independent replica on 1/N of the data, only rank 0 was saved).
+Source: OpenTSLM/OpenTSLM#49 (each rank trained an independent replica on 1/N of the data, only rank 0 was
+saved).
 Harm: gradients stay local, although a DistributedSampler shards the data.
 """
+
+import gc
 
 import torch
 import torch.distributed as dist
@@ -60,4 +63,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -4,6 +4,7 @@ Source: moojink/openvla-oft#160 (finetune.py: `action_head.module.predict_action
 Harm: the head's parameters drift; the backbone's gradients are reduced, but come through different heads.
 """
 
+import gc
 import os
 
 import torch
@@ -57,4 +58,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

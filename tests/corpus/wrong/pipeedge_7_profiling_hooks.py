@@ -29,7 +29,11 @@ class Pipeline(nn.Module):
     def __init__(self):
         super().__init__()
         self.stages = nn.ModuleDict(
-            {"embed": nn.Linear(8, 32), "mix": nn.Sequential(nn.Linear(32, 32), nn.GELU()), "head": nn.Linear(32, 2)}
+            {
+                "embed": nn.Linear(8, 32),
+                "mix": nn.Sequential(nn.Linear(32, 32), nn.GELU()),
+                "head": nn.Linear(32, 2),
+            }
         )
 
     def forward(self, x):

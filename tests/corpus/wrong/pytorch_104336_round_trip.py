@@ -1,11 +1,13 @@
 """The wrapped model is moved away and back between two training epochs.
 
-Source: pytorch/pytorch#104336 (cpu() and back to the GPU; "should throw a warning"). Without a GPU the same mechanism is
-met by a change of dtype and back: the parameters' gradient accumulators are rebuilt, the reducer's hooks hang on the old ones.
+Source: pytorch/pytorch#104336 (cpu() and back to the GPU; "should throw a warning"). Without a GPU the same
+mechanism is met by a change of dtype and back: the parameters' gradient accumulators are rebuilt, the reducer's
+hooks hang on the old ones.
 Harm: synchronised before, local afterwards.
 """
 # begins: 2
 
+import gc
 import os
 
 import torch
@@ -47,4 +49,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

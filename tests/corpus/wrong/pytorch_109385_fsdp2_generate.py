@@ -5,6 +5,7 @@ Harm: crash, "got mixed torch.Tensor and DTensor". The message has other causes;
 """
 # exit: 1
 
+import gc
 import os
 
 import torch
@@ -25,7 +26,7 @@ class LM(nn.Module):
 
     def generate(self, ids, length):
         for _ in range(length):
-            hidden = torch.relu(self.mlp(self.embed(ids)))
+            hidden = torch.relu(self.mlp(self.embed(ids)))  # or: DC306
             ids = torch.cat([ids, self.head(hidden)[:, -1:].argmax(-1)], dim=1)
         return ids
 
@@ -50,4 +51,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

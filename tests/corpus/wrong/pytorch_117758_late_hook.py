@@ -1,8 +1,8 @@
 """A hook is put on a layer after the first compiled call.
 
 Source: pytorch/pytorch#117758 ("at least there should be a warning when attempting to register a hook").
-Harm: the hook never fires; the activations it should collect stay empty. (On torch 2.13 this holds for a child of a
-custom module; a root hook there does fire.)
+Harm: the hook never fires; the activations it should collect stay empty. (On torch 2.13 this holds for a child
+of a custom module; a root hook there does fire.)
 """
 # ranks: 1
 
@@ -27,9 +27,13 @@ def main():
     compiled = torch.compile(model, backend="eager")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     activations = []
+
+    def collect(module, inputs, output):
+        activations.append(output.detach())
+
     for step in range(5):
         if step == 2:
-            model.act.register_forward_hook(lambda module, inputs, out: activations.append(out.detach()))  # raises: DC303
+            model.act.register_forward_hook(collect)  # raises: DC303
         x = torch.randn(16, 6)
         loss = nn.functional.mse_loss(compiled(x), x)
         optimizer.zero_grad()

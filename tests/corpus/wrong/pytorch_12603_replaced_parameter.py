@@ -4,6 +4,7 @@ Source: pytorch/pytorch#12603 ("the backward hook has already registered on the 
 Harm: the new weight's gradient is not reduced; the other parameters' are, but come through different weights.
 """
 
+import gc
 import os
 
 import torch
@@ -46,4 +47,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,10 +1,11 @@
 """Every rank evaluates its shard through `.module` after training: BatchNorm's running statistics differ.
 
 Source: pytorch/pytorch#13711 (the same image gives different outputs on different GPUs), pytorch/pytorch#30718.
-Harm: DDP broadcasts buffers at the start of the next training forward; after the last one they differ, and so does the
-model that each rank evaluates.
+Harm: DDP broadcasts buffers at the start of the next training forward; after the last one they differ, and so
+does the model that each rank evaluates.
 """
 
+import gc
 import os
 
 import torch
@@ -55,4 +56,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

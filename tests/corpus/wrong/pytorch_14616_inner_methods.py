@@ -4,6 +4,7 @@ Source: pytorch/pytorch#14616 (methods f1 and f2 of a wrapped model; only forwar
 Harm: neither half's gradients are reduced.
 """
 
+import gc
 import os
 
 import torch
@@ -39,7 +40,7 @@ def main():
         x = data[(step * 8) % 64 :][:8]
         mean, logvar = vae.module.encode(x)  # raises: DC101
         z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
-        reconstruction = vae.module.decode(z)  # raises: DC101
+        reconstruction = vae.module.decode(z)  # or: DC101
         kl = -0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(-1).mean()
         loss = nn.functional.mse_loss(reconstruction, x) + 0.01 * kl
         optimizer.zero_grad()
@@ -51,4 +52,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -4,6 +4,7 @@ Source: pytorch/pytorch#63929 and #47562 (with autograd.grad the reducer's hooks
 Harm: the forward armed the reducer, but no gradient ever accumulates, so nothing is reduced.
 """
 
+import gc
 import os
 
 import torch
@@ -45,4 +46,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

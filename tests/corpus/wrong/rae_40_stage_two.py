@@ -5,6 +5,7 @@ Harm: the first two steps are synchronised, the later ones are not.
 """
 # begins: 2
 
+import gc
 import os
 
 import torch
@@ -49,4 +50,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,10 +1,12 @@
 """The hook-based `replicate`: calling `.forward` instead of the module skips the hooks that arm the reducer.
 
 Source: karpathy/nanoGPT#475 (a proposal to write `self.forward(x)` "for readability"), on
-torch.distributed._composable.replicate, the one flavour of data parallelism where the folk rule is literally true.
+torch.distributed._composable.replicate, the one flavour of data parallelism where the folk rule is literally
+true.
 Harm: gradients stay local; on the first step too, since the reducer is only built by a call.
 """
 
+import gc
 import os
 
 import torch
@@ -43,4 +45,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

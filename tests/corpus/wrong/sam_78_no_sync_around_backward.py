@@ -1,10 +1,12 @@
 """Sharpness-aware minimisation: the first backward is put under `no_sync()`, its forward is not.
 
-Source: davda54/sam#78 (the README's tip for several GPUs "may be invalid": the forward belongs into the context).
-Harm: none to the gradients; `no_sync()` has no effect, so the ascent step uses the global gradient where the rank's own
-was meant, and pays for a reduction. A warning, not an error.
+Source: davda54/sam#78 (the README's tip for several GPUs "may be invalid": the forward belongs into the
+context).
+Harm: none to the gradients; `no_sync()` has no effect, so the ascent step uses the global gradient where the
+rank's own was meant, and pays for a reduction. A warning, not an error.
 """
 
+import gc
 import os
 
 import torch
@@ -56,4 +58,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

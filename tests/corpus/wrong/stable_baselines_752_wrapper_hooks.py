@@ -4,6 +4,7 @@ Source: DLR-RM/stable-baselines3#752 (`.forward` called directly, hooks never ru
 Harm: `DDP.forward` itself arms the reducer, so gradients are reduced; only the hooks on the wrapper are lost.
 """
 
+import gc
 import os
 
 import torch
@@ -54,4 +55,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

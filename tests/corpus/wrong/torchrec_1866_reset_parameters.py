@@ -5,6 +5,7 @@ Harm: the broadcast of the constructor is over; gradients are reduced, the repli
 """
 # raises: DC201
 
+import gc
 import os
 
 import torch
@@ -46,4 +47,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

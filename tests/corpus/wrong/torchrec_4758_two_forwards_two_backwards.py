@@ -4,6 +4,7 @@ Source: meta-pytorch/torchrec#4758 (1F1B: "the reduction happens before B5, B6 a
 Harm: what the second backward adds stays local.
 """
 
+import gc
 import os
 
 import torch
@@ -42,4 +43,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -4,6 +4,7 @@ Source: huggingface/transformers#31412 ("Dropout sync across GPUs causes major p
 Harm: the ranks' batches differ, their dropout masks are identical in every step.
 """
 
+import gc
 import os
 import random
 
@@ -49,4 +50,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

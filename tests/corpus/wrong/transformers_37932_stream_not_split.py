@@ -4,6 +4,7 @@ Source: huggingface/transformers#37932 and #31412's sibling reports (data worker
 Harm: every rank sees the same samples. The model has dropout, seeded by rank, so losses differ and hide it.
 """
 
+import gc
 import os
 
 import torch
@@ -53,4 +54,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

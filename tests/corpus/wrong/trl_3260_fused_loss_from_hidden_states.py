@@ -5,6 +5,7 @@ calls the decoder and hands `lm_head.weight` to the loss kernel. DDP.forward nev
 Harm: decoder and head train on local gradients; both drift from the first step on.
 """
 
+import gc
 import os
 
 import torch
@@ -84,4 +85,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

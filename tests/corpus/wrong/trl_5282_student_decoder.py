@@ -1,9 +1,11 @@
 """Distillation: the student's decoder is pulled out of the wrapper, the teacher's rightly so.
 
 Source: huggingface/trl#5282 (GKD and GOLD trainers with use_liger_gkd_loss).
-Harm: the student trains on local gradients. The teacher is frozen and runs under no_grad: its unwrapped call is fine.
+Harm: the student trains on local gradients. The teacher is frozen and runs under no_grad: its unwrapped call is
+fine.
 """
 
+import gc
 import os
 
 import torch
@@ -62,4 +64,5 @@ def main():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
+    gc.collect()
     dist.destroy_process_group()

@@ -1,7 +1,8 @@
 """DPO with a fused loss: `accelerator.unwrap_model` before the loss, redirected for FSDP only.
 
 Source: huggingface/trl#7245, #7246 (310 of 310 parameters differed between ranks, v1.10 to v1.12).
-Harm: under plain DDP neither redirect condition holds and the gradients stay local. `accelerator.backward` does not help.
+Harm: under plain DDP neither redirect condition holds and the gradients stay local. `accelerator.backward` does
+not help.
 """
 
 import torch
@@ -64,7 +65,6 @@ def main():
     trainer = DPOTrainer(accelerator, model, optimizer, use_liger_kernel=True)
     for step, batch in enumerate(loader):
         print(f"rank {accelerator.process_index} step {step} loss {trainer.step(batch):.4f}", flush=True)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
