@@ -171,7 +171,9 @@ def table_of(scores: Sequence[Score]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.corpus.score", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.corpus.score", description="Score the watch on the corpus."
+    )
     parser.add_argument("scripts", nargs="*", type=Path, help="default: the whole corpus")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="runs at a time")
     parser.add_argument("--logs", type=Path, help="keep each run's output and findings in this directory")
