@@ -1,11 +1,11 @@
 """The watch beside its nearest relatives, TrainCheck and Lightning Fabric, on one small script.
 
-Cost: median step time as a ratio to the bare script, run alternately (A B A B …). Reports: what each says to the same
-mistakes. The peers live in environments of their own, whose interpreters are given by name:
-`python -m bench.peers --traincheck PYTHON --fabric PYTHON`; one that is not given is left out, and said to be.
+Cost: median step time as a ratio to the bare script, run alternately (A B A B …). Reports: what each says to
+the same mistakes. The peers live in environments of their own, whose interpreters are given by name: `python
+-m bench.peers --traincheck PYTHON --fabric PYTHON`; one that is not given is left out, and said to be.
 
-TrainCheck reports nothing by itself: invariants are inferred from the trace of a good run and checked on another
-trace. `--infer-minutes` bounds that inference; 0 leaves it out.
+TrainCheck reports nothing by itself: invariants are inferred from the trace of a good run and checked on
+another trace. `--infer-minutes` bounds that inference; 0 leaves it out.
 """
 
 import argparse
