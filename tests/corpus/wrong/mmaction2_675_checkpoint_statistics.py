@@ -4,6 +4,7 @@ Source: open-mmlab/mmaction2#675 and open-mmlab/mmdetection#4582 (the accuracy i
 checkpoint's).
 Harm: the saved buffers summarise one shard of the data; the other ranks' statistics are lost.
 """
+# begins: 4
 
 import gc
 import io

@@ -3,6 +3,7 @@
 Source: pytorch/pytorch#109385, #123962; pytorch/pytorch#125394 added register_fsdp_forward_method for it.
 Harm: crash, "got mixed torch.Tensor and DTensor". The message has other causes; here it is the bypass.
 """
+# begins: 2
 # exit: 1
 
 import gc

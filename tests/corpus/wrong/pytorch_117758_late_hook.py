@@ -4,6 +4,7 @@ Source: pytorch/pytorch#117758 ("at least there should be a warning when attempt
 Harm: the hook never fires; the activations it should collect stay empty. (On torch 2.13 this holds for a child
 of a custom module; a root hook there does fire.)
 """
+# begins: 2
 # ranks: 1
 
 import torch

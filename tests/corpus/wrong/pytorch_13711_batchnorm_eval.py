@@ -4,6 +4,7 @@ Source: pytorch/pytorch#13711 (the same image gives different outputs on differe
 Harm: DDP broadcasts buffers at the start of the next training forward; after the last one they differ, and so
 does the model that each rank evaluates.
 """
+# begins: 2
 
 import gc
 import os
