@@ -42,6 +42,7 @@ class Witness:
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
+        self.open: dict[int, dict[str, Any]] = {}  # by optimizer: one may step inside another's step
         self.inputs: list[str] = []
         self.models: list[Any] = []
 
@@ -53,20 +54,17 @@ class Witness:
 
         def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            self.steps.append(
-                {
-                    "gradients": [digest([p.grad]) if p.grad is not None else "" for p in parameters],
-                    "settings": str(
-                        [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-                    ),
-                    "rng": digest([torch.get_rng_state()]),
-                    "modes": str([[m.training for m in model.modules()] for model in self.models]),
-                }
-            )
+            record = self.open[id(optimizer)] = {
+                "gradients": [digest([p.grad]) if p.grad is not None else "" for p in parameters],
+                "settings": str([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]),
+                "rng": digest([torch.get_rng_state()]),
+                "modes": str([[m.training for m in model.modules()] for model in self.models]),
+            }
+            self.steps.append(record)
 
         def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            self.steps[-1]["parameters"] = [digest([p]) for p in parameters]
+            self.open[id(optimizer)]["parameters"] = [digest([p]) for p in parameters]
 
         def see_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if isinstance(module, DistributedDataParallel) and torch.is_grad_enabled():

@@ -4,6 +4,7 @@ Source: huggingface/transformers#34906 (1336 s became 1017 s when generate calle
 Harm: generation runs eager, silently.
 """
 # ranks: 1
+# begins: 4
 
 import torch
 from torch import nn
