@@ -7,7 +7,7 @@ IN_DOCS := replicate_bypass compile_bypass hooks_bypass sharded_bypass precision
   sync_batchnorm dropout_modes mode_mismatch jit_hooks checkpointing
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test check bench tables semantics claims wheel clean
+.PHONY: help lab test corpus check bench tables semantics claims wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -26,6 +26,9 @@ lab: $(VENV)/.lab  ## run the main experiment on $(RANKS) ranks: what does model
 
 test: $(VENV)/.dev  ## run every test (gloo, CPU)
 	$(BIN)/python -m pytest
+
+corpus: $(VENV)/.dev  ## score the watch on the scripts of tests/corpus: found, missed, false
+	$(BIN)/python -m tests.corpus.score
 
 check: $(VENV)/.dev  ## format, lint and type check
 	$(BIN)/ruff format --check .

@@ -1,0 +1,193 @@
+"""Scores the watch on the corpus: which marked mistakes it names on the right line, which it misses, what it
+makes up.
+
+`python -m tests.corpus.score [--jobs N] [SCRIPT…]` runs every script under `-m ddpcall watch --json FILE` on
+its ranks, compares the findings with the script's marks and prints a table and one line of figures. The exit
+code is 1 when anything is missed, false or late, or a run ends otherwise than it should.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.corpus.marks import Expected, Marks, read_marks
+from tests.corpus.runner import Run, run_on_ranks
+
+CORPUS = Path(__file__).parent
+STEPS_ALLOWED = 2  # a mistake must be reported within two optimizer steps
+
+
+@dataclass(frozen=True)
+class Found:
+    """One record of the findings file, as far as the score needs it."""
+
+    code: str
+    line: int
+    step: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.code}:{self.line}" if self.line else self.code
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one script's findings compare with its marks."""
+
+    script: str
+    exact: tuple[Expected, ...] = ()
+    elsewhere: tuple[Expected, ...] = ()
+    missed: tuple[Expected, ...] = ()
+    false: tuple[Found, ...] = ()
+    late: tuple[Found, ...] = ()
+    trouble: str = ""
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def good(self) -> bool:
+        return not (self.missed or self.false or self.late or self.trouble)
+
+
+def read_findings(path: Path, script: Path) -> list[Found]:
+    """Reads a findings file; the line of a finding that names another file is 0.
+
+    Raises:
+        ValueError: the file is not a findings file of schema 1.
+    """
+    content: dict[str, Any] = json.loads(path.read_text())
+    if content.get("schema") != 1:
+        raise ValueError(f"{path}: schema {content.get('schema')!r} instead of 1")
+    return [
+        Found(
+            code=record["code"],
+            line=int(record.get("line") or 0) if Path(record.get("file") or "").name == script.name else 0,
+            step=record.get("step"),
+        )
+        for record in content["findings"]
+    ]
+
+
+def compare(script: str, marks: Marks, findings: Sequence[Found]) -> Score:
+    """Matches findings with marks; pure. A finding on an accepted line answers every expectation of its code."""
+    exact, elsewhere, missed = [], [], []
+    for expected in marks.expected:
+        same_code = [f for f in findings if f.code in expected.codes]
+        if any(expected.line in (0, f.line) for f in same_code):
+            exact.append(expected)
+        elif any((f.code, f.line) in marks.accepted for f in same_code):
+            elsewhere.append(expected)
+        else:
+            missed.append(expected)
+
+    def is_expected(found: Found) -> bool:
+        places = [e for e in marks.expected if found.code in e.codes and e.line in (0, found.line)]
+        return bool(places) or (found.code, found.line) in marks.accepted
+
+    last = marks.begins + STEPS_ALLOWED
+    right = [f for f in findings if is_expected(f)]
+    return Score(
+        script,
+        exact=tuple(exact),
+        elsewhere=tuple(elsewhere),
+        missed=tuple(missed),
+        false=tuple(f for f in findings if not is_expected(f)),
+        late=tuple(f for f in right if f.step is not None and f.step > last),
+    )
+
+
+def trouble_of(run: Run, marks: Marks, findings: Sequence[Found]) -> str:
+    """What is wrong with the way a watched run ended; empty when nothing is."""
+    if run.exit_code == -1:
+        return "ran into the time limit"
+    if run.exit_code < 0:
+        return f"died of signal {-run.exit_code}"
+    if marks.exit_code == 0 and run.exit_code == 1 and findings:
+        return ""
+    if run.exit_code != marks.exit_code:
+        return f"exit code {run.exit_code} instead of {marks.exit_code}"
+    return ""
+
+
+def score_script(script: Path, log_directory: Path | None = None) -> Score:
+    """Runs one script under the watch and scores it."""
+    marks = read_marks(script)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "findings.json"
+        run = run_on_ranks(marks.ranks, ["-m", "ddpcall", "watch", "--json", str(file), str(script)])
+        if log_directory is not None:
+            (log_directory / f"{script.stem}.log").write_text(run.output)
+            if file.exists():
+                (log_directory / f"{script.stem}.json").write_text(file.read_text())
+        if not file.exists():
+            tail = " ".join(run.output.split())[-300:]
+            return Score(
+                script.stem, missed=marks.expected, trouble=f"no findings file, exit {run.exit_code}: {tail}"
+            )
+        try:
+            findings = read_findings(file, script)
+        except (ValueError, KeyError) as error:
+            return Score(script.stem, missed=marks.expected, trouble=f"unreadable findings: {error!r}")
+    compared = compare(script.stem, marks, findings)
+    trouble = trouble_of(run, marks, findings)
+    return Score(**{**compared.__dict__, "trouble": trouble, "seconds": run.seconds})
+
+
+def corpus_scripts() -> list[Path]:
+    return sorted((CORPUS / "wrong").glob("*.py")) + sorted((CORPUS / "right").glob("*.py"))
+
+
+def summary(scores: Sequence[Score]) -> str:
+    """The line of figures we are judged by."""
+    exact = sum(len(s.exact) for s in scores)
+    elsewhere = sum(len(s.elsewhere) for s in scores)
+    missed = sum(len(s.missed) for s in scores)
+    false = sum(len(s.false) for s in scores)
+    late = sum(len(s.late) for s in scores)
+    troubled = sum(bool(s.trouble) for s in scores)
+    return (
+        f"{len(scores)} scripts: found {exact + elsewhere} of {exact + elsewhere + missed} "
+        f"({elsewhere} on another accepted line), missed {missed}, false {false}, late {late}, "
+        f"troubled runs {troubled}"
+    )
+
+
+def table_of(scores: Sequence[Score]) -> Table:
+    table = Table("script", "found", "other line", "missed", "false", "s", title="watch on the corpus")
+    for score in scores:
+        false = [*map(str, score.false), *(f"late {f} step {f.step}" for f in score.late)]
+        cells = [" ".join(map(str, part)) for part in (score.exact, score.elsewhere, score.missed, false)]
+        cells[3] = " ".join(filter(None, [cells[3], score.trouble]))
+        table.add_row(score.script, *cells, f"{score.seconds:.1f}", style="" if score.good else "red")
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.corpus.score", description="Score the watch on the corpus."
+    )
+    parser.add_argument("scripts", nargs="*", type=Path, help="default: the whole corpus")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="runs at a time")
+    parser.add_argument("--logs", type=Path, help="keep each run's output and findings in this directory")
+    options = parser.parse_args(arguments)
+    if options.logs:
+        options.logs.mkdir(parents=True, exist_ok=True)
+    scripts = [path.resolve() for path in options.scripts] or corpus_scripts()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        scores = list(pool.map(lambda script: score_script(script, options.logs), scripts))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table_of(scores))
+    console.print(summary(scores), soft_wrap=True)
+    return 0 if all(score.good for score in scores) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
