@@ -1,4 +1,4 @@
-"""A script for torchrun: in the first attempt rank 1 is killed at step 3; rank 0 of the second prints what it saw."""
+"""A script for torchrun: rank 1 is killed in the first attempt; rank 0 of the second prints what it saw."""
 
 import os
 import signal
