@@ -382,6 +382,15 @@ def test_a_store_that_dies_is_told_and_stops_the_thread():
     exchange.close()
 
 
+def test_torchruns_restart_on_the_agents_store_starts_anew():
+    script = Path(__file__).with_name("exchange_restart.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"1 {[(step, (), True) for step in range(1, 6)]}" in done.stdout.splitlines()
+
+
 def test_no_thread_is_left_after_close():
     before = threading.active_count()
     exchange = Exchange(HashStore(), 0, 1)
