@@ -38,6 +38,7 @@ __all__ = ["Comparison", "DetailsComparison", "Exchange", "find_store"]
 _MAX_ASKED = 16
 _MAX_TRIES = 3
 _POLL_S = 0.1
+_GRACE_S = 2.0
 
 
 @dataclass
@@ -52,6 +53,7 @@ class _Inbox:
     to_ask: tuple[tuple[str, ...], tuple[int, ...], bool] | None = None
     done: int = -1
     hurried: int = 0
+    over: bool = False
     closing: bool = False
     finished: bool = False
     failure: str | None = None
@@ -156,6 +158,7 @@ class _Worker:
             state = ledger.read_state()
             if self._state and (state is None or state.closed or state.attempt != self._state.attempt):
                 ledger.delete_created(sys.maxsize)
+                self._inbox.over = state is not None and state.closed
             self._tell(None if state is None or state.closed else state)
         if state is not None:
             ledger.delete_created(state.done)
@@ -363,8 +366,13 @@ class Exchange:
         """
         with self._changed:
             if wait:
-                self._await(lambda: self._is_asked(step) or self._inbox.done >= step, self._wait_s)
+                self._await(lambda: self._is_told(step) or self._inbox.done >= step, self._wait_s)
+                # Compared, it may still be asked about: until the comparing rank leaves, or for a little while.
+                self._await(lambda: self._is_told(step), min(_GRACE_S, self._wait_s))
             return self._inbox.question.parts if self._is_asked(step) and self._inbox.question else ()
+
+    def _is_told(self, step: int) -> bool:
+        return self._is_asked(step) or self._inbox.over or (self._compares and self._inbox.done >= step)
 
     def _is_asked(self, step: int) -> bool:
         question = self._inbox.question
