@@ -87,14 +87,18 @@ class StateDigester:
         """Return the digest, an int in [-2**63, 2**63); waits for the device where a tensor is on one."""
         if self._changes_unseen or not np.array_equal(self._layout, self._read_layout()):
             self._look()
-        stream = self._header.copy()
-        deque(map(stream.update, self._views), maxlen=0)
+        stream = self._stream_views()
         for tensor in self._scattered:
             for piece in _contiguous_pieces(tensor):
                 stream.update(_Memory().view(piece))
         for pieces in self._on_devices:
             stream.update(digest_on_device(pieces).to_bytes(8, "little", signed=True))
         return _signed(stream.intdigest())
+
+    def _stream_views(self) -> Any:
+        stream = self._header.copy()
+        deque(map(stream.update, self._views), maxlen=0)
+        return stream
 
     def _read_layout(self) -> np.ndarray:
         count = len(self._readable)

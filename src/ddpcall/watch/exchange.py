@@ -38,7 +38,6 @@ __all__ = ["Comparison", "DetailsComparison", "Exchange", "find_store"]
 _MAX_ASKED = 16
 _MAX_TRIES = 3
 _POLL_S = 0.1
-_GRACE_S = 2.0
 
 
 @dataclass
@@ -53,7 +52,7 @@ class _Inbox:
     to_ask: tuple[tuple[str, ...], tuple[int, ...], bool] | None = None
     done: int = -1
     hurried: int = 0
-    over: bool = False
+    comparer_closed: bool = False
     closing: bool = False
     finished: bool = False
     failure: str | None = None
@@ -79,6 +78,7 @@ class _Worker:
         self._wait_s = wait_s
         self._compares = compares
         self._state: State | None = None
+        self._began = False
         self._held: deque[tuple[float, Vitals]] = deque(maxlen=MAX_KEPT_STEPS)
         self._pending: deque[tuple[int, float]] = deque()
         self._published: deque[int] = deque(maxlen=2)
@@ -143,11 +143,12 @@ class _Worker:
         ledger.write_state(state)
         self._tell(state)
 
-    def _tell(self, state: State | None) -> None:
+    def _tell(self, state: State | None, *, closed: bool = False) -> None:
         self._state = state
         with self._changed:
             self._inbox.done = -1 if state is None else state.done
             self._inbox.question = None if state is None else state.question
+            self._inbox.comparer_closed = closed
             self._changed.notify_all()
 
     def _follow(self, ledger: Ledger) -> None:
@@ -156,10 +157,12 @@ class _Worker:
             state = self._state
         else:
             state = ledger.read_state()
-            if self._state and (state is None or state.closed or state.attempt != self._state.attempt):
+            if self._state and (state is None or state.attempt != self._state.attempt):
                 ledger.delete_created(sys.maxsize)
-                self._inbox.over = state is not None and state.closed
-            self._tell(None if state is None or state.closed else state)
+            closed = state is not None and state.closed
+            # Closed before this rank began: an earlier session's, the coming one's is not there yet.
+            self._tell(None if closed else state, closed=closed and self._began)
+            self._began = self._began or self._state is not None
         if state is not None:
             ledger.delete_created(state.done)
 
@@ -200,13 +203,17 @@ class _Worker:
 
     def _ask(self, ledger: Ledger) -> None:
         with self._changed:
-            to_ask, self._inbox.to_ask = self._inbox.to_ask, None
-        if to_ask is not None and self._published:
-            parts, ranks, now = to_ask
-            self._tries = _MAX_TRIES if now else 1
-            self._put_question(
-                ledger, self._published[-1] if now else self._later(self._published[-1]), parts, ranks
-            )
+            to_ask = self._inbox.to_ask
+        if to_ask is None or not self._published:
+            return
+        parts, ranks, now = to_ask
+        self._tries = _MAX_TRIES if now else 1
+        step = self._published[-1] if now else self._later(self._published[-1])
+        self._put_question(ledger, step, parts, ranks)
+        with self._changed:
+            if self._inbox.to_ask is to_ask:
+                self._inbox.to_ask = None
+            self._changed.notify_all()
 
     def _later(self, step: int) -> int:
         """Return the step three intervals after: by then every rank has read the state."""
@@ -361,18 +368,16 @@ class Exchange:
 
         Args:
             step: The step whose vitals were just published.
-            wait: Wait for the comparing rank to be done with this step, or to ask, at most `wait_s`: at the end of
-                a run.
+            wait: At the end of a run: wait for the comparing rank to ask or to close, at most `wait_s`. On that
+                rank itself, until what it asked is on the store.
         """
         with self._changed:
             if wait:
-                self._await(lambda: self._is_told(step) or self._inbox.done >= step, self._wait_s)
-                # Compared, it may still be asked about: until the comparing rank leaves, or for a little while.
-                self._await(lambda: self._is_told(step), min(_GRACE_S, self._wait_s))
+                self._await(lambda: self._is_asked(step) or self._will_not_be_asked(), self._wait_s)
             return self._inbox.question.parts if self._is_asked(step) and self._inbox.question else ()
 
-    def _is_told(self, step: int) -> bool:
-        return self._is_asked(step) or self._inbox.over or (self._compares and self._inbox.done >= step)
+    def _will_not_be_asked(self) -> bool:
+        return self._inbox.to_ask is None if self._compares else self._inbox.comparer_closed
 
     def _is_asked(self, step: int) -> bool:
         question = self._inbox.question

@@ -197,16 +197,7 @@ class Ledger:
         anywhere = _summarize([bits for _, bits in entries]) >> 1
         deviants = sorted(rank for rank, bits in entries if rank >= 0 and bits >> 1 & _REPLICATED_BITS)
         reference = json.loads(self._read(f"{prefix}/first") or "null")
-        records = {rank: self._read(f"{prefix}/record/{rank}") for rank in deviants[:_MAX_RECORDS]}
-        for rank in records:
-            self._store.delete_key(f"{prefix}/record/{rank}")
-        digests = {rank: json.loads(text)[1:] for rank, text in records.items() if text is not None}
-        ungrouped = set(deviants) - set(digests)
-        agreeing = [r for r in range(self._world_size) if r not in missing and r not in set(deviants)]
-        differing = {}
-        for index, part in enumerate(REPLICATED_PARTS):
-            if anywhere >> index & 1:
-                differing[part] = _group(agreeing, reference[1 + index], {r: d[index] for r, d in digests.items()})
+        differing, ungrouped = self._group_parts(prefix, reference, missing, deviants) if deviants else ({}, ())
         told = [part for index, part in enumerate(PARTS) if reference and reference[1 + index] is not None]
         return Comparison(
             step=step,
@@ -215,8 +206,25 @@ class Ledger:
             same=tuple(part for part in told if not anywhere >> PARTS.index(part) & 1),
             differing=differing,
             unlike=tuple(part for part in OWN_PARTS if anywhere >> PARTS.index(part) & 1),
-            ungrouped=tuple(sorted(ungrouped)),
+            ungrouped=ungrouped,
         )
+
+    def _group_parts(
+        self, prefix: str, reference: list[int | None], missing: set[int], deviants: list[int]
+    ) -> tuple[dict[str, tuple[tuple[int, ...], ...]], tuple[int, ...]]:
+        """Group the ranks by part from the digests that the differing ones left; tell whose were not read."""
+        records = {rank: self._read(f"{prefix}/record/{rank}") for rank in deviants[:_MAX_RECORDS]}
+        for rank in records:
+            self._store.delete_key(f"{prefix}/record/{rank}")
+        digests = {rank: json.loads(text)[1:] for rank, text in records.items() if text is not None}
+        apart = missing.union(deviants)
+        agreeing = [rank for rank in range(self._world_size) if rank not in apart]
+        groups = {
+            part: _group(agreeing, reference[1 + index], {rank: d[index] for rank, d in digests.items()})
+            for index, part in enumerate(REPLICATED_PARTS)
+        }
+        differing = {part: ranks for part, ranks in groups.items() if len(ranks) > 1}
+        return differing, tuple(rank for rank in deviants if rank not in digests)
 
     def _walk(
         self, prefix: str, level: int, node: int, interesting: Callable[[int], bool]

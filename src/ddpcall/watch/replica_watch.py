@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -145,20 +144,13 @@ class ReplicaWatch:
         self._judge_uses()
         if self._asked is not None:  # the answers would have come in a later step
             exchange.ask_details(self._asked, now=True)
-        parts = self._await_own_question(exchange) if self._asked else exchange.asked(self._last_step, wait=True)
+        parts = exchange.asked(self._last_step, wait=True)
         if parts:
             exchange.post_details(self._last_step, self._details(parts))
         if self._asked is not None:
             details = exchange.details(wait=True)
             if details is not None:
                 self._explain(details)
-
-    def _await_own_question(self, exchange: Exchange) -> tuple[str, ...]:
-        """Wait until the exchange's thread has put the question that this rank has just asked, also to itself."""
-        deadline = time.monotonic() + WAIT_S
-        while not (parts := exchange.asked(self._last_step)) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        return parts
 
     def _details(self, parts: tuple[str, ...]) -> dict[str, Details]:
         assert self._taker is not None

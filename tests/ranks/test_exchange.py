@@ -1,0 +1,426 @@
+"""The exchange on real ranks: each part with both controls, uneven steps, the second round, and faults."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import HashStore, TCPStore
+
+from ddpcall.watch.exchange import Comparison, Exchange, find_store
+from ddpcall.watch.vitals import PARTS, Vitals, VitalsTaker
+
+HEALTHY: dict[str, int] = dict.fromkeys(PARTS, 1)
+PROCESS = Path(__file__).with_name("exchange_process.py")
+
+
+@contextmanager
+def open_exchange(wait_s: float = 30.0) -> Iterator[Exchange]:
+    """An exchange over the default group's store; rank 0 closes last, when all are through."""
+    store = find_store()
+    assert store is not None
+    exchange = Exchange(store, dist.get_rank(), dist.get_world_size(), wait_s=wait_s)
+    dist.barrier()
+    try:
+        yield exchange
+    finally:
+        dist.barrier()
+        exchange.close()
+    assert exchange.failure is None
+
+
+def train(disturb: Callable[[int, nn.Module, Any], None]) -> Comparison | None:
+    """Take two steps, disturb a rank after the first, and compare the second."""
+    torch.manual_seed(0)
+    random.seed(dist.get_rank())
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    taker = VitalsTaker(model, optimizer)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    with open_exchange() as exchange:
+        exchange.publish(taker.take(1, torch.randn(2, 4, generator=generator)))
+        disturb(dist.get_rank(), model, optimizer)
+        exchange.publish(taker.take(2, torch.randn(2, 4, generator=generator)))
+        first, second = exchange.compare(1, wait=True), exchange.compare(2, wait=True)
+    if dist.get_rank() == 0:
+        own = ("parameters", "buffers", "modes", "optimizer", "rng")
+        assert first == Comparison(1, dist.get_world_size(), (), own, {}, ("batch",))
+    else:
+        assert first is None
+    return second
+
+
+def leave_alone(rank, model, optimizer):
+    pass
+
+
+def move_a_weight(rank, model, optimizer):
+    if rank == 1:
+        model[0].weight.data.view(torch.int32)[2, 2] ^= 1
+
+
+def move_a_buffer(rank, model, optimizer):
+    if rank == 1:
+        model[1].running_mean += 1
+
+
+def evaluate(rank, model, optimizer):
+    if rank == 1:
+        model[2].eval()
+
+
+def change_the_rate(rank, model, optimizer):
+    optimizer.param_groups[0]["lr"] = 0.1 + (rank == 1)
+
+
+def draw(rank, model, optimizer):
+    if rank == 1:
+        torch.rand(1)
+
+
+@pytest.mark.ranks(2, 4)
+def test_ranks_that_agree_differ_in_nothing_but_the_batch():
+    comparison = train(leave_alone)
+    if dist.get_rank() == 0:
+        assert comparison is not None
+        assert comparison.differing == {}
+        assert comparison.unlike == ("batch",)
+
+
+CONTROLS = {
+    "parameters": move_a_weight,
+    "buffers": move_a_buffer,
+    "modes": evaluate,
+    "optimizer": change_the_rate,
+}
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("part", CONTROLS)
+def test_a_rank_that_differs_is_named_with_the_part(part):
+    comparison = train(CONTROLS[part])
+    if dist.get_rank() == 0:
+        agreeing = tuple(rank for rank in range(dist.get_world_size()) if rank != 1)
+        assert comparison is not None
+        assert comparison.differing == {part: (agreeing, (1,))}
+        assert comparison.missing == ()
+
+
+@pytest.mark.ranks(2)
+def test_generators_that_differ_are_told_from_equal_ones():
+    comparison = train(draw)
+    if dist.get_rank() == 0:
+        assert comparison is not None
+        assert comparison.unlike == ("rng", "batch")
+        assert comparison.differing == {}
+
+
+@pytest.mark.ranks(2)
+def test_the_same_batch_on_every_rank_is_told():
+    with open_exchange() as exchange:
+        taker = VitalsTaker(nn.Linear(1, 1), None)
+        exchange.publish(taker.take(1, torch.ones(3)))
+        exchange.publish(taker.take(2, torch.full((3,), float(dist.get_rank()))))
+        same, unlike = exchange.compare(1, wait=True), exchange.compare(2, wait=True)
+    if dist.get_rank() == 0:
+        assert same is not None
+        assert unlike is not None
+        assert "batch" in same.same
+        assert "batch" in unlike.unlike
+
+
+@pytest.mark.ranks(4)
+def test_ranks_that_take_fewer_steps_are_missing_and_waited_for_once():
+    """Rank r stops after 2 + r steps, rank 0 goes on."""
+    rank = dist.get_rank()
+    last = {0: 8, 1: 2, 2: 3, 3: 4}[rank]
+    with open_exchange(wait_s=1.0) as exchange:
+        for step in range(1, last + 1):
+            exchange.publish(Vitals(step, HEALTHY))
+        if rank == 0:
+            began = time.monotonic()
+            comparisons = [exchange.compare(step, wait=True) for step in range(1, 9)]
+            seconds = time.monotonic() - began
+            missing = [comparison.missing for comparison in comparisons if comparison]
+            assert missing == [(), (), (1,), (1, 2), (1, 2, 3), (1, 2, 3), (1, 2, 3), (1, 2, 3)]
+            assert seconds < 6  # three ranks, waited for once each; five more steps would be five more seconds
+
+
+@pytest.mark.ranks(2)
+def test_comparing_does_not_touch_the_users_collectives():
+    with open_exchange() as exchange:
+        for step in range(1, 30):
+            exchange.publish(Vitals(step, HEALTHY))
+            total = torch.tensor([float(step)])
+            dist.all_reduce(total)
+            assert total.item() == 2 * step
+            if dist.get_rank() == 0 and step > 1:
+                exchange.compare(step - 1)
+
+
+@pytest.mark.ranks(4)
+def test_the_second_round_names_parameters_and_settings_by_rank():
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    last = nn.Linear(2, 2)
+    model = nn.Sequential(nn.Linear(2, 2), last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2 if rank == 3 else 0.1)
+    with torch.no_grad():
+        last.bias.add_(float(rank >= 2))
+    taker = VitalsTaker(model, optimizer)
+    found = None
+    with open_exchange() as exchange:
+        for step in range(10, 200, 10):
+            exchange.publish(taker.take(step))
+            if rank == 0 and step > 10:
+                comparison = exchange.compare(step - 10, wait=True)
+                assert comparison is not None
+                assert comparison.differing["optimizer"] == ((0, 1, 2), (3,))
+                assert comparison.differing["parameters"] == ((0, 1), (2, 3))
+                if step == 20:
+                    exchange.ask_details(comparison)
+            dist.barrier()
+            if parts := exchange.asked(step):
+                exchange.post_details(step, {part: taker.details(part) for part in parts})
+                assert not exchange.asked(step)
+            found = found or exchange.details()
+    if rank == 0:
+        assert found is not None
+        assert (found.ranks, found.missing) == ((0, 2, 3), ())
+        assert found.differing["optimizer"] == {"group 0 lr": {0: 0.1, 2: 0.1, 3: 0.2}}
+        assert list(found.differing["parameters"]) == ["1.bias"]
+        digests = found.differing["parameters"]["1.bias"]
+        assert digests[0] != digests[2] == digests[3]
+        assert found.step >= 50
+
+
+def end_run(exchange: Exchange, taker: VitalsTaker, step: int) -> Any:
+    """What a watch does at the end of a run, on every rank: the last comparison, and its second round."""
+    comparison = exchange.compare(step, wait=True)
+    if comparison and comparison.differing:
+        exchange.ask_details(comparison, now=True)
+    if parts := exchange.asked(step, wait=True):
+        exchange.post_details(step, {part: taker.details(part) for part in parts})
+    found = exchange.details(wait=True) if comparison and comparison.differing else None
+    exchange.close()
+    assert exchange.failure is None
+    return comparison, found
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("deviant", [0, 1, None])
+def test_the_last_step_can_still_be_asked_about(deviant):
+    rank = dist.get_rank()
+    store = find_store()
+    assert store is not None
+    exchange = Exchange(store, rank, dist.get_world_size(), wait_s=30)
+    dist.barrier()
+    model = nn.Linear(1, 1)
+    model.train(rank != deviant)
+    taker = VitalsTaker(model, None)
+    exchange.publish(taker.take(1))
+    began = time.monotonic()
+    comparison, found = end_run(exchange, taker, 1)
+    assert time.monotonic() - began < 25
+    if rank == 0 and deviant is not None:
+        other = 1 - deviant
+        assert found.differing["modes"] == {"(root)": {deviant: "eval", other: "train"}}
+        assert set(found.ranks) == {0, 1}
+        assert "modes" in comparison.differing
+    else:
+        assert found is None
+
+
+def test_one_rank_compares_with_itself():
+    exchange = Exchange(HashStore(), 0, 1)
+    exchange.publish(Vitals(1, HEALTHY))
+    assert exchange.compare(1, wait=True) == Comparison(1, 1, (), PARTS, {}, ())
+    assert exchange.compare(1) is None
+    exchange.publish(Vitals(5, HEALTHY))
+    exchange.publish(Vitals(9, HEALTHY))
+    assert exchange.compare(9, wait=True)
+    assert [comparison.step for comparison in exchange.comparisons()] == [5]
+    exchange.close()
+    with pytest.raises(ValueError, match="step 9 were published after those of step 9"):
+        exchange.publish(Vitals(9, HEALTHY))
+
+
+def test_a_restart_on_the_same_store_starts_anew():
+    """As after torchrun's restart: the first attempt's keys and state are still there."""
+    store = HashStore()
+    first = [Exchange(store, rank, 2, wait_s=5) for rank in range(2)]
+    for exchange in first:
+        exchange.publish(Vitals(1, HEALTHY))
+        exchange.publish(Vitals(2, dict(HEALTHY, modes=exchange._rank)))
+    assert first[0].compare(2, wait=True)
+    before = store.get("ddpcall/exchange/state")
+    second = [Exchange(store, rank, 2, wait_s=5) for rank in range(2)]
+    while store.get("ddpcall/exchange/state") == before:
+        time.sleep(0.001)
+    for exchange in second:
+        exchange.publish(Vitals(2, HEALTHY))
+    comparison = second[0].compare(2, wait=True)
+    assert comparison == Comparison(2, 2, (), PARTS, {}, ())
+    for exchange in (*second, *first):
+        exchange.close()
+
+
+@contextmanager
+def start_world(
+    actions: tuple[str, ...], wait_s: float
+) -> Iterator[tuple[list[subprocess.Popen], Callable[[], list[Any]]]]:
+    """Ranks in processes of their own, each doing its action after step 2. Yields them and a step of rank 0."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    command = [sys.executable, str(PROCESS), str(server.port)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(len(actions)), str(wait_s), action],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, action in enumerate(actions)
+    ]
+
+    def take_step() -> list[Any]:
+        assert processes[0].stdin
+        assert processes[0].stdout
+        processes[0].stdin.write("\n")
+        processes[0].stdin.flush()
+        return json.loads(processes[0].stdout.readline())
+
+    try:
+        for process in processes:
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+        yield processes, take_step
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe:
+                    pipe.close()
+
+
+def test_ranks_that_are_killed_leave_or_stop_are_missing_and_waited_for_once():
+    with start_world(("none", "kill", "leave", "stop", "none"), wait_s=5) as (processes, take_step):
+        steps = [take_step() for _ in range(2)]
+        assert [missing for _, missing, *_ in steps] == [[], []]
+        assert processes[1].wait(60) == -signal.SIGKILL
+        assert processes[2].wait(60) == 0
+        third = take_step()
+        assert third[1] == [1, 2, 3]
+        assert 4 < third[2] < 10
+        later = [take_step() for _ in range(5)]
+        assert [missing for _, missing, *_ in later] == [[1, 2, 3]] * 5
+        assert max(seconds for *_, seconds, _ in later) < 4
+        os.kill(processes[3].pid, signal.SIGCONT)
+        assert any(take_step()[1] == [1, 2] for _ in range(1000))
+
+
+def test_a_store_that_stops_answering_holds_nobody_up():
+    code = (
+        "import sys; from torch.distributed import TCPStore\n"
+        "server = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
+        "print(server.port, flush=True); sys.stdin.read()"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout
+    assert server.stdin
+    try:
+        port = int(server.stdout.readline())
+        store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+        exchange = Exchange(store, 0, 1, wait_s=2)
+        exchange.publish(Vitals(1, HEALTHY))
+        assert exchange.compare(1, wait=True)
+        server.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        for step in range(2, 100):
+            exchange.publish(Vitals(step, HEALTHY))
+        assert time.monotonic() - began < 1
+        assert exchange.compare(2, wait=True) is None
+        exchange.close()
+        assert time.monotonic() - began < 10
+        server.send_signal(signal.SIGCONT)
+        server.kill()
+        server.wait()
+        exchange._thread.join(30)
+        assert not exchange._thread.is_alive()
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+        server.stdin.close()
+
+
+def test_a_store_that_dies_is_told_and_stops_the_thread():
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+    exchange = Exchange(client, 0, 1, wait_s=2)
+    exchange.publish(Vitals(1, HEALTHY))
+    assert exchange.compare(1, wait=True)
+    del server
+    exchange.publish(Vitals(2, HEALTHY))
+    assert exchange.compare(2, wait=True) is None
+    exchange._thread.join(30)
+    assert exchange.failure
+    exchange.close()
+
+
+def test_torchruns_restart_on_the_agents_store_starts_anew():
+    script = Path(__file__).with_name("exchange_restart.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"1 {[(step, (), True) for step in range(1, 6)]}" in done.stdout.splitlines()
+
+
+def test_no_thread_is_left_after_close():
+    before = threading.active_count()
+    exchange = Exchange(HashStore(), 0, 1)
+    assert threading.active_count() == before + 1
+    exchange.close()
+    exchange.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.ranks(2)
+def test_shards_are_no_replicas_and_replicated_dtensors_are():
+    """Shards differ by design; a DTensor placed as a replica must not."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    rank = dist.get_rank()
+    model = nn.Module()
+    for name, placement in (("shard", Shard(0)), ("replica", Replicate())):
+        local = torch.full((2, 2), float(rank))
+        model.register_parameter(name, nn.Parameter(DTensor.from_local(local, mesh, [placement], run_check=False)))
+    taker = VitalsTaker(model, None)
+    assert taker.details("parameters")["shard"] == 0
+    with open_exchange() as exchange:
+        exchange.publish(taker.take(1))
+        with torch.no_grad():
+            model.get_parameter("replica").to_local().fill_(5)  # type: ignore[operator]
+        exchange.publish(taker.take(2))
+        first, second = exchange.compare(1, wait=True), exchange.compare(2, wait=True)
+    if rank == 0:
+        assert first is not None
+        assert second is not None
+        assert first.differing == {"parameters": ((0,), (1,))}
+        assert second.differing == {}
