@@ -149,8 +149,16 @@ class ReplicaWatch:
             exchange.post_details(self._last_step, self._details(parts))
         if self._asked is not None:
             details = exchange.details(wait=True)
-            if details is not None:
-                self._explain(details)
+            # Without answers what this rank knows by itself must do.
+            own = DetailsComparison(self._last_step, (), (), {"modes": self._own_modes()})
+            self._explain(own if details is None or details.missing else details)
+
+    def _own_modes(self) -> dict[str, dict[int, Any]]:
+        if self._taker is None or False not in self._trail.modes:
+            return {}
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        modes = {name: {rank: mode} for name, mode in self._taker.details("modes").items() if mode == "eval"}
+        return {**modes, SWITCHED: {rank: _write_site(self._trail.modes[False])}}
 
     def _details(self, parts: tuple[str, ...]) -> dict[str, Details]:
         assert self._taker is not None
