@@ -361,7 +361,7 @@ def render_page(rule: Rule) -> str:
 
 {rule.why}
 
-```python
+```text
 {rule.wrong}
 ```
 

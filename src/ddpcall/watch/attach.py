@@ -297,9 +297,10 @@ class Attachment:
     # ---- forwards -------------------------------------------------------------------------------------------
 
     def _is_quiet(self) -> bool:
+        # In a training step the first is true; the others are looked at outside the wrapper alone.
         return (
-            self._inside_entry
-            or DistributedDataParallel._active_ddp_module is not None
+            DistributedDataParallel._active_ddp_module is not None
+            or self._inside_entry
             or not (torch.is_grad_enabled() or self._evaluating)
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +19,7 @@ from ddpcall.watch.exchange import Comparison, DetailsComparison, Exchange, find
 from ddpcall.watch.trail import BufferUse, Trail
 from ddpcall.watch.vitals import Details, VitalsTaker
 
-WAIT_S = 5.0
+WAIT_S = 10.0
 EVERY_STEP_UNTIL = 16
 LOADED = "@load_state_dict"
 SWITCHED = "@mode"
@@ -145,20 +144,21 @@ class ReplicaWatch:
         self._judge_uses()
         if self._asked is not None:  # the answers would have come in a later step
             exchange.ask_details(self._asked, now=True)
-        parts = self._await_own_question(exchange) if self._asked else exchange.asked(self._last_step, wait=True)
+        parts = exchange.asked(self._last_step, wait=True)
         if parts:
             exchange.post_details(self._last_step, self._details(parts))
         if self._asked is not None:
             details = exchange.details(wait=True)
-            if details is not None:
-                self._explain(details)
+            # Without answers what this rank knows by itself must do.
+            own = DetailsComparison(self._last_step, (), (), {"modes": self._own_modes()})
+            self._explain(own if details is None or details.missing else details)
 
-    def _await_own_question(self, exchange: Exchange) -> tuple[str, ...]:
-        """Wait until the exchange's thread has put the question that this rank has just asked, also to itself."""
-        deadline = time.monotonic() + WAIT_S
-        while not (parts := exchange.asked(self._last_step)) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        return parts
+    def _own_modes(self) -> dict[str, dict[int, Any]]:
+        if self._taker is None or False not in self._trail.modes:
+            return {}
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        modes = {name: {rank: mode} for name, mode in self._taker.details("modes").items() if mode == "eval"}
+        return {**modes, SWITCHED: {rank: _write_site(self._trail.modes[False])}}
 
     def _details(self, parts: tuple[str, ...]) -> dict[str, Details]:
         assert self._taker is not None
