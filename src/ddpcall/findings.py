@@ -97,16 +97,17 @@ _RULES = (
         severity=Severity.ERROR,
         title="The optimizer stepped with gradients that were never averaged over the ranks",
         why="DDP averages gradients only in a backward that follows a forward through the wrapper. Reached "
-        "any other "
-        "way, every rank trains a model of its own on its own share of the data; what is saved is rank 0's.",
+        "any other way, every rank trains a model of its own on its own share of the data; what is saved is "
+        "rank 0's.",
         wrong="loss = ddp.module.compute_loss(batch)",
         fix="Call the wrapper: `loss = ddp(batch)`. To train through another method, let `forward` dispatch "
         "to it.",
         silent_when="Nothing flows back (no_grad, evaluation), the reducer was armed by a forward through the "
         "wrapper, "
         "the gradients are all-reduced by hand before the step, a later reduced backward covers them, they are "
-        "dropped before the step, there is one rank, or the parameters are averaged by hand afterwards.",
-        blind_to="DDP's python reducer and delayed all-reduce; updates made without a torch optimizer.",
+        "dropped before the step, or there is one rank.",
+        blind_to="DDP's python reducer and delayed all-reduce; updates made without a torch optimizer; parameters "
+        "that are averaged by hand after the step.",
         links=(_DDP_DOCS, _DDP_SOURCE, _ISSUE + "60921", _ISSUE + "14616"),
     ),
     Rule(

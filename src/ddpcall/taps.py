@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import inspect
 import os
 import sys
 import threading
@@ -323,7 +324,7 @@ def find_call_site_among(frames: Iterable[FrameType], inside: Callable[[Any], bo
     """Return the user's line among frames, innermost first; see `find_call_site`."""
     found: CallSite | None = None
     for frame in frames:
-        if inside is not None and inside(frame.f_locals.get("self") if _is_method(frame) else None):
+        if inside is not None and inside(_bound_object(frame)):
             found = None
         elif found is None and is_user_file(frame.f_code.co_filename):
             found = site_of(frame)
@@ -338,9 +339,16 @@ def _outward(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _is_method(frame: FrameType) -> bool:
-    # A free function may well take the model as its first argument; a method calls it self.
-    return frame.f_code.co_argcount > 0 and frame.f_code.co_varnames[0] == "self"
+def _bound_object(frame: FrameType) -> Any:
+    """Return the object whose method a frame runs; None for a function, though it may take the model first."""
+    code = frame.f_code
+    if not code.co_argcount:
+        return None
+    first = frame.f_locals.get(code.co_varnames[0])
+    if code.co_varnames[0] == "self":
+        return first
+    method = inspect.unwrap(getattr(type(first), code.co_name, None) or len)
+    return first if getattr(method, "__code__", None) is code else None
 
 
 def site_of(frame: FrameType) -> CallSite:

@@ -63,15 +63,19 @@ def test_what_a_rank_withdraws_is_gone_and_what_others_said_stays(tmp_path):
 def test_another_run_starts_anew(tmp_path):
     Journal(tmp_path / "f.json", "yesterday").write(0, [FINDING], done=True)
     today = Journal(tmp_path / "f.json", "today")
-    assert (today.read(), today.done()) == ([], set())
-    today.write(1, [])
+    assert today.read() == []
+    assert today.write(1, []).done == set()
     assert read(tmp_path / "f.json") == []
 
 
 def _write_many(path: Path, rank: int) -> None:
     journal = Journal(path, "run")
+    told = []
     for line in range(1, 21):
-        journal.write(rank, [replace(FINDING, line=n, ranks=(rank,)) for n in range(1, line + 1)], done=line == 20)
+        found = [replace(FINDING, line=n, ranks=(rank,)) for n in range(1, line + 1)]
+        told.append(journal.write(rank, found, done=line == 20))
+    is_last = told[-1].done == {0, 1, 2}
+    path.with_name(f"told{rank}").write_text(json.dumps([sum(len(said.new) for said in told), is_last]))
 
 
 def test_ranks_that_write_at_once_lose_nothing(tmp_path):
@@ -83,7 +87,9 @@ def test_ranks_that_write_at_once_lose_nothing(tmp_path):
         writer.join(120)
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     assert [(f["line"], f["ranks"]) for f in read(tmp_path / "f.json")] == [(n, [0, 1, 2]) for n in range(1, 21)]
-    assert Journal(tmp_path / "f.json", "run").done() == {0, 1, 2}
+    told = [json.loads((tmp_path / f"told{rank}").read_text()) for rank in range(3)]
+    assert sum(new for new, _ in told) == 20, "each finding was news to one rank alone"
+    assert sum(is_last for _, is_last in told) == 1
 
 
 def test_the_ranks_own_files_are_removed_at_the_end(tmp_path):

@@ -38,7 +38,7 @@ from ddpcall.taps import (
     replace_attribute,
     strip_forward_taps,
 )
-from ddpcall.watch.collectives import CollectiveLog
+from ddpcall.watch.collectives import CollectiveLog, Mark
 from ddpcall.watch.compiled import CompiledWatch
 from ddpcall.watch.events import Event, EventKind
 from ddpcall.watch.hooks import HookWatch
@@ -84,6 +84,8 @@ class Attachment:
         self._views: dict[int, OptimizerView] = {}
         self.steps: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self.collectives = CollectiveLog()
+        self._unarmed_since: dict[int, Mark] = {}
+        self._stepping: list[int] = []
         self._locator: WeightLocator | None = None
         self._pending: Event | None = None
         self._inside_entry = self._evaluating = self._has_failed = False
@@ -236,11 +238,17 @@ class Attachment:
             self._owner[id(parameter)] = ledger
             handle: Any = parameter.register_post_accumulate_grad_hook(ledger.arrive)
             ledger.undo.append(_remove_hook(handle, weakref.ref(parameter)))
+        ledger.on_first_unarmed = partial(self._mark_unarmed, ledger)
         self._frozen.update(id(p) for p in root.parameters() if id(p) not in ledger.names)
+        self.trail.adopt(root)
         for module in root.modules():
             self._tap_module(module, ledger)
         self.ledgers.append(ledger)
         self._structure += 1
+
+    def _mark_unarmed(self, ledger: ReducerLedger) -> None:
+        # Only what the script sends from now on can be the reduction that these gradients still need.
+        self._unarmed_since[id(ledger)] = self.collectives.mark()
 
     def _announce(self, root: nn.Module) -> None:
         """Watch a module under `replicate`, which makes its DDP in the first call, if one ever comes."""
@@ -281,7 +289,9 @@ class Attachment:
             ddp = ledger.ddp()
             if ddp is None or lead is None or module not in (ddp, ddp.module) or not ddp.modules_buffers:
                 continue
-            if not ledger.forwarded and not self.collectives.covers(list(ddp.modules_buffers)):
+            # Counters such as num_batches_tracked need no averaging.
+            buffers = [buffer for buffer in ddp.modules_buffers if buffer.is_floating_point()]
+            if not ledger.forwarded and buffers and not self.collectives.covers(buffers):
                 return self.steps[lead]
         return None
 
@@ -473,6 +483,9 @@ class Attachment:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.steps[optimizer] = self.steps.get(optimizer, 0) + 1
+        if id(optimizer) in self._stepping:  # an earlier step of its raised
+            del self._stepping[self._stepping.index(id(optimizer)) :]
+        self._stepping.append(id(optimizer))
         view = self._view(optimizer)
         self._compiled.before_step(view.get)
         if in_backward():
@@ -481,6 +494,8 @@ class Attachment:
             self._judge(optimizer, view)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) in self._stepping:
+            del self._stepping[self._stepping.index(id(optimizer)) :]
         if in_backward():
             return
         view = self._view(optimizer)
@@ -488,8 +503,9 @@ class Attachment:
             self._judge(optimizer, view)
         for ledger in view.ledgers:
             ledger.end_step()
-        self.collectives.clear()
-        if view.ledgers:
+        self.collectives.end_step()
+        # A step inside another optimizer's step is not one: ZeroRedundancyOptimizer sends parameters after it.
+        if view.ledgers and not self._stepping:
             self._compare_replicas(optimizer)
 
     def _compare_replicas(self, optimizer: Optimizer) -> None:
@@ -570,20 +586,23 @@ class Attachment:
             by_blame.setdefault(id(blame), (blame, []))[1].append(key)
         for blame, keys in by_blame.values():
             used = [key for key in keys if self._is_used(key, blame, view)]
-            if used and not self._were_reduced(used, view):
+            if used and not self._were_reduced(used, view, self._unarmed_since.get(id(ledger))):
                 names = tuple(ledger.names[key] for key in used)
                 event = Event(blame.kind, blame.site, step, names, blame.others, blame.facts(ledger))
                 self._emit_or_wait(event, used)
 
     def _is_used(self, key: int, blame: Unreduced, view: OptimizerView) -> bool:
         parameter = view.get(key)
-        if parameter is None or parameter.grad is None or not nonzero([parameter.grad]):
+        if parameter is None or parameter.grad is None:
             return False
+        if not nonzero([parameter.grad]):
+            # Computed as zero, past the wrapper: not synchronised. Zeroed since: nothing to synchronise.
+            return blame.kind is EventKind.BYPASSED and blame.versions.get(key) == parameter.grad._version
         return blame.kind is not EventKind.AUTOGRAD_GRAD or _storage(parameter.grad) != blame.gradient
 
-    def _were_reduced(self, keys: list[int], view: OptimizerView) -> bool:
+    def _were_reduced(self, keys: list[int], view: OptimizerView, since: Mark | None = None) -> bool:
         gradients = [parameter.grad for key in keys if (parameter := view.get(key)) is not None]
-        return self.collectives.covers([gradient for gradient in gradients if gradient is not None])
+        return self.collectives.covers([gradient for gradient in gradients if gradient is not None], since)
 
     def _judge_unowned(self, view: OptimizerView, step: int) -> None:
         by_origin: dict[tuple[CallSite, int], list[int]] = {}

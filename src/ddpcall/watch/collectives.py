@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -27,16 +28,24 @@ METHODS = (
 MAX_RECORDS = 100_000
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A moment in the log: collectives, and elements they were called with, up to then."""
+
+    count: int = 0
+    numel: int = 0
+
+
 class CollectiveLog:
-    """What went through the process groups' Python methods since the last optimizer step.
+    """What went through the process groups' Python methods, and when.
 
     Blind to: `torch.ops._c10d_functional` and other backends' own calls.
     """
 
     def __init__(self) -> None:
         """Start with nothing seen."""
-        self._storages: set[int] = set()
-        self._other_numel = 0
+        self._storages: dict[int, int] = {}
+        self._now = self._last_step = Mark()
 
     def attach(self) -> Undo:
         """Watch the process group class; returns the undo."""
@@ -59,22 +68,30 @@ class CollectiveLog:
 
     def note(self, tensors: Iterable[Tensor]) -> None:
         """Remember tensors that a collective was called with."""
+        if len(self._storages) > MAX_RECORDS:
+            self._storages.clear()
+        count, numel = self._now.count + 1, self._now.numel
         for tensor in tensors:
-            if len(self._storages) < MAX_RECORDS:
-                self._storages.add(tensor.untyped_storage().data_ptr())
-            self._other_numel += tensor.numel()
+            self._storages[tensor.untyped_storage().data_ptr()] = count
+            numel += tensor.numel()
+        self._now = Mark(count, numel)
 
-    def covers(self, gradients: list[Tensor]) -> bool:
-        """Say whether these gradients went through a collective, themselves or copied into a flat buffer.
+    def mark(self) -> Mark:
+        """Return this moment, to ask later what came after it."""
+        return self._now
+
+    def covers(self, tensors: list[Tensor], since: Mark | None = None) -> bool:
+        """Say whether these tensors went through a collective, themselves or copied into a flat buffer.
 
         Args:
-            gradients: Non-empty; any shapes.
+            tensors: Non-empty; any shapes.
+            since: Only what came after it counts; None for the end of the last optimizer step.
         """
-        if all(gradient.untyped_storage().data_ptr() in self._storages for gradient in gradients):
+        since = since or self._last_step
+        if all(self._storages.get(t.untyped_storage().data_ptr(), 0) > since.count for t in tensors):
             return True
-        return self._other_numel >= sum(gradient.numel() for gradient in gradients)
+        return self._now.numel - since.numel >= sum(tensor.numel() for tensor in tensors)
 
-    def clear(self) -> None:
-        """Forget, after an optimizer step."""
-        self._storages.clear()
-        self._other_numel = 0
+    def end_step(self) -> None:
+        """Note the end of an optimizer step."""
+        self._last_step = self._now

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,19 @@ def _merge_two(first: Finding, second: Finding) -> Finding:
     )
 
 
+@dataclass(frozen=True)
+class Said:
+    """What one write changed, told under the lock: of several ranks that ask, one alone gets each answer.
+
+    Attributes:
+        new: Findings that no rank had said before.
+        done: Ranks that have left in good order by then.
+    """
+
+    new: set[Key]
+    done: set[int]
+
+
 class Journal:
     """The merged findings of one run, in one file."""
 
@@ -58,8 +72,8 @@ class Journal:
         self.path = path.absolute()
         self._run = run
 
-    def write(self, rank: int, findings: Iterable[Finding], done: bool = False) -> None:
-        """Put one rank's findings, all it has so far, in place of what it said before.
+    def write(self, rank: int, findings: Iterable[Finding], done: bool = False) -> Said:
+        """Put one rank's findings, all it has so far, in place of what it said before; returns what that changed.
 
         Args:
             rank: This rank.
@@ -67,18 +81,16 @@ class Journal:
             done: Whether this rank is leaving.
         """
         with self._locked() as state:
+            before = {key_of(finding) for finding in _findings(state)}
             state["by_rank"][str(rank)] = [dataclasses.asdict(finding) for finding in findings]
             if done:
                 state["done"] = sorted({*state["done"], rank})
             self._replace(state)
+            return Said({key_of(finding) for finding in _findings(state)} - before, set(state["done"]))
 
     def read(self) -> list[Finding]:
         """Return all ranks' findings, merged."""
         return merge_findings(_findings(self._load()))
-
-    def done(self) -> set[int]:
-        """Return the ranks that have left in good order."""
-        return set(self._load()["done"])
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[dict[str, Any]]:

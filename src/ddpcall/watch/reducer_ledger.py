@@ -49,6 +49,7 @@ class Unreduced:
         others: Further lines.
         backward: The line that ran the backward.
         gradient: For `AUTOGRAD_GRAD`, address of the gradient that the parameter had before.
+        versions: Versions of the gradients when they arrived, by parameter id: a later one was written to since.
     """
 
     kind: EventKind
@@ -56,6 +57,7 @@ class Unreduced:
     others: tuple[CallSite, ...] = ()
     backward: CallSite = NOWHERE
     gradient: int = 0
+    versions: dict[int, int] = field(default_factory=dict)
 
     def facts(self, ledger: ReducerLedger) -> dict[str, Any]:
         """Return what a message says beyond the site."""
@@ -78,6 +80,7 @@ class ReducerLedger:
         dirty: Parameters, by id, whose last gradient arrived unarmed, with the backward it came from.
         detached: Parameters, by id, that a conversion took away from the reducer, with its line.
         entries: Forwards outside an armed wrapper's since the last optimizer step.
+        on_first_unarmed: Called when a gradient arrives unarmed and no other did since the last step.
     """
 
     ddp: Callable[[], DistributedDataParallel | None]
@@ -99,7 +102,8 @@ class ReducerLedger:
     _unarmed: list[int] = field(default_factory=list)
     _site: CallSite = NOWHERE
     _detachments: dict[CallSite, Unreduced] = field(default_factory=dict)
-    on_unreduced: Callable[[], None] | None = None
+    on_first_unarmed: Callable[[], None] | None = None
+    _versions: dict[int, int] = field(default_factory=dict)
     undo: list[Undo] = field(default_factory=list)
 
     def contains(self, candidate: Any) -> bool:
@@ -158,7 +162,11 @@ class ReducerLedger:
         if not self._unarmed:
             self._site = find_call_site()
             _queue(self._settle)
+            if not self.dirty and self.on_first_unarmed is not None:
+                self.on_first_unarmed()
         self._unarmed.append(id(parameter))
+        if parameter.grad is not None:
+            self._versions[id(parameter)] = parameter.grad._version
 
     def _after_reducer(self) -> None:
         # The reducer queued its own callback after ours: stand behind it.
@@ -176,9 +184,8 @@ class ReducerLedger:
         """Blame somebody for the gradients that arrived unarmed in the backward that ends now."""
         blame = self._blame()
         self.dirty.update(dict.fromkeys(self._unarmed, blame))
+        blame.versions, self._versions = self._versions, {}
         self._unarmed = []
-        if self.on_unreduced is not None:
-            self.on_unreduced()
 
     def _blame(self) -> Unreduced:
         reached = [entry for entry in self.entries if entry.reached == self.backward]

@@ -35,6 +35,7 @@ class Session:
         self.options = options
         self._found: dict[Key, Finding] = {}
         self._attachment: Attachment | None = None
+        self._is_last = False
         self._lock = threading.RLock()
         self._journal = Journal(options.json or _default_path(), run_id())
 
@@ -107,11 +108,12 @@ class Session:
             attachment.close(in_order)
         finally:
             if self._is_shared():
-                self._journal.write(this_rank(), self.findings, done=True)
+                done = self._journal.write(this_rank(), self.findings, done=True).done
+                self._is_last = local_ranks() <= done
 
     def is_last(self) -> bool:
         """Say whether all ranks of this host have left: the last one reports. Nobody waits for anybody."""
-        return not self._is_shared() or local_ranks() <= self._journal.done()
+        return not self._is_shared() or self._is_last
 
     def report(self) -> None:
         """Print what all ranks found to stderr, and write the SARIF file."""
@@ -153,8 +155,7 @@ class Session:
             is_new_here = known is None
             is_new_anywhere = is_new_here
             if self._is_shared() and count & (count - 1) == 0:  # at 1, 2, 4, …: not at every step
-                is_new_anywhere = key not in {key_of(other) for other in self._journal.read()}
-                self._journal.write(this_rank(), self._found.values())
+                is_new_anywhere = key in self._journal.write(this_rank(), self._found.values()).new
         if not is_new_here or in_haste:
             return
         if self.options.on_finding == "raise":

@@ -43,6 +43,8 @@ class Trail:
         buffer_uses: Evaluations and checkpoints since they were last taken.
     """
 
+    _MAX_EARLY = 10_000
+
     def __init__(
         self, is_watched: Callable[[nn.Module], bool], may_use_buffers: Callable[[nn.Module], int | None]
     ) -> None:
@@ -60,6 +62,13 @@ class Trail:
         self.optimizers: weakref.WeakKeyDictionary[Optimizer, CallSite] = weakref.WeakKeyDictionary()
         self.schedulers: weakref.WeakKeyDictionary[Optimizer, CallSite] = weakref.WeakKeyDictionary()
         self.buffer_uses: list[BufferUse] = []
+        self._early_eval: weakref.WeakKeyDictionary[nn.Module, CallSite] = weakref.WeakKeyDictionary()
+
+    def adopt(self, root: nn.Module) -> None:
+        """Take over what was done to a model's modules before it was wrapped."""
+        sites = [self._early_eval[module] for module in root.modules() if module in self._early_eval]
+        if sites and False not in self.modes and not all(module.training for module in root.modules()):
+            self.modes[False] = sites[-1]
 
     def attach(self) -> Undo:
         """Follow from now on; returns the undo."""
@@ -96,6 +105,8 @@ class Trail:
     def _note_mode(self, module: nn.Module, mode: bool = True) -> None:
         if self._is_watched(module):
             self.modes[mode] = find_call_site()
+        elif not mode and len(self._early_eval) < self._MAX_EARLY:
+            self._early_eval[module] = find_call_site()
 
     def _note_save(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         self.use_buffers(module, "saved")
