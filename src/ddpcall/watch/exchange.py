@@ -38,6 +38,7 @@ __all__ = ["Comparison", "DetailsComparison", "Exchange", "find_store"]
 _MAX_ASKED = 16
 _MAX_TRIES = 3
 _POLL_S = 0.1
+_CONNECT_S = 30.0
 
 
 @dataclass
@@ -54,6 +55,7 @@ class _Inbox:
     hurried: int = 0
     comparer_closed: bool = False
     closing: bool = False
+    connected: bool = False
     finished: bool = False
     failure: str | None = None
 
@@ -94,6 +96,9 @@ class _Worker:
         """Serve until closed. The thread's target: what goes wrong is noted, and ends it."""
         try:
             own = PrefixStore("ddpcall/exchange", _open_own(store, self._wait_s))
+            with self._changed:
+                self._inbox.connected = True
+                self._changed.notify_all()
             self._serve(Ledger(own, self._rank, self._world_size))
         except Exception as error:  # the store is gone or late; whatever it was, the training goes on without
             self._inbox.failure = f"{type(error).__name__}: {error}"
@@ -368,12 +373,12 @@ class Exchange:
 
         Args:
             step: The step whose vitals were just published.
-            wait: At the end of a run: wait for the comparing rank to ask or to close, at most `wait_s`. On that
-                rank itself, until what it asked is on the store.
+            wait: At the end of a run: wait for the comparing rank to ask or to close, at most twice `wait_s`. On
+                that rank itself, until what it asked is on the store.
         """
         with self._changed:
             if wait:
-                self._await(lambda: self._is_asked(step) or self._will_not_be_asked(), self._wait_s)
+                self._await(lambda: self._is_asked(step) or self._will_not_be_asked(), 2 * self._wait_s)
             return self._inbox.question.parts if self._is_asked(step) and self._inbox.question else ()
 
     def _will_not_be_asked(self) -> bool:
@@ -413,7 +418,11 @@ class Exchange:
         self._thread.join(self._wait_s)
 
     def _await(self, is_there: Callable[[], bool], seconds: float) -> None:
-        """Wait under the lock, while the thread looks more often."""
+        """Wait under the lock, while the thread looks more often.
+
+        The time runs from when the thread is connected: where names are looked up slowly that alone takes seconds.
+        """
+        self._changed.wait_for(lambda: self._inbox.connected or self._inbox.finished, _CONNECT_S)
         self._inbox.hurried += 1
         self._changed.notify_all()
         self._changed.wait_for(lambda: is_there() or self._inbox.finished, seconds)

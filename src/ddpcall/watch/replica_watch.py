@@ -19,7 +19,7 @@ from ddpcall.watch.exchange import Comparison, DetailsComparison, Exchange, find
 from ddpcall.watch.trail import BufferUse, Trail
 from ddpcall.watch.vitals import Details, VitalsTaker
 
-WAIT_S = 10.0
+WAIT_S = 15.0
 EVERY_STEP_UNTIL = 16
 LOADED = "@load_state_dict"
 SWITCHED = "@mode"
