@@ -252,6 +252,10 @@ def test_one_rank_compares_with_itself():
     exchange.publish(Vitals(9, HEALTHY))
     assert exchange.compare(9, wait=True)
     assert [comparison.step for comparison in exchange.comparisons()] == [5]
+    # What was taken already is not waited for.
+    began_s = time.monotonic()
+    assert exchange.compare(5, wait=True) is None
+    assert time.monotonic() - began_s < 10  # the half of what it would wait
     exchange.close()
     with pytest.raises(ValueError, match="step 9 were published after those of step 9"):
         exchange.publish(Vitals(9, HEALTHY))

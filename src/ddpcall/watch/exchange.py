@@ -52,6 +52,7 @@ class _Inbox:
     question: Question | None = None
     to_ask: tuple[tuple[str, ...], tuple[int, ...], bool] | None = None
     done: int = -1
+    compared: int = -1
     hurried: int = 0
     comparer_closed: bool = False
     closing: bool = False
@@ -196,6 +197,7 @@ class _Worker:
             with self._changed:
                 for comparison in found:
                     self._inbox.comparisons[comparison.step] = comparison
+                self._inbox.compared = found[-1].step
                 for step in sorted(self._inbox.comparisons)[:-MAX_KEPT_STEPS]:
                     del self._inbox.comparisons[step]
             self._write(ledger, replace(self._state, done=found[-1].step))
@@ -349,7 +351,8 @@ class Exchange:
         """
         with self._changed:
             if wait and self._compares:
-                self._await(lambda: step in self._inbox.comparisons, 2 * self._wait_s)
+                # It may have been taken already, by `comparisons`.
+                self._await(lambda: self._inbox.compared >= step, 2 * self._wait_s)
             return self._inbox.comparisons.pop(step, None)
 
     def comparisons(self) -> list[Comparison]:
