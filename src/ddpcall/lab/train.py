@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,6 +17,10 @@ from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE
 from ddpcall.lab.run_directory import RunDirectory, new_run_id
 from ddpcall.lab.schema import TrainConfig, register_schema
 
+if TYPE_CHECKING:
+    from ddpcall.lab.world import World
+
+LEAVE_SECONDS = 20.0
 _LOOKING_ONLY = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--resolve")
 
 
@@ -28,24 +33,40 @@ def main() -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that model._target_=my.module.MyNet finds the user's module
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 and {"-m", "--multirun"} & set(sys.argv[1:]):
-        if rank == 0:
-            _complain(
-                "--multirun on several ranks would let them drift apart. Start one process and let every job "
-                "start its own ranks: python launch/train.py --multirun …; or write the sweep as one "
-                "grid: grid.path=[…]"
-            )
-        sys.exit(EXIT_WRONG_USE)
     exit_codes: list[int] = []
+    run_id, world = _agree_on_run_id(rank, world_size)
     try:
-        run_id = _agree_on_run_id(rank, world_size)
+        _refuse_multirun(rank, world_size)
         OmegaConf.register_new_resolver("run_id", lambda: run_id, replace=True)
         OmegaConf.register_new_resolver("on_rank_0", lambda text: text if rank == 0 else None, replace=True)
         _compose_and_run(rank, exit_codes)
+        code = max(exit_codes, default=EXIT_OK)
     except SystemExit as stop:
         # Before the job began, Hydra found the command line wrong and has said so.
-        sys.exit(EXIT_WRONG_USE if stop.code and not exit_codes else stop.code)
-    sys.exit(max(exit_codes, default=EXIT_OK))
+        code = EXIT_WRONG_USE if stop.code and not exit_codes else stop.code
+    if code == EXIT_WRONG_USE and world is not None:
+        _leave_together(world)
+    sys.exit(code)
+
+
+def _refuse_multirun(rank: int, world_size: int) -> None:
+    if world_size == 1 or not {"-m", "--multirun"} & set(sys.argv[1:]):
+        return
+    if rank == 0:
+        _complain(
+            "--multirun on several ranks would let them drift apart. Start one process and let every job "
+            "start its own ranks: python launch/train.py --multirun …; or write the sweep as one "
+            "grid: grid.path=[…]"
+        )
+    sys.exit(EXIT_WRONG_USE)
+
+
+def _leave_together(world: World) -> None:
+    """Wait for the others: the first rank that leaves makes the launcher stop rank 0 before it has spoken."""
+    from ddpcall.lab.world import RankLost
+
+    with contextlib.suppress(RankLost, RuntimeError):
+        world.collect("wrong use", True, LEAVE_SECONDS)
 
 
 def _compose_and_run(rank: int, exit_codes: list[int]) -> None:
@@ -123,10 +144,13 @@ def _run_on_missing_ranks(config: TrainConfig, directory: Path, started: int) ->
         return EXIT_FAILED
 
 
-def _agree_on_run_id(rank: int, world_size: int) -> str:
-    """Return one id for all ranks, agreed on before Hydra composes: two clocks would make two directories."""
+def _agree_on_run_id(rank: int, world_size: int) -> tuple[str, World | None]:
+    """Return one id for all ranks, agreed on before Hydra composes: two clocks would make two directories.
+
+    The world it was agreed in comes with it; None where there is one rank, or nothing to run.
+    """
     if world_size == 1 or any(argument in _LOOKING_ONLY for argument in sys.argv[1:]):
-        return new_run_id()
+        return new_run_id(), None
     from ddpcall.lab.errors import WrongUse
     from ddpcall.lab.world import open_world
 
@@ -137,7 +161,7 @@ def _agree_on_run_id(rank: int, world_size: int) -> str:
             _complain(str(error))
         sys.exit(EXIT_WRONG_USE)
     assert world.store is not None
-    return world.store.compare_set("run_id", "", new_run_id()).decode()
+    return world.store.compare_set("run_id", "", new_run_id()).decode(), world
 
 
 def _complain(message: str) -> None:
