@@ -38,7 +38,9 @@ def sample_stacks(main_thread: int, counts: dict[str, int], stop: threading.Even
             files.append(frame.f_code.co_filename)
             frame = frame.f_back
         if any("/ddpcall/lab/" in file for file in files):  # the interpreter's start is not the table's
-            counts["torch" if any("/torch/" in file for file in files) else "outside"] += 1
+            # The launcher's error recorder is torch's too, and stands under everything.
+            in_torch = any("/torch/" in file and "/elastic/" not in file for file in files)
+            counts["torch" if in_torch else "outside"] += 1
 
 
 def run_sampled() -> None:
