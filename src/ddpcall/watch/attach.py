@@ -107,6 +107,7 @@ class Attachment:
                 self._patch_ddp,
                 self._patch_module,
                 self._patch_parameter,
+                self._patch_backward,
                 self._patch_autograd,
                 self._hook_registrations,
                 self._hook_optimizers,
@@ -236,8 +237,7 @@ class Attachment:
             if previous is not None:
                 previous.close()
             self._owner[id(parameter)] = ledger
-            handle: Any = parameter.register_post_accumulate_grad_hook(ledger.arrive)
-            ledger.undo.append(_remove_hook(handle, weakref.ref(parameter)))
+        ledger.owned = [weakref.ref(parameter) for parameter in owned]
         ledger.on_first_unarmed = partial(self._mark_unarmed, ledger)
         self._frozen.update(id(p) for p in root.parameters() if id(p) not in ledger.names)
         self.trail.adopt(root)
@@ -448,6 +448,32 @@ class Attachment:
         return partial(_remove_all, handles)
 
     # ---- gradients without arrival ---------------------------------------------------------------------------
+
+    def _patch_backward(self) -> Undo:
+        """Stand around every backward that Python starts, in one place.
+
+        Source: `_engine_run_backward` in torch/autograd/graph.py, which torch/autograd/__init__.py imports by name.
+
+        Blind to: `backward()` inside a TorchScript function, which starts the engine from C++.
+        """
+        run = torch.autograd.graph._engine_run_backward
+
+        @functools.wraps(run)
+        def _engine_run_backward(*args: Any, **kwargs: Any) -> Any:
+            if in_backward() or not kwargs.get("accumulate_grad", True):
+                return run(*args, **kwargs)
+            for ledger in self.ledgers:
+                self._guard(ledger.begin_backward)
+            try:
+                return run(*args, **kwargs)
+            finally:
+                for ledger in self.ledgers:
+                    self._guard(ledger.end_backward)
+
+        with ExitStack() as stack:
+            for owner in (torch.autograd.graph, torch.autograd):
+                stack.callback(replace_attribute(owner, "_engine_run_backward", _engine_run_backward))
+            return stack.pop_all().close
 
     def _patch_autograd(self) -> Undo:
         grad = torch.autograd.grad
@@ -695,13 +721,3 @@ def _storage(tensor: Tensor | None) -> int:
 def _remove_all(handles: Iterable[Any]) -> None:
     for handle in handles:
         handle.remove()
-
-
-def _remove_hook(handle: Any, reference: weakref.ref[Tensor]) -> Undo:
-    def undo() -> None:
-        handle.remove()
-        parameter = reference()
-        if parameter is not None and not parameter._post_accumulate_grad_hooks:
-            setattr(parameter, "_post_accumulate_grad_hooks", None)  # noqa: B010 (typed as a dict, None at first)
-
-    return undo

@@ -3,6 +3,9 @@
 The signal that decides is a gradient's arrival while the reducer is not armed. Which attribute was called only
 serves to name the line. An armed arrival clears earlier unarmed ones of the same parameter: the reducer averages
 the accumulated gradient.
+
+A hook for every parameter is dear, so there is none until a backward begins that the reducer was not armed for; from
+then on they stay. Of an armed backward the reducer itself tells whether it reduced: it notes when gradients came.
 """
 
 from __future__ import annotations
@@ -78,6 +81,7 @@ class ReducerLedger:
         forwards: Grad-enabled forwards of the wrapper since the last optimizer step.
         forwarded: Whether there was any forward of the wrapper since then: the first one broadcasts the buffers.
         dirty: Parameters, by id, whose last gradient arrived unarmed, with the backward it came from.
+        owned: The parameters of `names`.
         detached: Parameters, by id, that a conversion took away from the reducer, with its line.
         entries: Forwards outside an armed wrapper's since the last optimizer step.
         on_first_unarmed: Called when a gradient arrives unarmed and no other did since the last step.
@@ -98,6 +102,9 @@ class ReducerLedger:
     sync_off_forwards: int = 0
     sync_off_reduced: int = 0
     backward: int = 0
+    owned: list[weakref.ref[nn.Parameter]] = field(default_factory=list)
+    _is_tapped: bool = False
+    _stats: list[int] = field(default_factory=list)
     _task: int = -1
     _unarmed: list[int] = field(default_factory=list)
     _site: CallSite = NOWHERE
@@ -147,14 +154,35 @@ class ReducerLedger:
             self._task = task
             self.backward += 1
 
+    def begin_backward(self) -> None:
+        """Prepare for a backward that is about to run, perhaps through this model."""
+        if self._is_tapped or (self.armed and not self.dirty):
+            return
+        self._is_tapped = True
+        for reference in self.owned:
+            parameter = reference()
+            if parameter is not None:
+                handle: Any = parameter.register_post_accumulate_grad_hook(self.arrive)
+                self.undo.append(remove_arrival_hook(handle, reference))
+
+    def end_backward(self) -> None:
+        """Note what an armed reducer did in the backward that ended."""
+        if self.armed and self._has_reduced():
+            self._disarm()
+
+    def _has_reduced(self) -> bool:
+        """Say whether gradients came to the reducer since this was last asked.
+
+        Source: `Reducer::mark_variable_ready` in torch/csrc/distributed/c10d/reducer.cpp, which writes these times;
+        in a static graph's first iteration it does not.
+        """
+        ddp = self.ddp()
+        before, self._stats = self._stats, [] if ddp is None else ddp.reducer.get_backward_stats()
+        return self._stats != before
+
     def arrive(self, parameter: Tensor) -> None:
         """Note one gradient: the hook on every parameter the reducer owns."""
-        task = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
         if self.armed:
-            if task != self._task:
-                self._task = task
-                self.backward += 1
-                _queue(self._after_reducer)
             if self.dirty:
                 self.dirty.pop(id(parameter), None)
             return
@@ -167,10 +195,6 @@ class ReducerLedger:
         self._unarmed.append(id(parameter))
         if parameter.grad is not None:
             self._versions[id(parameter)] = parameter.grad._version
-
-    def _after_reducer(self) -> None:
-        # The reducer queued its own callback after ours: stand behind it.
-        _queue(self._disarm)
 
     def _disarm(self) -> None:
         ddp = self.ddp()
@@ -216,7 +240,8 @@ class ReducerLedger:
             self.armed = False
 
     def close(self) -> None:
-        """Take the hooks off the parameters."""
+        """Take the hooks off the parameters; there will be none again."""
+        self._is_tapped = True
         while self.undo:
             self.undo.pop()()
 
@@ -228,6 +253,18 @@ def is_finalized(ddp: DistributedDataParallel) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def remove_arrival_hook(handle: Any, reference: weakref.ref[nn.Parameter]) -> Undo:
+    """Return what takes a hook off a parameter again, and the dict that torch made for it."""
+
+    def undo() -> None:
+        handle.remove()
+        parameter = reference()
+        if parameter is not None and not parameter._post_accumulate_grad_hooks:
+            setattr(parameter, "_post_accumulate_grad_hooks", None)  # noqa: B010 (typed as a dict, None at first)
+
+    return undo
 
 
 def _queue(callback: Callable[[], None]) -> None:
