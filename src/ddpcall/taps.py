@@ -414,18 +414,19 @@ class ForwardTap:
         self._quiet = quiet
         self._by_class: dict[Any, Callable[..., Any]] = {}
 
-    def put(self, module: nn.Module) -> Undo:
-        """Tap one module; the undo restores its `__dict__`."""
-        own = vars(module).get("forward")
-        function = self._tapped(own) if own is not None else self._tapped_class(type(module))
-        method = MethodType(function, module)
-        module.__dict__["forward"] = method
-        reference = weakref.ref(module)  # an undo must not keep a model alive
+    def put(self, *modules: nn.Module) -> Undo:
+        """Tap modules; the undo restores their `__dict__`s, and keeps none of them alive."""
+        for module in modules:
+            own = vars(module).get("forward")
+            function = self._tapped(own) if own is not None else self._tapped_class(type(module))
+            module.__dict__["forward"] = MethodType(function, module)
+        references = [weakref.ref(module) for module in modules]
 
         def undo() -> None:
-            tapped = reference()
-            if tapped is not None and _is_tap(tapped.__dict__.get("forward")):
-                _restore_forward(tapped.__dict__)
+            for reference in references:
+                tapped = reference()
+                if tapped is not None:
+                    _restore_forward(tapped.__dict__)
 
         return undo
 

@@ -41,7 +41,7 @@ from ddpcall.taps import (
 from ddpcall.watch.collectives import CollectiveLog, Mark
 from ddpcall.watch.compiled import CompiledWatch
 from ddpcall.watch.events import Event, EventKind
-from ddpcall.watch.hooks import HookWatch
+from ddpcall.watch.hooks import HookWatch, can_be_tapped
 from ddpcall.watch.locate import WeightLocator
 from ddpcall.watch.precision import PrecisionWatch
 from ddpcall.watch.reducer_ledger import Entry, ReducerLedger, Unreduced, nonzero, owned_parameters
@@ -241,8 +241,7 @@ class Attachment:
         ledger.on_first_unarmed = partial(self._mark_unarmed, ledger)
         self._frozen.update(id(p) for p in root.parameters() if id(p) not in ledger.names)
         self.trail.adopt(root)
-        for module in root.modules():
-            self._tap_module(module, ledger)
+        self._tap_modules(root.modules(), ledger)
         self.ledgers.append(ledger)
         self._structure += 1
 
@@ -298,11 +297,10 @@ class Attachment:
     def _forget(self, reference: Any) -> None:
         self._by_ddp = {key: ledger for key, ledger in self._by_ddp.items() if ledger.ddp is not reference}
 
-    def _tap_module(self, module: nn.Module, ledger: ReducerLedger) -> None:
-        if id(module) in ledger.modules or isinstance(module, torch.jit.ScriptModule):
-            return
-        ledger.modules[id(module)] = weakref.ref(module)
-        self._keep(self._tap.put(module))
+    def _tap_modules(self, modules: Iterable[nn.Module], ledger: ReducerLedger) -> None:
+        new = [module for module in modules if id(module) not in ledger.modules and can_be_tapped(module)]
+        ledger.modules.update((id(module), weakref.ref(module)) for module in new)
+        self._keep(self._tap.put(*new))
 
     # ---- forwards -------------------------------------------------------------------------------------------
 
@@ -430,8 +428,7 @@ class Attachment:
             ledger = next((ledger for ledger in self.ledgers if ledger.contains(parent)), None)
             if ledger is None or child is None:
                 return
-            for module in child.modules():
-                self._tap_module(module, ledger)
+            self._tap_modules(child.modules(), ledger)
             for parameter in child.parameters():
                 if id(parameter) not in ledger.names:
                     self._note_origin(parameter)
@@ -452,7 +449,7 @@ class Attachment:
     def _patch_backward(self) -> Undo:
         """Stand around every backward that Python starts, in one place.
 
-        Source: `_engine_run_backward` in torch/autograd/graph.py, which torch/autograd/__init__.py imports by name.
+        Source: `_engine_run_backward` in torch/autograd/graph.py; torch/autograd/__init__.py imports it by name.
 
         Blind to: `backward()` inside a TorchScript function, which starts the engine from C++.
         """

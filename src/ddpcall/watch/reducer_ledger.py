@@ -4,8 +4,9 @@ The signal that decides is a gradient's arrival while the reducer is not armed. 
 serves to name the line. An armed arrival clears earlier unarmed ones of the same parameter: the reducer averages
 the accumulated gradient.
 
-A hook for every parameter is dear, so there is none until a backward begins that the reducer was not armed for; from
-then on they stay. Of an armed backward the reducer itself tells whether it reduced: it notes when gradients came.
+A hook for every parameter is dear, so there is none until a backward begins that the reducer was not armed for;
+from then on they stay. Of an armed backward the reducer itself tells whether it reduced: it notes when gradients
+came.
 """
 
 from __future__ import annotations
@@ -173,8 +174,8 @@ class ReducerLedger:
     def _has_reduced(self) -> bool:
         """Say whether gradients came to the reducer since this was last asked.
 
-        Source: `Reducer::mark_variable_ready` in torch/csrc/distributed/c10d/reducer.cpp, which writes these times;
-        in a static graph's first iteration it does not.
+        Source: `Reducer::mark_variable_ready` in torch/csrc/distributed/c10d/reducer.cpp, which writes these
+        times; in a static graph's first iteration it does not.
         """
         ddp = self.ddp()
         before, self._stats = self._stats, [] if ddp is None else ddp.reducer.get_backward_stats()

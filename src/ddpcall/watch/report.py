@@ -1,4 +1,4 @@
-"""Findings for people and tools: terminal, and SARIF 2.1.0 for code-scanning upload."""
+"""Findings as text, and as SARIF 2.1.0 for code-scanning upload."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
-
-from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
+from typing import Any
 
 from ddpcall.findings import CATALOGUE, Finding
 
-_COLORS = {"error": "red", "warning": "yellow", "note": "blue"}
 _MOST_PARAMETERS = 6
 
 
@@ -56,31 +51,6 @@ def render_text(finding: Finding) -> str:
         lines.append(f"  parameters: {describe_parameters(finding)}")
     lines.append(f"  write instead: {finding.fix}")
     return "\n".join(lines)
-
-
-def print_findings(findings: list[Finding], stream: TextIO) -> None:
-    """Print all findings, or that there are none."""
-    console = Console(file=stream, soft_wrap=False, highlight=False)
-    if not findings:
-        console.print("ddpcall watch: no findings")
-        return
-    for finding in findings:
-        console.print(_render_panel(finding))
-    counts = [(sum(f.severity == name for f in findings), name) for name in _COLORS]
-    total = ", ".join(f"{count} {name}{'s' * (count != 1)}" for count, name in counts if count)
-    console.print(f"ddpcall watch: {total}; `ddpcall explain {findings[0].code}` says more")
-
-
-def _render_panel(finding: Finding) -> Panel:
-    text = Text(finding.message + "\n")
-    ranks = ", ".join(map(str, finding.ranks))
-    text.append(f"\nranks {ranks} · first in step {finding.step} · seen {finding.count}×\n", style="dim")
-    if finding.parameters:
-        text.append(f"parameters: {describe_parameters(finding)}\n", style="dim")
-    text.append("write instead: ", style="bold")
-    text.append(finding.fix)
-    title = Text(f"{finding.code} {finding.name} · {describe_place(finding)}")
-    return Panel(text, title=title, title_align="left", border_style=_COLORS[finding.severity])
 
 
 def to_sarif(findings: Iterable[Finding]) -> dict[str, Any]:

@@ -117,8 +117,10 @@ class Session:
 
     def report(self) -> None:
         """Print what all ranks found to stderr, and write the SARIF file."""
+        from ddpcall.watch.terminal import print_findings
+
         findings = self.all_findings()
-        report.print_findings(findings, sys.stderr)
+        print_findings(findings, sys.stderr)
         if self.options.sarif is not None:
             report.write_sarif(findings, self.options.sarif)
         if self._is_shared():
