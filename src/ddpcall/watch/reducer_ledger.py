@@ -128,6 +128,7 @@ class ReducerLedger:
         self.forwards += 1
         if ddp.require_backward_grad_sync:
             self.armed = True
+            self._stats = ddp.reducer.get_backward_stats()
             return
         self.sync_off_forwards += 1
         self.enter(Entry(find_call_site(), self.sync_off or NOWHERE), outputs)
@@ -172,7 +173,7 @@ class ReducerLedger:
             self._disarm()
 
     def _has_reduced(self) -> bool:
-        """Say whether gradients came to the reducer since this was last asked.
+        """Say whether gradients came to the reducer since it was armed, or since this was last asked.
 
         Source: `Reducer::mark_variable_ready` in torch/csrc/distributed/c10d/reducer.cpp, which writes these
         times; in a static graph's first iteration it does not.
