@@ -380,6 +380,16 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Undo:
     return undo
 
 
+def remove_handles(*handles: Any) -> Undo:
+    """Return the undo of torch's own registrations."""
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
 ForwardObserver = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _CALL_CODES = frozenset(
     {nn.Module._call_impl.__code__, nn.Module._slow_forward.__code__}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from ddpcall.taps import NOWHERE, CallSite
 
@@ -57,3 +58,12 @@ class Event:
     parameters: tuple[str, ...] = ()
     others: tuple[CallSite, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+Emit = Callable[[Event], None]
+
+
+class Guard(Protocol):
+    """Does the watch's own work so that an error in it does not reach the script."""
+
+    def __call__(self, work: Callable[..., Any], *args: Any) -> None: ...

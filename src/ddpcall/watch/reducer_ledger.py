@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_site, find_tensors, is_lazy
+from ddpcall.watch.collectives import Mark
 from ddpcall.watch.events import EventKind
 
 MAX_ENTRIES = 256
@@ -85,12 +86,14 @@ class ReducerLedger:
         owned: The parameters of `names`.
         detached: Parameters, by id, that a conversion took away from the reducer, with its line.
         entries: Forwards outside an armed wrapper's since the last optimizer step.
-        on_first_unarmed: Called when a gradient arrives unarmed and no other did since the last step.
+        mark: Returns this moment in the log of collectives.
+        unarmed_since: When a gradient first arrived unarmed since the last step: only what the script sends after
+            that can be the reduction which it still needs.
     """
 
-    ddp: Callable[[], DistributedDataParallel | None]
     name: str
     names: dict[int, str]
+    ddp: Callable[[], DistributedDataParallel | None] = lambda: None
     modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict)
     is_announced: bool = False
     armed: bool = False
@@ -110,9 +113,15 @@ class ReducerLedger:
     _unarmed: list[int] = field(default_factory=list)
     _site: CallSite = NOWHERE
     _detachments: dict[CallSite, Unreduced] = field(default_factory=dict)
-    on_first_unarmed: Callable[[], None] | None = None
+    mark: Callable[[], Mark] = Mark
+    unarmed_since: Mark | None = None
     _versions: dict[int, int] = field(default_factory=dict)
     undo: list[Undo] = field(default_factory=list)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what the reducer owns, as it is now."""
+        ddp = self.ddp()
+        return [] if ddp is None else [p for p in ddp._module_parameters if id(p) in self.names]
 
     def contains(self, candidate: Any) -> bool:
         """Say whether an object is one of the wrapped module's modules (not the wrapper itself)."""
@@ -192,8 +201,8 @@ class ReducerLedger:
         if not self._unarmed:
             self._site = find_call_site()
             _queue(self._settle)
-            if not self.dirty and self.on_first_unarmed is not None:
-                self.on_first_unarmed()
+            if not self.dirty:
+                self.unarmed_since = self.mark()
         self._unarmed.append(id(parameter))
         if parameter.grad is not None:
             self._versions[id(parameter)] = parameter.grad._version
@@ -234,6 +243,7 @@ class ReducerLedger:
     def end_step(self) -> None:
         """Forget what an optimizer step has used up."""
         self.dirty.clear()
+        self.unarmed_since = None
         self.entries.clear()
         self.forwards = 0
         self.forwarded = False
@@ -284,3 +294,8 @@ def owned_parameters(ddp: DistributedDataParallel) -> Iterator[tuple[str, nn.Par
 def nonzero(gradients: Iterable[Tensor | None]) -> bool:
     """Say whether any gradient is there and not zero throughout."""
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+
+def address_of(tensor: Tensor | None) -> int:
+    """Return where a tensor's storage lies; 0 for none."""
+    return 0 if tensor is None else tensor.untyped_storage().data_ptr()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -13,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
 from ddpcall.findings import Finding
-from ddpcall.taps import NOWHERE, CallSite
+from ddpcall.taps import NOWHERE, CallSite, find_call_site
 from ddpcall.watch.diagnose import Divergence, diagnose_divergence
 from ddpcall.watch.exchange import Comparison, DetailsComparison, Exchange, find_store
 from ddpcall.watch.trail import BufferUse, Trail
@@ -97,10 +98,22 @@ class ReplicaWatch:
         optimizer = None if self._taker is None else self._taker.optimizer
         self._taker = VitalsTaker(self._models, optimizer)
 
+    def note_inputs(self, step: int, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what the wrapper was called with, for a step that is being prepared."""
+        if torch.is_grad_enabled() and self.is_due(step):
+            self.batch = (inputs, kwargs)
+            self.sites = replace(self.sites, forward=find_call_site())
+
     def stepped(self, optimizer: Optimizer, step: int) -> None:
-        """Take and publish the vitals of a step, and read what has come back meanwhile."""
-        if self._taker is None:
+        """If they are due, take and publish the vitals of a step, and read what has come back meanwhile."""
+        if self._taker is None or not self.is_due(step):
             return
+        self.sites = replace(
+            self.sites,
+            step=find_call_site(),
+            created=self._trail.optimizers.get(optimizer, NOWHERE),
+            scheduled=self._trail.schedulers.get(optimizer, NOWHERE),
+        )
         if self._exchange is None:
             store = find_store(WAIT_S)
             if store is None:

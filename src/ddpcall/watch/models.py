@@ -1,0 +1,82 @@
+"""The models that were wrapped since the watch began, and which reducer owns which parameter."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpcall.taps import CallSite, find_call_site
+from ddpcall.watch.collectives import Mark
+from ddpcall.watch.reducer_ledger import ReducerLedger
+
+
+class Models:
+    """One ledger for each wrapped model.
+
+    Attributes:
+        ledgers: In the order of wrapping.
+        owner: The ledger whose reducer owns a parameter, by the parameter's id.
+        origins: Where a parameter that no reducer owns was added or unfrozen, by its id.
+        structure: Grows when any of these changes.
+    """
+
+    def __init__(self, mark: Callable[[], Mark]) -> None:
+        """Take what marks a moment in the log of collectives."""
+        self.ledgers: list[ReducerLedger] = []
+        self.owner: dict[int, ReducerLedger] = {}
+        self.origins: dict[int, CallSite] = {}
+        self.structure = 0
+        self._mark = mark
+        self._by_ddp: dict[int, ReducerLedger] = {}
+        self._frozen: set[int] = set()
+
+    def open(self, ledger: ReducerLedger, root: nn.Module, owned: list[nn.Parameter]) -> None:
+        """Add a ledger; its parameters leave the ledgers of earlier wrappers."""
+        for parameter in owned:
+            previous = self.owner.get(id(parameter))
+            if previous is not None:
+                previous.close()
+            self.owner[id(parameter)] = ledger
+        ledger.owned = [weakref.ref(parameter) for parameter in owned]
+        ledger.mark = self._mark
+        self._frozen.update(id(p) for p in root.parameters() if id(p) not in ledger.names)
+        self.ledgers.append(ledger)
+        self.structure += 1
+
+    def bind(self, ledger: ReducerLedger, ddp: DistributedDataParallel) -> None:
+        """Note whose reducer a ledger is about."""
+        ledger.ddp = weakref.ref(ddp, self._forget)
+        self._by_ddp[id(ddp)] = ledger
+
+    def _forget(self, reference: Any) -> None:
+        self._by_ddp = {key: ledger for key, ledger in self._by_ddp.items() if ledger.ddp is not reference}
+
+    def ledger_of(self, ddp: nn.Module) -> ReducerLedger | None:
+        """Return a wrapper's ledger."""
+        return self._by_ddp.get(id(ddp))
+
+    def ledgers_with(self, module: nn.Module) -> list[ReducerLedger]:
+        """Return the ledgers of the wrappers that a module is under."""
+        return [ledger for ledger in self.ledgers if ledger.contains(module)]
+
+    def is_watched(self, module: nn.Module) -> bool:
+        """Say whether a module is a wrapper or under one."""
+        return id(module) in self._by_ddp or bool(self.ledgers_with(module))
+
+    def is_frozen(self, parameter: Tensor) -> bool:
+        """Say whether a parameter was in a model when it was wrapped, and not trainable."""
+        return id(parameter) in self._frozen
+
+    def note_origin(self, parameter: Tensor) -> None:
+        """Note the running line as the one that made a parameter trainable that no reducer owns."""
+        self.origins.setdefault(id(parameter), find_call_site())
+        self.structure += 1
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        for ledger in self.ledgers:
+            ledger.close()

@@ -1,0 +1,246 @@
+"""Optimizer steps: gradients that nobody reduced are harm when they are used."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_site, in_backward, remove_handles
+from ddpcall.watch.collectives import CollectiveLog, Mark
+from ddpcall.watch.compiled import CompiledWatch
+from ddpcall.watch.events import Emit, Event, EventKind, Guard
+from ddpcall.watch.locate import WeightLocator
+from ddpcall.watch.models import Models
+from ddpcall.watch.reducer_ledger import ReducerLedger, Unreduced, address_of, nonzero
+from ddpcall.watch.replica_watch import ReplicaWatch
+from ddpcall.watch.step_count import StepCount
+
+
+class StepWatch:
+    """Judges the ledgers when an optimizer is about to use the gradients."""
+
+    def __init__(
+        self,
+        models: Models,
+        count: StepCount,
+        collectives: CollectiveLog,
+        replicas: ReplicaWatch,
+        compiled: CompiledWatch,
+        emit: Emit,
+        guard: Guard,
+    ) -> None:
+        """Take the books, and who else wants to hear of steps."""
+        self._models = models
+        self._count = count
+        self._collectives = collectives
+        self._replicas = replicas
+        self._compiled = compiled
+        self._emit = emit
+        self._guard = guard
+        self._views: dict[int, OptimizerView] = {}
+        self._stepping: list[int] = []
+        self._locator: WeightLocator | None = None
+        self._pending: Event | None = None
+
+    def attach(self) -> Undo:
+        """Hear of every optimizer's steps; returns the undo."""
+        return remove_handles(
+            register_optimizer_step_pre_hook(lambda *given: self._guard(self._before_step, *given)),
+            register_optimizer_step_post_hook(lambda *given: self._guard(self._after_step, *given)),
+        )
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._count.begin(optimizer)
+        if id(optimizer) in self._stepping:  # an earlier step of its raised
+            del self._stepping[self._stepping.index(id(optimizer)) :]
+        self._stepping.append(id(optimizer))
+        view = self._view(optimizer)
+        self._compiled.before_step(view.get)
+        if in_backward():
+            self._stepped_in_backward(optimizer, view)
+        elif not _has_closure(args, kwargs):
+            self._judge(optimizer, view)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) in self._stepping:
+            del self._stepping[self._stepping.index(id(optimizer)) :]
+        if in_backward():
+            return
+        view = self._view(optimizer)
+        if _has_closure(args, kwargs):
+            self._judge(optimizer, view)
+        for ledger in view.ledgers:
+            ledger.end_step()
+        self._collectives.end_step()
+        # A step inside another optimizer's step is not one: ZeroRedundancyOptimizer sends parameters after it.
+        if view.ledgers and not self._stepping:
+            self._compare_replicas(optimizer)
+
+    def _compare_replicas(self, optimizer: Optimizer) -> None:
+        if self._count.leads(optimizer) and dist.is_initialized():
+            self._count.evaluation_due = True
+            self._replicas.stepped(optimizer, self._count.of(optimizer))
+
+    def _view(self, optimizer: Optimizer) -> OptimizerView:
+        groups = optimizer.param_groups
+        signature = (self._models.structure, *(len(group["params"]) for group in groups))
+        view = self._views.get(id(optimizer))
+        if view is None or view.signature != signature:
+            view = self._views[id(optimizer)] = self._look_at(optimizer, signature)
+        return view
+
+    def _look_at(self, optimizer: Optimizer, signature: tuple[int, ...]) -> OptimizerView:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        ledgers = {
+            id(self._models.owner[id(p)]): self._models.owner[id(p)]
+            for p in parameters
+            if id(p) in self._models.owner
+        }
+        return OptimizerView(
+            signature,
+            {id(parameter): weakref.ref(parameter) for parameter in parameters},
+            list(ledgers.values()),
+            self._find_unowned(parameters),
+        )
+
+    def _find_unowned(self, parameters: list[Tensor]) -> dict[int, tuple[str, ReducerLedger]]:
+        unowned = {}
+        stepped = {id(parameter) for parameter in parameters}
+        for ledger in self._models.ledgers:
+            ddp = ledger.ddp()
+            if ddp is None:
+                continue
+            for name, parameter in ddp.module.named_parameters():
+                if (
+                    id(parameter) in stepped
+                    and id(parameter) not in self._models.owner
+                    and name not in ddp.parameters_to_ignore
+                ):
+                    unowned[id(parameter)] = (name, ledger)
+        return unowned
+
+    def _stepped_in_backward(self, optimizer: Optimizer, view: OptimizerView) -> None:
+        early = [ledger for ledger in view.ledgers if ledger.armed and _is_distributed(ledger)]
+        for ledger in early:
+            if any(hasattr(parameter, "_in_backward_optimizers") for parameter in ledger.parameters()):
+                continue
+            names = tuple(name for key, name in ledger.names.items() if key in view.parameters)
+            self._emit(Event(EventKind.STEPPED_EARLY, find_call_site(), self._count.of(optimizer), names))
+
+    def _judge(self, optimizer: Optimizer, view: OptimizerView) -> None:
+        """Gradients are about to be used: those that nobody reduced are harm."""
+        step = self._count.of(optimizer)
+        for ledger in view.ledgers:
+            if (ledger.dirty or ledger.detached) and _is_distributed(ledger):
+                self._judge_ledger(ledger, view, step)
+        if view.unowned:
+            self._judge_unowned(view, step)
+
+    def _judge_ledger(self, ledger: ReducerLedger, view: OptimizerView, step: int) -> None:
+        by_blame: dict[int, tuple[Unreduced, list[int]]] = {}
+        for key, blame in ledger.dirty.items():
+            by_blame.setdefault(id(blame), (blame, []))[1].append(key)
+        for key, site in ledger.detached.items():
+            blame = ledger.blame_detached(site)
+            by_blame.setdefault(id(blame), (blame, []))[1].append(key)
+        for blame, keys in by_blame.values():
+            used = [key for key in keys if self._is_used(key, blame, view)]
+            if used and not self._were_reduced(used, view, ledger.unarmed_since):
+                names = tuple(ledger.names[key] for key in used)
+                event = Event(blame.kind, blame.site, step, names, blame.others, blame.facts(ledger))
+                self._emit_or_wait(event, used)
+
+    def _is_used(self, key: int, blame: Unreduced, view: OptimizerView) -> bool:
+        parameter = view.get(key)
+        if parameter is None or parameter.grad is None:
+            return False
+        if not nonzero([parameter.grad]):
+            # Computed as zero, past the wrapper: not synchronised. Zeroed since: nothing to synchronise.
+            return blame.kind is EventKind.BYPASSED and blame.versions.get(key) == parameter.grad._version
+        return blame.kind is not EventKind.AUTOGRAD_GRAD or address_of(parameter.grad) != blame.gradient
+
+    def _were_reduced(self, keys: list[int], view: OptimizerView, since: Mark | None = None) -> bool:
+        gradients = [parameter.grad for key in keys if (parameter := view.get(key)) is not None]
+        return self._collectives.covers([gradient for gradient in gradients if gradient is not None], since)
+
+    def _judge_unowned(self, view: OptimizerView, step: int) -> None:
+        by_origin: dict[tuple[CallSite, int], list[int]] = {}
+        for key, (_, ledger) in view.unowned.items():
+            parameter = view.get(key)
+            if parameter is not None and parameter.grad is not None and _is_distributed(ledger):
+                by_origin.setdefault((self._models.origins.get(key, NOWHERE), id(ledger)), []).append(key)
+        for (origin, _), keys in by_origin.items():
+            if self._were_reduced(keys, view):
+                continue
+            site = origin if origin != NOWHERE else find_call_site()
+            names = tuple(view.unowned[key][0] for key in keys)
+            self._emit(Event(EventKind.UNOWNED, site, step, names))
+
+    # ---- raw weights: the line is looked for in the next step ------------------------------------------------
+
+    def _emit_or_wait(self, event: Event, keys: list[int]) -> None:
+        if event.kind is not EventKind.RAW_WEIGHTS:
+            self._emit(event)
+            return
+        if self._locator is None:
+            self._pending = event
+            self._locator = WeightLocator(keys, self._models.owner[keys[0]])
+            self._locator.start()
+            return
+        site, self._locator = self._locator.stop(), None
+        if site is not None:
+            self._pending = Event(
+                event.kind, site, self._pending.step if self._pending else event.step, event.parameters
+            )
+        self.release()
+
+    def release(self) -> None:
+        """Emit what was waiting for a better line."""
+        if self._locator is not None:
+            self._locator.stop()
+            self._locator = None
+        if self._pending is not None:
+            self._emit(self._pending)
+            self._pending = None
+
+    def is_waiting(self) -> bool:
+        """Say whether an event waits for a better line."""
+        return self._pending is not None
+
+
+class OptimizerView:
+    """An optimizer's parameters as the ledgers see them; made anew when the structure changes."""
+
+    def __init__(
+        self,
+        signature: tuple[int, ...],
+        parameters: dict[int, weakref.ref[Tensor]],
+        ledgers: list[ReducerLedger],
+        unowned: dict[int, tuple[str, ReducerLedger]],
+    ) -> None:
+        """Take what `Attachment` found."""
+        self.signature = signature
+        self.parameters = parameters
+        self.ledgers = ledgers
+        self.unowned = unowned
+
+    def get(self, key: int) -> Tensor | None:
+        """Return a parameter by id, None when this optimizer has none such."""
+        reference = self.parameters.get(key)
+        return None if reference is None else reference()
+
+
+def _has_closure(args: Any, kwargs: dict[str, Any]) -> bool:
+    # torch hands the hook the arguments of `step` with the optimizer itself in front.
+    values = [value for value in args if not isinstance(value, Optimizer)] + [kwargs.get("closure")]
+    return any(callable(value) for value in values)
+
+
+def _is_distributed(ledger: ReducerLedger) -> bool:
+    """Say whether there still is a process group for the gradients to be reduced over."""
+    return dist.is_initialized()

@@ -1,0 +1,208 @@
+"""Find models as they are wrapped, and see how they are entered and when synchronisation is switched off."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._composable.replicate import _ReplicateState
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpcall.taps import (
+    ForwardTap,
+    Undo,
+    find_call_site,
+    in_backward,
+    is_lazy,
+    replace_attribute,
+)
+from ddpcall.watch.events import Emit, Event, EventKind, Guard
+from ddpcall.watch.hooks import can_be_tapped
+from ddpcall.watch.models import Models
+from ddpcall.watch.reducer_ledger import Entry, ReducerLedger, owned_parameters
+from ddpcall.watch.replica_watch import ReplicaWatch
+from ddpcall.watch.step_count import StepCount
+from ddpcall.watch.trail import Trail
+
+
+class WrapWatch:
+    """Opens a ledger for every DDP and `replicate`, and taps the forwards of the modules under it.
+
+    Blind to: DDP's python reducer and delayed all-reduce, which reduce without being armed.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        count: StepCount,
+        trail: Trail,
+        replicas: ReplicaWatch,
+        emit: Emit,
+        guard: Guard,
+        keep: Callable[[Undo], None],
+    ) -> None:
+        """Take the books to write in, and where events and undos go."""
+        self._models = models
+        self._count = count
+        self._trail = trail
+        self._replicas = replicas
+        self._emit = emit
+        self._guard = guard
+        self._keep = keep
+        self._inside_entry = False
+        self._tap = ForwardTap(self._observe_forward, self._is_quiet)
+
+    def attach(self) -> Undo:
+        """Find every DDP that is made from now on; returns the undo."""
+        init, post_forward = DistributedDataParallel.__init__, DistributedDataParallel._post_forward
+        pre_forward = DistributedDataParallel._pre_forward
+        name = "require_backward_grad_sync"
+
+        @functools.wraps(init)
+        def __init__(ddp: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:
+            init(ddp, *args, **kwargs)
+            self._guard(self.adopt, ddp)
+
+        @functools.wraps(pre_forward)
+        def _pre_forward(ddp: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
+            if self._models.ledger_of(ddp) is not None:
+                self._guard(self._replicas.note_inputs, self._count.preparing_lead(), inputs, kwargs)
+            return pre_forward(ddp, *inputs, **kwargs)
+
+        @functools.wraps(post_forward)
+        def _post_forward(ddp: DistributedDataParallel, output: Any) -> Any:
+            output = post_forward(ddp, output)
+            ledger = self._models.ledger_of(ddp)
+            if ledger is not None:
+                self._guard(ledger.passed, output)
+            return output
+
+        def get_sync(ddp: DistributedDataParallel) -> bool:
+            return ddp.__dict__[name]
+
+        def set_sync(ddp: Any, value: bool) -> None:
+            ddp.__dict__[name] = value
+            ledger = self._models.ledger_of(ddp)
+            if ledger is not None:
+                self._guard(self._sync_switched, ledger, value)
+
+        with ExitStack() as stack:
+            stack.callback(replace_attribute(DistributedDataParallel, "__init__", __init__))
+            for method, patched in (("_pre_forward", _pre_forward), ("_post_forward", _post_forward)):
+                disabled = torch._disable_dynamo(patched, recursive=False)
+                stack.callback(replace_attribute(DistributedDataParallel, method, disabled))
+            stack.callback(replace_attribute(DistributedDataParallel, name, property(get_sync, set_sync)))
+            return stack.pop_all().close
+
+    def adopt(self, ddp: DistributedDataParallel) -> None:
+        """Watch one DDP, if its process group has more than one rank."""
+        if ddp._use_python_reducer or ddp._delay_all_reduce_all_params or self._models.ledger_of(ddp) is not None:
+            return
+        if dist.get_world_size(ddp.process_group) == 1:
+            return
+        owned = dict(owned_parameters(ddp))
+        owner = self._models.owner
+        ledger = next((owner[id(p)] for p in owned.values() if id(p) in owner), None)
+        if ledger is not None and ledger.is_announced:
+            ledger.is_announced = False
+        else:
+            ledger = ReducerLedger(type(ddp.module).__name__, {id(p): n for n, p in owned.items()})
+            self._open(ledger, ddp.module, list(owned.values()))
+        self._models.bind(ledger, ddp)
+        self._adopt_replicas()
+
+    def hook_registered(self, module: nn.Module, kind: str, hook: Any) -> None:
+        """See `replicate` by the hook it registers; it makes its DDP in the first call, if one ever comes."""
+        if isinstance(getattr(hook, "__self__", None), _ReplicateState) and kind == "forward_pre":
+            self._guard(self._announce, module)
+
+    def _announce(self, root: nn.Module) -> None:
+        if dist.get_world_size() == 1:
+            return
+        owned = {name: p for name, p in root.named_parameters() if p.requires_grad and not is_lazy(p)}
+        ledger = ReducerLedger(type(root).__name__, {id(p): n for n, p in owned.items()}, is_announced=True)
+        self._open(ledger, root, list(owned.values()))
+
+    def _open(self, ledger: ReducerLedger, root: nn.Module, owned: list[nn.Parameter]) -> None:
+        self._models.open(ledger, root, owned)
+        self._trail.adopt(root)
+        self.tap(root.modules(), ledger)
+
+    def tap(self, modules: Iterable[nn.Module], ledger: ReducerLedger) -> None:
+        """Count modules as parts of a wrapped model, and tap their forwards."""
+        new = [module for module in modules if id(module) not in ledger.modules and can_be_tapped(module)]
+        ledger.modules.update((id(module), weakref.ref(module)) for module in new)
+        self._keep(self._tap.put(*new))
+
+    def _adopt_replicas(self) -> None:
+        """Compare the replicas of wrapped models that span the world and are meant to stay equal."""
+        wrappers = [ddp for ledger in self._models.ledgers if (ddp := ledger.ddp()) is not None]
+        models = [ddp.module for ddp in wrappers if _is_replicated(ddp)]
+        if models:
+            self._replicas.adopt(models)
+
+    # ---- forwards -------------------------------------------------------------------------------------------
+
+    def _is_quiet(self) -> bool:
+        # In a training step the first is true; the others are looked at outside the wrapper alone.
+        return (
+            DistributedDataParallel._active_ddp_module is not None
+            or self._inside_entry
+            or not (torch.is_grad_enabled() or self._count.evaluation_due)
+        )
+
+    def _observe_evaluation(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The first forward under no_grad after a step: an evaluation past the wrapper, in eval mode."""
+        self._count.evaluation_due = False
+        if not module.training:
+            for ledger in self._models.ledgers_with(module):
+                if (ddp := ledger.ddp()) is not None:
+                    self._trail.use_buffers(ddp, "evaluated", ledger.contains)
+        return original(*args, **kwargs)
+
+    def _observe_forward(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A grad-enabled forward of a watched module, outside every wrapper's: a bypass if gradients follow."""
+        if not torch.is_grad_enabled():
+            return self._observe_evaluation(module, original, args, kwargs)
+        if in_backward():
+            return original(*args, **kwargs)
+        ledgers = self._models.ledgers_with(module)
+        if not ledgers:
+            return original(*args, **kwargs)
+        ledger = ledgers[-1]
+        site = find_call_site(ledger.contains)
+        self._inside_entry = True
+        try:
+            outputs = original(*args, **kwargs)
+        finally:
+            self._inside_entry = False
+        self._guard(ledger.enter, Entry(site), outputs)
+        return outputs
+
+    # ---- windows --------------------------------------------------------------------------------------------
+
+    def _sync_switched(self, ledger: ReducerLedger, value: bool) -> None:
+        if not value:
+            if ledger.sync_off is None:
+                ledger.sync_off_forwards = ledger.sync_off_reduced = 0
+            ledger.sync_off = find_call_site()
+            return
+        off, ledger.sync_off = ledger.sync_off, None
+        if off is not None and ledger.sync_off_reduced and not ledger.sync_off_forwards:
+            self._emit(Event(EventKind.NO_SYNC_WITHOUT_EFFECT, off, self._count.preparing()))
+
+
+def _is_replicated(ddp: DistributedDataParallel) -> bool:
+    """Say whether all ranks are meant to hold the same model after every step."""
+    hooks = " ".join(type(state).__name__ for _, state in ddp._comm_hooks)
+    return "LocalSGD" not in hooks and dist.get_world_size(ddp.process_group) == dist.get_world_size()
