@@ -390,6 +390,19 @@ def remove_handles(*handles: Any) -> Undo:
     return undo
 
 
+def outside_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function so that dynamo leaves it, and all it calls, alone.
+
+    What runs eagerly between two compiled graphs is compiled by dynamo too; a script under the watch must not have
+    more compiled frames than without it.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return torch._disable_dynamo(call)
+
+
 ForwardObserver = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _CALL_CODES = frozenset(
     {nn.Module._call_impl.__code__, nn.Module._slow_forward.__code__}
@@ -464,8 +477,23 @@ class ForwardTap:
         with contextlib.suppress(AttributeError, TypeError):  # a partial has no name
             functools.update_wrapper(forward, function if own is None else own)
         forward.__name__ = "forward"  # pickle finds a bound method by its name
+        if getattr(getattr(function, "__code__", None), "co_filename", "").startswith(_TORCH):
+            # As torch's own forwards; a copy, since those of users' modules are compiled.
+            forward.__code__ = forward.__code__.replace()
+            _skip_in_dynamo(forward.__code__)
+            _skip_in_dynamo(getattr(quiet, "__func__", quiet).__code__)
         setattr(forward, ForwardTap.MARK, own)
         return forward
+
+
+def _skip_in_dynamo(code: CodeType) -> None:
+    """Let dynamo not compile this when it comes upon it between two graphs; what it calls is none of this.
+
+    Blind to: dynamo imported later; DDP and torch.compile import it.
+    """
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is not None:
+        dynamo.skip_code(code)
 
 
 def _is_tap(value: Any) -> bool:

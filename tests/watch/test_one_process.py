@@ -242,7 +242,7 @@ def test_an_error_of_the_watchs_own_does_not_reach_the_script(session, capsys, m
     def fail(*_):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(type(session._attachment._steps), "_before_step", fail)
+    monkeypatch.setattr(type(session._attachment._steps), "_judge", fail)
     layer = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(layer.parameters())
     for _ in range(2):

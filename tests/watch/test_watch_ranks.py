@@ -5,6 +5,8 @@ import inspect
 import io
 import pickle
 import warnings
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -501,3 +503,43 @@ def test_compiled_frames_and_graphs_are_as_without_the_watch(rank, tmp_path, wra
         watched = frames()
     assert watched == bare
     assert bare[0] == 1
+
+
+@pytest.mark.ranks(2, timeout=240)
+@pytest.mark.parametrize("takes_gradients", [False, True])
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")  # dynamo's own doing
+def test_nothing_of_the_watchs_own_is_compiled_in_a_compiled_step(rank, tmp_path, monkeypatch, takes_gradients):
+    # What runs eagerly between the graphs of a compiled step, backward and optimizer, comes before dynamo as well.
+    from torch._dynamo import convert_frame
+
+    compile_frame = convert_frame._compile
+    compiled: list[str] = []
+
+    def noting(code, *args, **kwargs):
+        compiled.append(f"{Path(code.co_filename).name}:{code.co_name}")
+        return compile_frame(code, *args, **kwargs)
+
+    def compile_step() -> list[str]:
+        torch._dynamo.reset()
+        ddp = DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1)))
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+
+        @torch.compile(backend="eager")
+        def step(batch):
+            if takes_gradients:
+                return torch.autograd.grad(ddp(batch).sum(), list(ddp.parameters()))
+            ddp(batch).sum().backward()
+            return optimizer.step()
+
+        compiled.clear()
+        for _ in range(3):
+            step(torch.randn(2, 4))
+        return list(compiled)
+
+    monkeypatch.setattr(convert_frame, "_compile", noting)
+    compile_step()  # what is compiled once in a process is compiled now
+    bare = Counter(compile_step())
+    with ddpcall.watch(on_finding="record", json=tmp_path / f"{rank.rank}.json", every=0):
+        watched = Counter(compile_step())
+    assert sum(bare.values()) > 3
+    assert watched - bare == Counter()

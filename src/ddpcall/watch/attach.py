@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpcall.findings import Finding
-from ddpcall.taps import Undo, strip_forward_taps
+from ddpcall.taps import Undo, outside_dynamo, strip_forward_taps
 from ddpcall.watch.backwards import BackwardWatch
 from ddpcall.watch.collectives import CollectiveLog
 from ddpcall.watch.compiled import CompiledWatch
@@ -59,7 +59,7 @@ class Attachment:
         self._emit = emit
         self._has_failed = False
         self._undo = ExitStack()
-        guard, keep = self._guard, self._keep
+        guard, keep = outside_dynamo(self._guard), self._keep
         self._count = count = StepCount()
         self._collectives = CollectiveLog()
         self._models = models = Models(self._collectives.mark)

@@ -8,16 +8,17 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ddpcall.taps import Undo, find_call_site, in_backward, replace_attribute
 from ddpcall.watch.events import EventKind, Guard
 from ddpcall.watch.models import Models
 from ddpcall.watch.reducer_ledger import Unreduced, address_of
 
+_INPUTS = 4  # the place of the inputs among the engine's arguments
+
 
 class BackwardWatch:
-    """Stands around every backward that Python starts.
+    """Stands around every backward that Python starts, `torch.autograd.grad`'s included.
 
     Source: `_engine_run_backward` in torch/autograd/graph.py; torch/autograd/__init__.py imports it by name.
 
@@ -31,42 +32,35 @@ class BackwardWatch:
 
     def attach(self) -> Undo:
         """Watch from now on; returns the undo."""
-        with ExitStack() as stack:
-            stack.callback(self._patch_backward())
-            stack.callback(self._patch_grad())
-            return stack.pop_all().close
-
-    def _patch_backward(self) -> Undo:
         run = torch.autograd.graph._engine_run_backward
 
         @functools.wraps(run)
         def _engine_run_backward(*args: Any, **kwargs: Any) -> Any:
-            if in_backward() or not kwargs.get("accumulate_grad", True):
-                return run(*args, **kwargs)
-            for ledger in self._models.ledgers:
-                self._guard(ledger.begin_backward)
+            if not kwargs.get("accumulate_grad", True):
+                taken = run(*args, **kwargs)
+                self._guard(self._gradients_taken, args[_INPUTS])
+                return taken
+            self._guard(self._begin)
             try:
                 return run(*args, **kwargs)
             finally:
-                for ledger in self._models.ledgers:
-                    self._guard(ledger.end_backward)
+                self._guard(self._end)
 
+        patched = torch._disable_dynamo(_engine_run_backward, recursive=False)
         with ExitStack() as stack:
             for owner in (torch.autograd.graph, torch.autograd):
-                stack.callback(replace_attribute(owner, "_engine_run_backward", _engine_run_backward))
+                stack.callback(replace_attribute(owner, "_engine_run_backward", patched))
             return stack.pop_all().close
 
-    def _patch_grad(self) -> Undo:
-        grad = torch.autograd.grad
+    def _begin(self) -> None:
+        if not in_backward():  # else a checkpoint's, inside another
+            for ledger in self._models.ledgers:
+                ledger.begin_backward()
 
-        @functools.wraps(grad)
-        def taking(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            taken = grad(outputs, inputs, *args, **kwargs)
-            if not torch.compiler.is_compiling() and self._models.ledgers:
-                self._guard(self._gradients_taken, [inputs] if isinstance(inputs, Tensor) else inputs)
-            return taken
-
-        return replace_attribute(torch.autograd, "grad", taking)
+    def _end(self) -> None:
+        if not in_backward():
+            for ledger in self._models.ledgers:
+                ledger.end_backward()
 
     def _gradients_taken(self, inputs: Iterable[Any]) -> None:
         parameters = [parameter for parameter in inputs if id(parameter) in self._models.owner]

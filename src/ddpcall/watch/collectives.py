@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpcall.taps import Undo, find_tensors, replace_attribute
+from ddpcall.taps import Undo, find_tensors, outside_dynamo, replace_attribute
 
 # DDP's reducer calls the C++ side directly, so these see the script's own calls alone.
 METHODS = (
@@ -59,12 +59,11 @@ class CollectiveLog:
             return stack.pop_all().close
 
     def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
         def method(group: Any, *args: Any, **kwargs: Any) -> Any:
             self.note(tensor for value in args for tensor in find_tensors(value, 3))
             return original(group, *args, **kwargs)
 
-        return method
+        return functools.wraps(original)(outside_dynamo(method))
 
     def note(self, tensors: Iterable[Tensor]) -> None:
         """Remember tensors that a collective was called with."""

@@ -14,13 +14,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_site, find_tensors, is_lazy
+from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_site, find_tensors, is_lazy, outside_dynamo
 from ddpcall.watch.collectives import Mark
 from ddpcall.watch.events import EventKind
 
@@ -118,6 +119,11 @@ class ReducerLedger:
     _versions: dict[int, int] = field(default_factory=dict)
     undo: list[Undo] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """Make the callbacks that the autograd engine runs."""
+        self._note_reached = outside_dynamo(self._reach)
+        self._settle_later = outside_dynamo(self._settle)
+
     def parameters(self) -> list[nn.Parameter]:
         """Return what the reducer owns, as it is now."""
         ddp = self.ddp()
@@ -150,12 +156,12 @@ class ReducerLedger:
             return
         for tensor in tensors[:8]:
             node: Any = tensor.grad_fn
-            node.register_prehook(lambda _, entry=entry: self._reach(entry))
+            node.register_prehook(partial(self._note_reached, entry))
         entry.linked = bool(tensors)
         self.entries.append(entry)
         del self.entries[:-MAX_ENTRIES]
 
-    def _reach(self, entry: Entry) -> None:
+    def _reach(self, entry: Entry, gradients: Any) -> None:
         self._begin_backward()
         entry.reached = self.backward
 
@@ -170,10 +176,11 @@ class ReducerLedger:
         if self._is_tapped or (self.armed and not self.dirty):
             return
         self._is_tapped = True
+        arrive = outside_dynamo(self.arrive)
         for reference in self.owned:
             parameter = reference()
             if parameter is not None:
-                handle: Any = parameter.register_post_accumulate_grad_hook(self.arrive)
+                handle: Any = parameter.register_post_accumulate_grad_hook(arrive)
                 self.undo.append(remove_arrival_hook(handle, reference))
 
     def end_backward(self) -> None:
@@ -200,7 +207,7 @@ class ReducerLedger:
         self._begin_backward()
         if not self._unarmed:
             self._site = find_call_site()
-            _queue(self._settle)
+            _queue(self._settle_later)
             if not self.dirty:
                 self.unarmed_since = self.mark()
         self._unarmed.append(id(parameter))

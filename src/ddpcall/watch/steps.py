@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -50,8 +51,8 @@ class StepWatch:
     def attach(self) -> Undo:
         """Hear of every optimizer's steps; returns the undo."""
         return remove_handles(
-            register_optimizer_step_pre_hook(lambda *given: self._guard(self._before_step, *given)),
-            register_optimizer_step_post_hook(lambda *given: self._guard(self._after_step, *given)),
+            register_optimizer_step_pre_hook(partial(self._guard, self._before_step)),
+            register_optimizer_step_post_hook(partial(self._guard, self._after_step)),
         )
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -60,45 +60,47 @@ class WrapWatch:
 
     def attach(self) -> Undo:
         """Find every DDP that is made from now on; returns the undo."""
-        init, post_forward = DistributedDataParallel.__init__, DistributedDataParallel._post_forward
-        pre_forward = DistributedDataParallel._pre_forward
-        name = "require_backward_grad_sync"
+        ddp_class: Any = DistributedDataParallel
+        init, set_attribute = ddp_class.__init__, ddp_class.__setattr__
+        pre_forward, post_forward = ddp_class._pre_forward, ddp_class._post_forward
 
         @functools.wraps(init)
-        def __init__(ddp: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:
+        def __init__(ddp: Any, *args: Any, **kwargs: Any) -> None:
             init(ddp, *args, **kwargs)
             self._guard(self.adopt, ddp)
 
+        @functools.wraps(set_attribute)
+        def __setattr__(ddp: Any, name: str, value: Any) -> None:
+            set_attribute(ddp, name, value)
+            if name == "require_backward_grad_sync":
+                self._guard(self._sync_switched, ddp, value)
+
         @functools.wraps(pre_forward)
-        def _pre_forward(ddp: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
-            if self._models.ledger_of(ddp) is not None:
-                self._guard(self._replicas.note_inputs, self._count.preparing_lead(), inputs, kwargs)
+        def _pre_forward(ddp: Any, *inputs: Any, **kwargs: Any) -> Any:
+            self._guard(self._entering, ddp, inputs, kwargs)
             return pre_forward(ddp, *inputs, **kwargs)
 
         @functools.wraps(post_forward)
-        def _post_forward(ddp: DistributedDataParallel, output: Any) -> Any:
+        def _post_forward(ddp: Any, output: Any) -> Any:
             output = post_forward(ddp, output)
-            ledger = self._models.ledger_of(ddp)
-            if ledger is not None:
-                self._guard(ledger.passed, output)
+            self._guard(self._passed, ddp, output)
             return output
 
-        def get_sync(ddp: DistributedDataParallel) -> bool:
-            return ddp.__dict__[name]
-
-        def set_sync(ddp: Any, value: bool) -> None:
-            ddp.__dict__[name] = value
-            ledger = self._models.ledger_of(ddp)
-            if ledger is not None:
-                self._guard(self._sync_switched, ledger, value)
-
         with ExitStack() as stack:
-            stack.callback(replace_attribute(DistributedDataParallel, "__init__", __init__))
-            for method, patched in (("_pre_forward", _pre_forward), ("_post_forward", _post_forward)):
-                disabled = torch._disable_dynamo(patched, recursive=False)
-                stack.callback(replace_attribute(DistributedDataParallel, method, disabled))
-            stack.callback(replace_attribute(DistributedDataParallel, name, property(get_sync, set_sync)))
+            stack.callback(replace_attribute(ddp_class, "__init__", __init__))
+            for method in (__setattr__, _pre_forward, _post_forward):
+                disabled = torch._disable_dynamo(method, recursive=False)
+                stack.callback(replace_attribute(ddp_class, method.__name__, disabled))
             return stack.pop_all().close
+
+    def _entering(self, ddp: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._models.ledger_of(ddp) is not None:
+            self._replicas.note_inputs(self._count.preparing_lead(), inputs, kwargs)
+
+    def _passed(self, ddp: nn.Module, output: Any) -> None:
+        ledger = self._models.ledger_of(ddp)
+        if ledger is not None:
+            ledger.passed(output)
 
     def adopt(self, ddp: DistributedDataParallel) -> None:
         """Watch one DDP, if its process group has more than one rank."""
@@ -191,7 +193,10 @@ class WrapWatch:
 
     # ---- windows --------------------------------------------------------------------------------------------
 
-    def _sync_switched(self, ledger: ReducerLedger, value: bool) -> None:
+    def _sync_switched(self, ddp: nn.Module, value: bool) -> None:
+        ledger = self._models.ledger_of(ddp)
+        if ledger is None:
+            return
         if not value:
             if ledger.sync_off is None:
                 ledger.sync_off_forwards = ledger.sync_off_reduced = 0
