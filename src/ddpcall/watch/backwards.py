@@ -41,15 +41,16 @@ class BackwardWatch:
 
         @functools.wraps(run)
         def _engine_run_backward(*args: Any, **kwargs: Any) -> Any:
-            if in_backward() or not kwargs.get("accumulate_grad", True):
+            if in_backward():
                 return run(*args, **kwargs)
+            accumulates = kwargs.get("accumulate_grad", True)
             for ledger in self._models.ledgers:
-                self._guard(ledger.begin_backward)
+                self._guard(ledger.begin_backward if accumulates else ledger.begin_taking)
             try:
                 return run(*args, **kwargs)
             finally:
                 for ledger in self._models.ledgers:
-                    self._guard(ledger.end_backward)
+                    self._guard(ledger.end_backward if accumulates else ledger.end_taking)
 
         with ExitStack() as stack:
             for owner in (torch.autograd.graph, torch.autograd):
