@@ -294,7 +294,7 @@ _INFRASTRUCTURE = ("/accelerate/", "/lightning/fabric/", "/pytorch_lightning/")
 @functools.lru_cache(maxsize=4096)
 def is_user_file(file: str) -> bool:
     """Say whether a file is the user's: not torch's, ours, the standard library's or a wrapper library's."""
-    if file.startswith((_TORCH, _OURS, "<frozen")):
+    if file.startswith((_TORCH, _OURS, "<frozen", "<eval_with_key>")):  # the last: code that torch.fx wrote
         return False
     in_packages = "/site-packages/" in file or "/dist-packages/" in file
     if file.startswith(_STANDARD_LIBRARY) and not in_packages:

@@ -14,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpcall.findings import Finding
 from ddpcall.taps import Undo, outside_dynamo, strip_forward_taps
+from ddpcall.watch.averaging import AveragingWatch
 from ddpcall.watch.backwards import BackwardWatch
 from ddpcall.watch.collectives import CollectiveLog
 from ddpcall.watch.compiled import CompiledWatch
-from ddpcall.watch.events import Emit
+from ddpcall.watch.events import Emit, Event
 from ddpcall.watch.hooks import HookWatch
 from ddpcall.watch.models import Models
 from ddpcall.watch.parameters import ParameterWatch
@@ -27,6 +28,7 @@ from ddpcall.watch.report import WatchError
 from ddpcall.watch.sharded import ShardedWatch
 from ddpcall.watch.step_count import StepCount
 from ddpcall.watch.steps import StepWatch
+from ddpcall.watch.suspects import Suspects
 from ddpcall.watch.trail import Trail
 from ddpcall.watch.wrapping import WrapWatch
 
@@ -45,6 +47,7 @@ class Attachment:
         every: int = 0,
         compared: Callable[[Finding, bool], None] = lambda finding, in_haste: None,
         withdraw: Callable[[Finding], None] = lambda finding: None,
+        retract: Callable[[Event], None] = lambda event: None,
         explained: Callable[[], bool] = lambda: False,
     ) -> None:
         """Attach to torch; models are found as they are wrapped from now on.
@@ -54,6 +57,7 @@ class Attachment:
             every: Ranks compare vitals every so many optimizer steps; 0 for never.
             compared: Gets the findings that only a comparison shows, on rank 0.
             withdraw: Gets such a finding when a better one takes its place.
+            retract: Gets an event that proved to be no harm after it was emitted.
             explained: Whether a finding says already why parameters differ.
         """
         self._emit = emit
@@ -64,14 +68,20 @@ class Attachment:
         self._collectives = CollectiveLog()
         self._models = models = Models(self._collectives.mark)
         trail = Trail(models.is_watched, self._may_use_buffers)
-        self._replicas = ReplicaWatch(
-            every, trail, compared, withdraw, lambda: explained() or self._steps.is_waiting()
-        )
+        suspects = Suspects(emit)
+        self._averaging = averaging = AveragingWatch(self._collectives, retract)
+
+        def is_explained() -> bool:
+            return explained() or averaging.has_any() or self._steps.is_waiting()
+
+        self._replicas = ReplicaWatch(every, trail, suspects, compared, withdraw, is_explained)
         self._wraps = WrapWatch(models, count, trail, self._replicas, emit, guard, keep)
         self._sharded = ShardedWatch()
         hooks = HookWatch(emit, count.preparing, keep, self._hook_registered)
         self._compiled = CompiledWatch(emit, count.preparing, keep, hooks.tap)
-        self._steps = StepWatch(models, count, self._collectives, self._replicas, self._compiled, emit, guard)
+        self._steps = StepWatch(
+            models, count, self._collectives, self._replicas, suspects, averaging, self._compiled, emit, guard
+        )
         with ExitStack() as stack:
             for attach in (
                 strip_forward_taps,
@@ -139,7 +149,12 @@ class Attachment:
             in_order: Whether the script came to its end; other ranks are not waited for where it did not.
         """
         try:
-            for work in (self._steps.release, self._compiled.close, partial(self._replicas.close, in_order)):
+            for work in (
+                self._averaging.look,
+                self._steps.release,
+                self._compiled.close,
+                partial(self._replicas.close, in_order),
+            ):
                 self._guard(work)
         finally:
             self._models.close()

@@ -36,15 +36,15 @@ class BackwardWatch:
 
         @functools.wraps(run)
         def _engine_run_backward(*args: Any, **kwargs: Any) -> Any:
-            if not kwargs.get("accumulate_grad", True):
-                taken = run(*args, **kwargs)
-                self._guard(self._gradients_taken, args[_INPUTS])
-                return taken
-            self._guard(self._begin)
+            accumulates = kwargs.get("accumulate_grad", True)
+            self._guard(self._begin, accumulates)
             try:
-                return run(*args, **kwargs)
+                taken = run(*args, **kwargs)
             finally:
-                self._guard(self._end)
+                self._guard(self._end, accumulates)
+            if not accumulates:
+                self._guard(self._gradients_taken, args[_INPUTS])
+            return taken
 
         patched = torch._disable_dynamo(_engine_run_backward, recursive=False)
         with ExitStack() as stack:
@@ -52,15 +52,15 @@ class BackwardWatch:
                 stack.callback(replace_attribute(owner, "_engine_run_backward", patched))
             return stack.pop_all().close
 
-    def _begin(self) -> None:
+    def _begin(self, accumulates: bool) -> None:
         if not in_backward():  # else a checkpoint's, inside another
             for ledger in self._models.ledgers:
-                ledger.begin_backward()
+                ledger.begin_backward() if accumulates else ledger.begin_taking()
 
-    def _end(self) -> None:
+    def _end(self, accumulates: bool) -> None:
         if not in_backward():
             for ledger in self._models.ledgers:
-                ledger.end_backward()
+                ledger.end_backward() if accumulates else ledger.end_taking()
 
     def _gradients_taken(self, inputs: Iterable[Any]) -> None:
         parameters = [parameter for parameter in inputs if id(parameter) in self._models.owner]

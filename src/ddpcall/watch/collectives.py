@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ddpcall.taps import Undo, find_tensors, outside_dynamo, replace_attribute
+from ddpcall.taps import Undo, find_tensors, replace_attribute
 
 # DDP's reducer calls the C++ side directly, so these see the script's own calls alone.
 METHODS = (
@@ -25,6 +26,16 @@ METHODS = (
     "alltoall",
     "alltoall_base",
 )
+FUNCTIONAL = (
+    "all_reduce",
+    "all_reduce_coalesced",
+    "reduce_scatter_tensor",
+    "reduce_scatter_tensor_coalesced",
+    "all_gather_tensor",
+    "all_gather_into_tensor_coalesced",
+    "all_to_all_single",
+    "broadcast",
+)
 MAX_RECORDS = 100_000
 
 
@@ -37,9 +48,11 @@ class Mark:
 
 
 class CollectiveLog:
-    """What went through the process groups' Python methods, and when.
+    """What went through the process groups' Python methods and the functional collectives, and when.
 
-    Blind to: `torch.ops._c10d_functional` and other backends' own calls.
+    Source: `torch/distributed/_functional_collectives.py`, whose functions reach the group from C++.
+
+    Blind to: `torch.ops._c10d_functional` called directly, in compiled code too; other backends' own calls.
     """
 
     def __init__(self) -> None:
@@ -48,22 +61,28 @@ class CollectiveLog:
         self._now = self._last_step = Mark()
 
     def attach(self) -> Undo:
-        """Watch the process group class; returns the undo."""
-        from torch.distributed import ProcessGroup
+        """Watch the process group class and the functional collectives; returns the undo."""
+        from torch.distributed import ProcessGroup, _functional_collectives
 
         with ExitStack() as stack:
-            for name in METHODS:
-                original = getattr(ProcessGroup, name, None)
-                if original is not None:
-                    stack.callback(replace_attribute(ProcessGroup, name, self._noting(original)))
+            for owner, names in ((ProcessGroup, METHODS), (_functional_collectives, FUNCTIONAL)):
+                for name in names:
+                    original = getattr(owner, name, None)
+                    if original is not None:
+                        noting = self._noting(original)
+                        if owner is ProcessGroup:  # dynamo traces the functional ones, and none of these
+                            noting = torch._disable_dynamo(noting, recursive=False)
+                        stack.callback(replace_attribute(owner, name, noting))
             return stack.pop_all().close
 
     def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def method(group: Any, *args: Any, **kwargs: Any) -> Any:
-            self.note(tensor for value in args for tensor in find_tensors(value, 3))
-            return original(group, *args, **kwargs)
+        @functools.wraps(original)
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling() and not _in_graph_node():
+                self.note(tensor for value in args for tensor in find_tensors(value, 3))
+            return original(*args, **kwargs)
 
-        return functools.wraps(original)(outside_dynamo(method))
+        return noting
 
     def note(self, tensors: Iterable[Tensor]) -> None:
         """Remember tensors that a collective was called with."""
@@ -94,3 +113,13 @@ class CollectiveLog:
     def end_step(self) -> None:
         """Note the end of an optimizer step."""
         self._last_step = self._now
+
+
+def _in_graph_node() -> bool:
+    """Say whether a node of the graph is running, other than one that hands a parameter its gradient.
+
+    What such a node sends (a differentiable collective, batch statistics) is no reduction of gradients; what a
+    parameter's hooks send may be.
+    """
+    node = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
+    return node is not None and node.name() != "torch::autograd::AccumulateGrad"

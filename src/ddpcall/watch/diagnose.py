@@ -15,6 +15,7 @@ CODES: dict[EventKind, str] = {
     EventKind.RAW_WEIGHTS: "DC101",
     EventKind.CONSUMED: "DC101",
     EventKind.AUTOGRAD_GRAD: "DC101",
+    EventKind.WRITTEN: "DC101",
     EventKind.UNOWNED: "DC102",
     EventKind.DETACHED: "DC103",
     EventKind.SYNC_OFF: "DC104",
@@ -101,6 +102,13 @@ def _autograd_grad(event: Event) -> str:
     )
 
 
+def _written(event: Event) -> str:
+    return (
+        f"No backward of {_model(event)} ran before optimizer step {event.step}: gradients of {_gradients(event)} "
+        "were written to .grad by hand, and they differ between ranks."
+    )
+
+
 def _unowned(event: Event) -> str:
     return (
         f"{_gradients(event).capitalize()} of the wrapped model became trainable after wrapping, here; no "
@@ -150,6 +158,7 @@ _MESSAGES: dict[EventKind, Callable[[Event], str]] = {
     EventKind.RAW_WEIGHTS: _raw_weights,
     EventKind.CONSUMED: _consumed,
     EventKind.AUTOGRAD_GRAD: _autograd_grad,
+    EventKind.WRITTEN: _written,
     EventKind.UNOWNED: _unowned,
     EventKind.DETACHED: _detached,
     EventKind.SYNC_OFF: _sync_off,

@@ -23,6 +23,8 @@ class EventKind(StrEnum):
     """Gradients arrived after an earlier backward had used up the reducer's one reduction."""
     AUTOGRAD_GRAD = "autograd_grad"
     """Gradients were taken with `torch.autograd.grad`, which no reducer sees."""
+    WRITTEN = "written"
+    """Gradients were there without any backward: the script wrote them, and not the same on all ranks."""
     UNOWNED = "unowned"
     """A parameter was stepped that no reducer owns."""
     DETACHED = "detached"

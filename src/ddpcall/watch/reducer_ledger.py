@@ -37,12 +37,14 @@ class Entry:
         sync_off: The line that had switched synchronisation off; None when the wrapper was not gone through.
         linked: Whether its outputs were found, so that `reached` tells whether a backward went through them.
         reached: The backward (by number) that last went through an output.
+        is_taken: Whether `torch.autograd.grad` went through an output; a backward of what it returned does not.
     """
 
     site: CallSite
     sync_off: CallSite | None = None
     linked: bool = False
     reached: int = 0
+    is_taken: bool = False
 
 
 @dataclass(eq=False)
@@ -83,13 +85,15 @@ class ReducerLedger:
         armed: Whether the reducer expects gradients.
         forwards: Grad-enabled forwards of the wrapper since the last optimizer step.
         forwarded: Whether there was any forward of the wrapper since then: the first one broadcasts the buffers.
+        had_backward: Whether gradients ever came from a backward.
         dirty: Parameters, by id, whose last gradient arrived unarmed, with the backward it came from.
         owned: The parameters of `names`.
         detached: Parameters, by id, that a conversion took away from the reducer, with its line.
         entries: Forwards outside an armed wrapper's since the last optimizer step.
         mark: Returns this moment in the log of collectives.
-        unarmed_since: When a gradient first arrived unarmed since the last step: only what the script sends after
-            that can be the reduction which it still needs.
+        unarmed_since: When the backward began in which a gradient first arrived unarmed since the last step: only
+            what the script sends after that can be the reduction which it still needs. (A hook of the script's
+            own may send each gradient as it comes, before ours is called.)
     """
 
     name: str
@@ -100,6 +104,7 @@ class ReducerLedger:
     armed: bool = False
     forwards: int = 0
     forwarded: bool = False
+    had_backward: bool = False
     dirty: dict[int, Unreduced] = field(default_factory=dict)
     detached: dict[int, CallSite] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
@@ -109,6 +114,7 @@ class ReducerLedger:
     backward: int = 0
     owned: list[weakref.ref[nn.Parameter]] = field(default_factory=list)
     _is_tapped: bool = False
+    _is_taking: bool = False
     _stats: list[int] = field(default_factory=list)
     _task: int = -1
     _unarmed: list[int] = field(default_factory=list)
@@ -164,6 +170,7 @@ class ReducerLedger:
     def _reach(self, entry: Entry, gradients: Any) -> None:
         self._begin_backward()
         entry.reached = self.backward
+        entry.is_taken = entry.is_taken or self._is_taking
 
     def _begin_backward(self) -> None:
         task = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
@@ -173,7 +180,11 @@ class ReducerLedger:
 
     def begin_backward(self) -> None:
         """Prepare for a backward that is about to run, perhaps through this model."""
-        if self._is_tapped or (self.armed and not self.dirty):
+        if self.armed and not self.dirty:
+            return
+        if not self.dirty:
+            self.unarmed_since = self.mark()
+        if self._is_tapped:
             return
         self._is_tapped = True
         arrive = outside_dynamo(self.arrive)
@@ -183,10 +194,20 @@ class ReducerLedger:
                 handle: Any = parameter.register_post_accumulate_grad_hook(arrive)
                 self.undo.append(remove_arrival_hook(handle, reference))
 
+    def begin_taking(self) -> None:
+        """Note that `torch.autograd.grad` begins: no gradient arrives anywhere."""
+        self._is_taking = True
+
+    def end_taking(self) -> None:
+        """Note that `torch.autograd.grad` ended."""
+        self._is_taking = False
+
     def end_backward(self) -> None:
         """Note what an armed reducer did in the backward that ended."""
-        if self.armed and self._has_reduced():
-            self._disarm()
+        if self.armed:
+            self.had_backward = True
+            if self._has_reduced():
+                self._disarm()
 
     def _has_reduced(self) -> bool:
         """Say whether gradients came to the reducer since it was armed, or since this was last asked.
@@ -205,11 +226,10 @@ class ReducerLedger:
                 self.dirty.pop(id(parameter), None)
             return
         self._begin_backward()
+        self.had_backward = True
         if not self._unarmed:
             self._site = find_call_site()
             _queue(self._settle_later)
-            if not self.dirty:
-                self.unarmed_since = self.mark()
         self._unarmed.append(id(parameter))
         if parameter.grad is not None:
             self._versions[id(parameter)] = parameter.grad._version
@@ -231,7 +251,7 @@ class ReducerLedger:
 
     def _blame(self) -> Unreduced:
         reached = [entry for entry in self.entries if entry.reached == self.backward]
-        reached = reached or [entry for entry in self.entries if not entry.linked]
+        reached = reached or [entry for entry in self.entries if entry.is_taken or not entry.linked]
         bypasses = [entry for entry in reached if entry.sync_off is None]
         if bypasses:
             sites = tuple(dict.fromkeys(entry.site for entry in bypasses))

@@ -17,12 +17,14 @@ from ddpcall.findings import Finding
 from ddpcall.taps import NOWHERE, CallSite, find_call_site
 from ddpcall.watch.diagnose import Divergence, diagnose_divergence
 from ddpcall.watch.exchange import Comparison, DetailsComparison, Exchange, find_store
+from ddpcall.watch.suspects import Suspects
 from ddpcall.watch.trail import BufferUse, Trail
 from ddpcall.watch.vitals import Details, VitalsTaker
 
 WAIT_S = 15.0
 EVERY_STEP_UNTIL = 16
 LOADED = "@load_state_dict"
+GRADIENTS = "@gradients"
 SWITCHED = "@mode"
 _UNHARMFUL_STEPS = 2
 
@@ -57,6 +59,7 @@ class ReplicaWatch:
         self,
         every: int,
         trail: Trail,
+        suspects: Suspects,
         emit: Callable[[Finding, bool], None],
         withdraw: Callable[[Finding], None],
         explained: Callable[[], bool],
@@ -66,12 +69,14 @@ class ReplicaWatch:
         Args:
             every: Steps between vitals.
             trail: This rank's lines.
+            suspects: Gradients that explain why parameters differ, where they differ too.
             emit: Gets findings, and whether a better one may follow.
             withdraw: Gets those that a better one replaces.
             explained: Says whether another finding explains why parameters differ.
         """
         self._every = every
         self._trail = trail
+        self._suspects = suspects
         self._emit = emit
         self._withdraw = withdraw
         self._explained = explained
@@ -179,6 +184,7 @@ class ReplicaWatch:
         times, site = self._trail.loads
         if "parameters" in details:
             details["parameters"][LOADED] = f"{times} {_write_site(site)}" if times else "0"
+            details["parameters"][GRADIENTS] = self._suspects.digest() or 0
         if "modes" in details and False in self._trail.modes:
             details["modes"][SWITCHED] = _write_site(self._trail.modes[False])
         return details
@@ -227,6 +233,8 @@ class ReplicaWatch:
         harmful = [name for name in modes if not name.startswith("@") and self._depends_on_mode(name)]
         if not harmful:
             differing.pop("modes", None)
+        if GRADIENTS in parameters and not load:
+            self._suspects.convict()
         self._say(
             Divergence(
                 asked.step,

@@ -52,6 +52,7 @@ class Session:
             every=self.options.every,
             compared=self._record,
             withdraw=self._withdraw,
+            retract=lambda event: self._withdraw(diagnose(event, this_rank())),
             explained=self._is_divergence_explained,
         )
         Session._running = self

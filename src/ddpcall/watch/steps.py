@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_site, in_backward, remove_handles
+from ddpcall.watch.averaging import AveragingWatch
 from ddpcall.watch.collectives import CollectiveLog, Mark
 from ddpcall.watch.compiled import CompiledWatch
 from ddpcall.watch.events import Emit, Event, EventKind, Guard
@@ -20,6 +23,7 @@ from ddpcall.watch.models import Models
 from ddpcall.watch.reducer_ledger import ReducerLedger, Unreduced, address_of, nonzero
 from ddpcall.watch.replica_watch import ReplicaWatch
 from ddpcall.watch.step_count import StepCount
+from ddpcall.watch.suspects import Suspects
 
 
 class StepWatch:
@@ -31,6 +35,8 @@ class StepWatch:
         count: StepCount,
         collectives: CollectiveLog,
         replicas: ReplicaWatch,
+        suspects: Suspects,
+        averaging: AveragingWatch,
         compiled: CompiledWatch,
         emit: Emit,
         guard: Guard,
@@ -40,6 +46,8 @@ class StepWatch:
         self._count = count
         self._collectives = collectives
         self._replicas = replicas
+        self._suspects = suspects
+        self._averaging = averaging
         self._compiled = compiled
         self._emit = emit
         self._guard = guard
@@ -47,6 +55,7 @@ class StepWatch:
         self._stepping: list[int] = []
         self._locator: WeightLocator | None = None
         self._pending: Event | None = None
+        self._located: dict[tuple[str, ...], CallSite] = {}
 
     def attach(self) -> Undo:
         """Hear of every optimizer's steps; returns the undo."""
@@ -62,9 +71,10 @@ class StepWatch:
         self._stepping.append(id(optimizer))
         view = self._view(optimizer)
         self._compiled.before_step(view.get)
+        self._averaging.look()
         if in_backward():
             self._stepped_in_backward(optimizer, view)
-        elif not _has_closure(args, kwargs):
+        elif not _is_judged_after(optimizer, args, kwargs):
             self._judge(optimizer, view)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -73,11 +83,12 @@ class StepWatch:
         if in_backward():
             return
         view = self._view(optimizer)
-        if _has_closure(args, kwargs):
+        if _is_judged_after(optimizer, args, kwargs):
             self._judge(optimizer, view)
         for ledger in view.ledgers:
             ledger.end_step()
         self._collectives.end_step()
+        self._averaging.stepped()
         # A step inside another optimizer's step is not one: ZeroRedundancyOptimizer sends parameters after it.
         if view.ledgers and not self._stepping:
             self._compare_replicas(optimizer)
@@ -137,8 +148,12 @@ class StepWatch:
         """Gradients are about to be used: those that nobody reduced are harm."""
         step = self._count.of(optimizer)
         for ledger in view.ledgers:
-            if (ledger.dirty or ledger.detached) and _is_distributed(ledger):
+            if not _is_distributed(ledger):
+                continue
+            if ledger.dirty or ledger.detached:
                 self._judge_ledger(ledger, view, step)
+            elif not ledger.had_backward:
+                self._suspect_written(ledger, view, step)
         if view.unowned:
             self._judge_unowned(view, step)
 
@@ -151,10 +166,26 @@ class StepWatch:
             by_blame.setdefault(id(blame), (blame, []))[1].append(key)
         for blame, keys in by_blame.values():
             used = [key for key in keys if self._is_used(key, blame, view)]
-            if used and not self._were_reduced(used, view, ledger.unarmed_since):
-                names = tuple(ledger.names[key] for key in used)
-                event = Event(blame.kind, blame.site, step, names, blame.others, blame.facts(ledger))
+            if not used:
+                continue
+            names = tuple(ledger.names[key] for key in used)
+            event = Event(blame.kind, blame.site, step, names, blame.others, blame.facts(ledger))
+            if self._were_reduced(used, view, ledger.unarmed_since):
+                self._suspect(event, used, view)
+            elif not self._averaging.is_averaged(event):
                 self._emit_or_wait(event, used)
+                self._averaging.said(event, [p for key in used if (p := view.get(key)) is not None])
+
+    def _suspect_written(self, ledger: ReducerLedger, view: OptimizerView, step: int) -> None:
+        """Gradients without any backward: the script wrote them, perhaps the same on all ranks."""
+        used = [key for key in ledger.names if nonzero(view.gradients([key]))]
+        if used:
+            names, facts = tuple(ledger.names[key] for key in used), {"model": ledger.name}
+            self._suspect(Event(EventKind.WRITTEN, find_call_site(), step, names, (), facts), used, view)
+
+    def _suspect(self, event: Event, keys: list[int], view: OptimizerView) -> None:
+        if self._replicas.is_due(event.step):
+            self._suspects.add(event, view.gradients(keys))
 
     def _is_used(self, key: int, blame: Unreduced, view: OptimizerView) -> bool:
         parameter = view.get(key)
@@ -166,8 +197,7 @@ class StepWatch:
         return blame.kind is not EventKind.AUTOGRAD_GRAD or address_of(parameter.grad) != blame.gradient
 
     def _were_reduced(self, keys: list[int], view: OptimizerView, since: Mark | None = None) -> bool:
-        gradients = [parameter.grad for key in keys if (parameter := view.get(key)) is not None]
-        return self._collectives.covers([gradient for gradient in gradients if gradient is not None], since)
+        return self._collectives.covers(view.gradients(keys), since)
 
     def _judge_unowned(self, view: OptimizerView, step: int) -> None:
         by_origin: dict[tuple[CallSite, int], list[int]] = {}
@@ -187,18 +217,19 @@ class StepWatch:
     def _emit_or_wait(self, event: Event, keys: list[int]) -> None:
         if event.kind is not EventKind.RAW_WEIGHTS:
             self._emit(event)
-            return
-        if self._locator is None:
+        elif event.parameters in self._located:
+            self._emit(replace(event, site=self._located[event.parameters]))
+        elif self._pending is None or self._locator is None:
             self._pending = event
             self._locator = WeightLocator(keys, self._models.owner[keys[0]])
             self._locator.start()
-            return
-        site, self._locator = self._locator.stop(), None
-        if site is not None:
-            self._pending = Event(
-                event.kind, site, self._pending.step if self._pending else event.step, event.parameters
-            )
-        self.release()
+        elif event.parameters == self._pending.parameters:
+            site, self._locator = self._locator.stop(), None
+            self._located[event.parameters] = site or event.site
+            self._pending = replace(self._pending, site=site or event.site)
+            self.release()
+        else:
+            self._emit(event)
 
     def release(self) -> None:
         """Emit what was waiting for a better line."""
@@ -234,6 +265,21 @@ class OptimizerView:
         """Return a parameter by id, None when this optimizer has none such."""
         reference = self.parameters.get(key)
         return None if reference is None else reference()
+
+    def gradients(self, keys: Iterable[int]) -> list[Tensor]:
+        """Return the gradients that are there, of parameters by id."""
+        parameters = [parameter for key in keys if (parameter := self.get(key)) is not None]
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _is_judged_after(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Say whether gradients are made or may be reduced in the step: by a closure, a hook, an optimizer's own way.
+
+    Torch calls the optimizer's own hooks after the global ones. Source: `profile_hook_step` in
+    torch/optim/optimizer.py.
+    """
+    has_own_way = not type(optimizer).step.__module__.startswith("torch.")
+    return has_own_way or bool(optimizer._optimizer_step_pre_hooks) or _has_closure(args, kwargs)
 
 
 def _has_closure(args: Any, kwargs: dict[str, Any]) -> bool:
