@@ -48,11 +48,12 @@ class _Record:
 class StrayWatch:
     """Tells strays that should be replicas from a rank's own: they start equal, and drift apart.
 
-    Every rank leaves a digest of them on the store before the optimizer's first step and before its second; each
-    is compared with the first to come, and counted. Nobody waits.
+    Every rank leaves a digest of them on the store before the optimizer's first step and before its second.
+    Each is compared with the first to come, and counted. Nobody waits.
 
-    Blind to: strays that differ from the start (not seeded alike, or meant to); optimizers that step more than once
-    for one backward of a wrapped model, as inner loops do; all but the first 8 optimizers.
+    Blind to: strays that differ from the start (not seeded alike, or meant to); optimizers that step more than
+    once for one backward of a wrapped model, as inner loops do; all but the first 8 optimizers; a second watch in
+    the same processes.
     """
 
     def __init__(self, emit: Emit) -> None:
