@@ -106,8 +106,9 @@ _RULES = (
         "wrapper, "
         "the gradients are all-reduced by hand before the step, a later reduced backward covers them, they are "
         "dropped before the step, or there is one rank.",
-        blind_to="DDP's python reducer and delayed all-reduce; updates made without a torch optimizer; parameters "
-        "that are averaged by hand after the step.",
+        blind_to="DDP's python reducer and delayed all-reduce; updates made without a torch optimizer. What looks "
+        "reduced by hand and is not, and gradients written by hand, are found when parameters differ. Where the "
+        "script averages parameters instead (local SGD), the finding is taken back when it first does.",
         links=(_DDP_DOCS, _DDP_SOURCE, _ISSUE + "60921", _ISSUE + "14616"),
     ),
     Rule(
@@ -116,13 +117,15 @@ _RULES = (
         severity=Severity.ERROR,
         title="A parameter is trained that no reducer owns",
         why="DDP's reducer is built once, from the parameters that require gradients when the model is "
-        "wrapped. One "
-        "that is unfrozen, added or replaced later is trained from rank-local gradients.",
+        "wrapped. One that is unfrozen, added or replaced later is trained from rank-local gradients, and so is "
+        "one that was never in a wrapped model: a loss's, a predictor's, a learned token.",
         wrong="ddp.module.head = nn.Linear(512, 10)",
         fix="Make the change first and wrap afterwards: `ddp = DistributedDataParallel(model)` again, and a new "
-        "optimizer.",
-        silent_when="The parameter is in `_ddp_params_and_buffers_to_ignore`, or its gradient is reduced by hand.",
-        blind_to="Parameters outside every wrapped module.",
+        "optimizer. Put modules that are trained together under one wrapper, or give each a wrapper.",
+        silent_when="The parameter is in `_ddp_params_and_buffers_to_ignore`, its gradient is reduced by hand, or "
+        "it is outside every wrapped module and differs between ranks from the start.",
+        blind_to="Parameters outside every wrapped module whose optimizer steps twice for one backward of a "
+        "wrapped model.",
         links=(_DDP_DOCS, _ISSUE + "12603"),
     ),
     Rule(
@@ -230,7 +233,8 @@ _RULES = (
         "gives every rank another result.",
         wrong="accuracy = evaluate(ddp.module)",
         fix="Broadcast the buffers first, or convert to SyncBatchNorm before wrapping.",
-        silent_when="During training: DDP broadcasts buffers at the next forward.",
+        silent_when="During training: DDP broadcasts buffers at the next forward. Non-persistent buffers: caches "
+        "and hidden states are a rank's own.",
         blind_to="Evaluation without a mode switch.",
         links=(_ISSUE + "13711", _ISSUE + "30718"),
     ),

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import _recursive  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue]
 
 Undo = Callable[[], None]
@@ -532,13 +533,15 @@ def suspend_forward_taps(root: nn.Module) -> Iterator[None]:
 
 
 def strip_forward_taps() -> Undo:
-    """Make copies and pickles of tapped modules come out untapped: copy, deepcopy, pickle, DataParallel replicas.
+    """Make what is made of tapped modules come out untapped: copies, pickles, DataParallel replicas, scripts.
 
-    Source: `torch/nn/modules/module.py`, `__getstate__` and `_replicate_for_data_parallel`.
+    Source: `torch/nn/modules/module.py`, `__getstate__` and `_replicate_for_data_parallel`;
+    `torch/jit/_recursive.py`, which compiles forward's source with the globals of the function that stands there.
 
     Blind to: subclasses whose own `__getstate__` takes `self.__dict__`; their copies carry an idle tap.
     """
     get_state, replicate = nn.Module.__getstate__, nn.Module._replicate_for_data_parallel
+    script = _recursive.create_script_module
 
     def __getstate__(self: nn.Module) -> Any:
         state = get_state(self)
@@ -550,9 +553,15 @@ def strip_forward_taps() -> Undo:
         _strip(replica.__dict__)
         return replica
 
+    @functools.wraps(script)
+    def create_script_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with suspend_forward_taps(module):
+            return script(module, *args, **kwargs)
+
     with ExitStack() as stack:
         stack.callback(replace_attribute(nn.Module, "__getstate__", __getstate__))
         stack.callback(replace_attribute(nn.Module, "_replicate_for_data_parallel", _replicate_for_data_parallel))
+        stack.callback(replace_attribute(_recursive, "create_script_module", create_script_module))
         return stack.pop_all().close
 
 

@@ -15,6 +15,7 @@ FACTS = {
     EventKind.COMPILED_BYPASSED: {"module": "Net"},
     EventKind.LATE_HOOK: {"module": "ReLU"},
     EventKind.PRECISION_LOST: {"module": "Net", "precision": "bf16"},
+    EventKind.OUTSIDE: {"count": 2},
     EventKind.SHARDED_BYPASSED: {"module": "Net", "error": "got mixed torch.Tensor and DTensor"},
 }
 

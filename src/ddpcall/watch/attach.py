@@ -80,7 +80,16 @@ class Attachment:
         hooks = HookWatch(emit, count.preparing, keep, self._hook_registered)
         self._compiled = CompiledWatch(emit, count.preparing, keep, hooks.tap)
         self._steps = StepWatch(
-            models, count, self._collectives, self._replicas, suspects, averaging, self._compiled, emit, guard
+            models,
+            count,
+            self._collectives,
+            self._replicas,
+            suspects,
+            averaging,
+            trail,
+            self._compiled,
+            emit,
+            guard,
         )
         with ExitStack() as stack:
             for attach in (
@@ -154,6 +163,7 @@ class Attachment:
                 self._steps.release,
                 self._compiled.close,
                 partial(self._replicas.close, in_order),
+                self._steps.close,
             ):
                 self._guard(work)
         finally:

@@ -17,6 +17,7 @@ CODES: dict[EventKind, str] = {
     EventKind.AUTOGRAD_GRAD: "DC101",
     EventKind.WRITTEN: "DC101",
     EventKind.UNOWNED: "DC102",
+    EventKind.OUTSIDE: "DC102",
     EventKind.DETACHED: "DC103",
     EventKind.SYNC_OFF: "DC104",
     EventKind.NO_SYNC_WITHOUT_EFFECT: "DC104",
@@ -117,6 +118,14 @@ def _unowned(event: Event) -> str:
     )
 
 
+def _outside(event: Event) -> str:
+    count = event.facts["count"]
+    return (
+        f"{count} parameter{'s' * (count != 1)} handed to the optimizer here, trained beside a wrapped model, "
+        f"belong to none: the same on all ranks before its step {event.step} and different after it."
+    )
+
+
 def _detached(event: Event) -> str:
     return (
         f"This conversion replaced the storage of {_gradients(event)} of {_model(event)} after wrapping; the "
@@ -160,6 +169,7 @@ _MESSAGES: dict[EventKind, Callable[[Event], str]] = {
     EventKind.AUTOGRAD_GRAD: _autograd_grad,
     EventKind.WRITTEN: _written,
     EventKind.UNOWNED: _unowned,
+    EventKind.OUTSIDE: _outside,
     EventKind.DETACHED: _detached,
     EventKind.SYNC_OFF: _sync_off,
     EventKind.NO_SYNC_WITHOUT_EFFECT: _no_effect,

@@ -27,6 +27,8 @@ class EventKind(StrEnum):
     """Gradients were there without any backward: the script wrote them, and not the same on all ranks."""
     UNOWNED = "unowned"
     """A parameter was stepped that no reducer owns."""
+    OUTSIDE = "outside"
+    """Parameters outside every wrapped model were the same on all ranks at first, and drifted apart."""
     DETACHED = "detached"
     """A parameter's storage was replaced, so that the reducer's hook hangs on a node no backward reaches."""
     STEPPED_EARLY = "stepped_early"

@@ -35,12 +35,15 @@ class Models:
         self._frozen: set[int] = set()
 
     def open(self, ledger: ReducerLedger, root: nn.Module, owned: list[nn.Parameter]) -> None:
-        """Add a ledger; its parameters leave the ledgers of earlier wrappers."""
-        for parameter in owned:
-            previous = self.owner.get(id(parameter))
-            if previous is not None:
+        """Add a ledger; it owns its parameters, together with earlier wrappers that are still in use."""
+        sharing = {id(before): before for p in owned if (before := self.owner.get(id(p))) is not None}
+        for previous in sharing.values():
+            if previous.names.keys() <= ledger.names.keys():  # wrapped again
                 previous.close()
-            self.owner[id(parameter)] = ledger
+            else:
+                previous.sharing.append(ledger)
+                ledger.sharing.append(previous)
+        self.owner.update((id(parameter), ledger) for parameter in owned)
         ledger.owned = [weakref.ref(parameter) for parameter in owned]
         ledger.mark = self._mark
         self._frozen.update(id(p) for p in root.parameters() if id(p) not in ledger.names)

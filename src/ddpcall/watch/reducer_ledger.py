@@ -85,9 +85,11 @@ class ReducerLedger:
         armed: Whether the reducer expects gradients.
         forwards: Grad-enabled forwards of the wrapper since the last optimizer step.
         forwarded: Whether there was any forward of the wrapper since then: the first one broadcasts the buffers.
+        num_reductions: Backwards that its reducer has reduced.
         had_backward: Whether gradients ever came from a backward.
         dirty: Parameters, by id, whose last gradient arrived unarmed, with the backward it came from.
         owned: The parameters of `names`.
+        sharing: Ledgers of other wrappers that own some of the same parameters.
         detached: Parameters, by id, that a conversion took away from the reducer, with its line.
         entries: Forwards outside an armed wrapper's since the last optimizer step.
         mark: Returns this moment in the log of collectives.
@@ -104,8 +106,10 @@ class ReducerLedger:
     armed: bool = False
     forwards: int = 0
     forwarded: bool = False
+    num_reductions: int = 0
     had_backward: bool = False
     dirty: dict[int, Unreduced] = field(default_factory=dict)
+    sharing: list[ReducerLedger] = field(default_factory=list)
     detached: dict[int, CallSite] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     sync_off: CallSite | None = None
@@ -221,20 +225,21 @@ class ReducerLedger:
 
     def arrive(self, parameter: Tensor) -> None:
         """Note one gradient: the hook on every parameter the reducer owns."""
-        if self.armed:
-            if self.dirty:
-                self.dirty.pop(id(parameter), None)
+        key = id(parameter)
+        if self.armed or any(other.armed and key in other.names for other in self.sharing):
+            self.dirty.pop(key, None)
             return
         self._begin_backward()
         self.had_backward = True
         if not self._unarmed:
             self._site = find_call_site()
             _queue(self._settle_later)
-        self._unarmed.append(id(parameter))
+        self._unarmed.append(key)
         if parameter.grad is not None:
-            self._versions[id(parameter)] = parameter.grad._version
+            self._versions[key] = parameter.grad._version
 
     def _disarm(self) -> None:
+        self.num_reductions += 1
         ddp = self.ddp()
         if self.sync_off is not None:
             self.sync_off_reduced += 1

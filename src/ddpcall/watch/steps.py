@@ -23,7 +23,9 @@ from ddpcall.watch.models import Models
 from ddpcall.watch.reducer_ledger import ReducerLedger, Unreduced, address_of, nonzero
 from ddpcall.watch.replica_watch import ReplicaWatch
 from ddpcall.watch.step_count import StepCount
+from ddpcall.watch.strays import StrayWatch
 from ddpcall.watch.suspects import Suspects
+from ddpcall.watch.trail import Trail
 
 
 class StepWatch:
@@ -37,6 +39,7 @@ class StepWatch:
         replicas: ReplicaWatch,
         suspects: Suspects,
         averaging: AveragingWatch,
+        trail: Trail,
         compiled: CompiledWatch,
         emit: Emit,
         guard: Guard,
@@ -48,6 +51,8 @@ class StepWatch:
         self._replicas = replicas
         self._suspects = suspects
         self._averaging = averaging
+        self._trail = trail
+        self._strays = StrayWatch(emit)
         self._compiled = compiled
         self._emit = emit
         self._guard = guard
@@ -118,7 +123,14 @@ class StepWatch:
             {id(parameter): weakref.ref(parameter) for parameter in parameters},
             list(ledgers.values()),
             self._find_unowned(parameters),
+            self._find_strays(parameters),
         )
+
+    def _find_strays(self, parameters: list[Tensor]) -> list[int]:
+        """Return what is in no wrapped model, by id."""
+        wrappers = [ddp for ledger in self._models.ledgers if (ddp := ledger.ddp()) is not None]
+        wrapped = {id(parameter) for ddp in wrappers for parameter in ddp.module.parameters()}
+        return [id(p) for p in parameters if p.requires_grad and id(p) not in wrapped]
 
     def _find_unowned(self, parameters: list[Tensor]) -> dict[int, tuple[str, ReducerLedger]]:
         unowned = {}
@@ -156,6 +168,16 @@ class StepWatch:
                 self._suspect_written(ledger, view, step)
         if view.unowned:
             self._judge_unowned(view, step)
+        if view.strays and self._models.ledgers and dist.is_initialized():
+            self._look_at_strays(optimizer, view, step)
+
+    def _look_at_strays(self, optimizer: Optimizer, view: OptimizerView, step: int) -> None:
+        strays = [stray for key in view.strays if (stray := view.get(key)) is not None and stray.grad is not None]
+        if strays:
+            reductions = sum(ledger.num_reductions for ledger in self._models.ledgers)
+            created = self._trail.optimizers.get(optimizer, NOWHERE)
+            site = self._trail.additions.get(optimizer, created)
+            self._strays.look(optimizer, strays, step, reductions, site)
 
     def _judge_ledger(self, ledger: ReducerLedger, view: OptimizerView, step: int) -> None:
         by_blame: dict[int, tuple[Unreduced, list[int]]] = {}
@@ -240,6 +262,10 @@ class StepWatch:
             self._emit(self._pending)
             self._pending = None
 
+    def close(self) -> None:
+        """Judge what has waited for other ranks."""
+        self._strays.close()
+
     def is_waiting(self) -> bool:
         """Say whether an event waits for a better line."""
         return self._pending is not None
@@ -254,12 +280,14 @@ class OptimizerView:
         parameters: dict[int, weakref.ref[Tensor]],
         ledgers: list[ReducerLedger],
         unowned: dict[int, tuple[str, ReducerLedger]],
+        strays: list[int],
     ) -> None:
         """Take what `Attachment` found."""
         self.signature = signature
         self.parameters = parameters
         self.ledgers = ledgers
         self.unowned = unowned
+        self.strays = strays
 
     def get(self, key: int) -> Tensor | None:
         """Return a parameter by id, None when this optimizer has none such."""

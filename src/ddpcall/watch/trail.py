@@ -39,6 +39,7 @@ class Trail:
         loads: (times, last line) of `load_state_dict` after wrapping.
         modes: Last line that switched to train (True) or eval (False).
         optimizers: Line that made an optimizer.
+        additions: Last line that handed an optimizer more parameters.
         schedulers: Last line that stepped a scheduler, by optimizer.
         buffer_uses: Evaluations and checkpoints since they were last taken.
     """
@@ -60,6 +61,7 @@ class Trail:
         self.loads: tuple[int, CallSite] = (0, NOWHERE)
         self.modes: dict[bool, CallSite] = {}
         self.optimizers: weakref.WeakKeyDictionary[Optimizer, CallSite] = weakref.WeakKeyDictionary()
+        self.additions: weakref.WeakKeyDictionary[Optimizer, CallSite] = weakref.WeakKeyDictionary()
         self.schedulers: weakref.WeakKeyDictionary[Optimizer, CallSite] = weakref.WeakKeyDictionary()
         self.buffer_uses: list[BufferUse] = []
         self._early_eval: weakref.WeakKeyDictionary[nn.Module, CallSite] = weakref.WeakKeyDictionary()
@@ -78,6 +80,7 @@ class Trail:
                 (nn.Module, "train", self._note_mode),
                 (nn.Module, "state_dict", self._note_save),
                 (Optimizer, "__init__", self._note_optimizer),
+                (Optimizer, "add_param_group", self._note_addition),
                 (LRScheduler, "step", self._note_scheduler),
                 (ReduceLROnPlateau, "step", self._note_scheduler),
             ):
@@ -119,6 +122,9 @@ class Trail:
 
     def _note_optimizer(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         self.optimizers[optimizer] = find_call_site()
+
+    def _note_addition(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        self.additions[optimizer] = find_call_site()
 
     def _note_scheduler(self, scheduler: Any, *args: Any, **kwargs: Any) -> None:
         optimizer = getattr(scheduler, "optimizer", None)

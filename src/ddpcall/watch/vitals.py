@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,8 @@ class VitalsTaker:
 
     Args:
         model: The wrapped or the inner module, the same choice on every rank. Parameters and buffers that DDP was
-            told to ignore are left out (`_ddp_params_and_buffers_to_ignore`): they differ between ranks by design.
+            told to ignore are left out (`_ddp_params_and_buffers_to_ignore`), and so are non-persistent buffers:
+            they differ between ranks by design.
         optimizer: Absent vitals part `optimizer` when None; may be set later, as the attribute `optimizer`.
 
     The part `rng` is torch's default generator on the model's device, from which dropout draws. Python's and
@@ -140,6 +141,7 @@ class _Structure:
         self._entries = self._read_entries()
         ignored = set(_ignored_names(named_modules))
         self.named_parameters = {n: p for n, p in model.named_parameters() if n not in ignored}
+        ignored.update(_passing_names(named_modules))
         self.named_buffers = {n: b for n, b in model.named_buffers() if n not in ignored}
         self.first_parameters = list(self.named_parameters.values())[:1]
         self.num_parameters, self.num_buffers = len(self.named_parameters), len(self.named_buffers)
@@ -148,7 +150,7 @@ class _Structure:
         self._header = digest_bytes("\n".join(self._names).encode())
 
     def _read_entries(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._tables)))
+        return list(chain.from_iterable(map(methodcaller("values"), self._tables)))  # no dicts where scripted
 
     def is_current(self) -> bool:
         """Say whether the model still consists of the same objects, in the same places."""
@@ -173,6 +175,13 @@ def _ignored_names(named_modules: Mapping[str, nn.Module]) -> Iterator[str]:
             yield f"{prefix}.{name}" if prefix else name
 
 
+def _passing_names(named_modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yield the buffers that are in no checkpoint: caches and hidden states, a rank's own."""
+    for prefix, module in named_modules.items():
+        for name in getattr(module, "_non_persistent_buffers_set", ()):
+            yield f"{prefix}.{name}" if prefix else name
+
+
 def _digest_details(details: Details) -> int:
     """Return one digest over names and values; those of numbers are exact."""
     return digest_bytes(repr(list(details.items())).encode())
@@ -182,7 +191,7 @@ def _optimizer_settings(optimizer: Optimizer) -> Details:
     """Return the class and every hyper-parameter of every group: learning rates, betas, weight decay …"""
     settings: Details = {"class": type(optimizer).__name__}
     for index, group in enumerate(optimizer.param_groups):
-        for key, value in group.items():
+        for key, value in sorted(group.items()):  # a loaded state has its own order
             if key == "params":
                 settings[f"group {index} parameters"] = len(value)
             else:
