@@ -47,24 +47,24 @@ def test_other_sites_and_causes_stay_apart(change):
 
 
 def test_an_empty_run_leaves_an_empty_list(tmp_path):
-    Journal(tmp_path / "new" / "findings.json", "run").write(0, [])
+    Journal(tmp_path / "new" / "findings.json", "run").write("0", [])
     assert read(tmp_path / "new" / "findings.json") == []
 
 
 def test_what_a_rank_withdraws_is_gone_and_what_others_said_stays(tmp_path):
     journal = Journal(tmp_path / "f.json", "run")
-    journal.write(0, [FINDING])
-    journal.write(1, [replace(FINDING, ranks=(1,)), replace(FINDING, line=9, ranks=(1,))])
+    journal.write("0", [FINDING])
+    journal.write("1", [replace(FINDING, ranks=(1,)), replace(FINDING, line=9, ranks=(1,))])
     assert [(f["line"], f["ranks"]) for f in read(tmp_path / "f.json")] == [(3, [0, 1]), (9, [1])]
-    journal.write(1, [])
+    journal.write("1", [])
     assert [(f["line"], f["ranks"]) for f in read(tmp_path / "f.json")] == [(3, [0])]
 
 
 def test_another_run_starts_anew(tmp_path):
-    Journal(tmp_path / "f.json", "yesterday").write(0, [FINDING], done=True)
+    Journal(tmp_path / "f.json", "yesterday").write("0", [FINDING], done=True)
     today = Journal(tmp_path / "f.json", "today")
     assert today.read() == []
-    assert today.write(1, []).done == set()
+    assert today.write("1", []).done == set()
     assert read(tmp_path / "f.json") == []
 
 
@@ -73,8 +73,8 @@ def _write_many(path: Path, rank: int) -> None:
     told = []
     for line in range(1, 21):
         found = [replace(FINDING, line=n, ranks=(rank,)) for n in range(1, line + 1)]
-        told.append(journal.write(rank, found, done=line == 20))
-    is_last = told[-1].done == {0, 1, 2}
+        told.append(journal.write(str(rank), found, done=line == 20))
+    is_last = told[-1].done == {"0", "1", "2"}
     path.with_name(f"told{rank}").write_text(json.dumps([sum(len(said.new) for said in told), is_last]))
 
 
@@ -94,7 +94,7 @@ def test_ranks_that_write_at_once_lose_nothing(tmp_path):
 
 def test_the_ranks_own_files_are_removed_at_the_end(tmp_path):
     journal = Journal(tmp_path / "f.json", "run")
-    journal.write(0, [FINDING], done=True)
+    journal.write("0", [FINDING], done=True)
     journal.remove_state(keep=True)
     assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
     journal.remove_state(keep=False)

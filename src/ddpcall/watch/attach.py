@@ -98,9 +98,9 @@ class Attachment:
         )
         self._lead: weakref.ref[Optimizer] | None = None
         self.sharded = ShardedWatch()
-        self._hooks = HookWatch(emit, self._step, self._keep, self._hook_registered)
-        self._compiled = CompiledWatch(emit, self._step, self._keep, self._hooks.tap)
-        precision = PrecisionWatch(emit, self._step, self._keep)
+        self._hooks = HookWatch(emit, self._step, self.keep, self._hook_registered)
+        self._compiled = CompiledWatch(emit, self._step, self.keep, self._hooks.tap)
+        precision = PrecisionWatch(emit, self._step, self.keep)
         with ExitStack() as stack:
             for patch in (
                 strip_forward_taps,
@@ -133,7 +133,8 @@ class Attachment:
                     file=sys.stderr,
                 )
 
-    def _keep(self, undo: Undo) -> None:
+    def keep(self, undo: Undo) -> None:
+        """Take an undo, for the end."""
         self._undo.callback(undo)
 
     def _step(self) -> int:
@@ -158,13 +159,17 @@ class Attachment:
         Args:
             in_order: Whether the script came to its end; other ranks are not waited for where it did not.
         """
-        try:
-            for work in (self._release_pending, self._compiled.close, partial(self.replicas.close, in_order)):
-                self._guard(work)
-        finally:
-            for ledger in self.ledgers:
-                ledger.close()
-            self._undo.close()
+        with ExitStack() as last:  # each of these, though an earlier one raises its finding
+            last.callback(self.detach)
+            last.callback(self._guard, self.replicas.close, in_order)
+            last.callback(self._guard, self._compiled.close)
+            last.callback(self._guard, self._release_pending)
+
+    def detach(self) -> None:
+        """Take everything off, and say nothing."""
+        for ledger in self.ledgers:
+            ledger.close()
+        self._undo.close()
 
     # ---- finding models -------------------------------------------------------------------------------------
 
@@ -302,7 +307,7 @@ class Attachment:
         if id(module) in ledger.modules or isinstance(module, torch.jit.ScriptModule):
             return
         ledger.modules[id(module)] = weakref.ref(module)
-        self._keep(self._tap.put(module))
+        self.keep(self._tap.put(module))
 
     # ---- forwards -------------------------------------------------------------------------------------------
 
