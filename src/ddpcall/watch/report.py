@@ -6,13 +6,12 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
-
-from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ddpcall.findings import CATALOGUE, Finding
+
+if TYPE_CHECKING:
+    from rich.panel import Panel
 
 _COLORS = {"error": "red", "warning": "yellow", "note": "blue"}
 _MOST_PARAMETERS = 6
@@ -60,6 +59,8 @@ def render_text(finding: Finding) -> str:
 
 def print_findings(findings: list[Finding], stream: TextIO) -> None:
     """Print all findings, or that there are none."""
+    from rich.console import Console  # at the end of the script, which may do without it
+
     console = Console(file=stream, soft_wrap=False, highlight=False)
     if not findings:
         console.print("ddpcall watch: no findings")
@@ -72,6 +73,9 @@ def print_findings(findings: list[Finding], stream: TextIO) -> None:
 
 
 def _render_panel(finding: Finding) -> Panel:
+    from rich.panel import Panel
+    from rich.text import Text
+
     text = Text(finding.message + "\n")
     ranks = ", ".join(map(str, finding.ranks))
     text.append(f"\nranks {ranks} · first in step {finding.step} · seen {finding.count}×\n", style="dim")

@@ -88,21 +88,23 @@ def _execute(program: Program, arguments: list[str], session: Session, ending: _
             _run_module(program.name, arguments)
         else:
             _run_script(program.name, program.source, arguments)
+        return 0
     except SystemExit as exit_:
         return exit_.code
-    except BaseException as error:
-        code = _show(error)
-        session.explain_crash(error)
-        if isinstance(error, KeyboardInterrupt):
-            ending.signal = signal.SIGINT
-        return code
-    return 0
+    except BaseException as error_:
+        error = error_
+    # Out of the handler: an exception of a hook's own has this one for a context there, and in the interpreter not.
+    code = _show(error)
+    session.explain_crash(error)
+    if isinstance(error, KeyboardInterrupt):
+        ending.signal = signal.SIGINT
+    return code
 
 
 def _run_script(path: str, source: bytes, arguments: list[str]) -> None:
     sys.argv = [path, *arguments]
     _set_search_path(os.path.dirname(os.path.realpath(path)))
-    file = os.path.join(os.getcwd(), path.removeprefix("./"))  # not normalised: the interpreter does not either
+    file = os.path.join(os.getcwd(), path)  # not normalised: the interpreter does not either
     main = _make_main()
     vars(main).update(__file__=file, __loader__=SourceFileLoader("__main__", file), __cached__=None)
     exec(compile(source, file, "exec", dont_inherit=True), vars(main))
@@ -149,7 +151,7 @@ def _show(error: BaseException) -> Any:
     except SystemExit as exit_:
         return exit_.code
     except BaseException as another:
-        another.__traceback__ = None if another.__traceback__ is None else another.__traceback__.tb_next
+        another.__traceback__ = another.__traceback__ and another.__traceback__.tb_next
         print("Error in sys.excepthook:", file=sys.stderr)
         sys.__excepthook__(type(another), another, another.__traceback__)
         print("\nOriginal exception was:", file=sys.stderr)
