@@ -18,6 +18,7 @@ class Launch:
         author: Its name in the journal: attempt and rank, so that a restart adds to what was found before it.
         on_host: The authors of this host; the last of them to leave reports.
         everywhere: The authors of all hosts.
+        may_restart: Whether the launcher starts everything again when a rank fails.
         file: Where findings go that nobody asked a file for; the same for all processes of this host.
     """
 
@@ -26,6 +27,7 @@ class Launch:
     author: str
     on_host: frozenset[str]
     everywhere: frozenset[str]
+    may_restart: bool
     file: Path
 
     @property
@@ -63,6 +65,7 @@ def current_launch() -> Launch:
         author=f"{attempt}/{rank}",
         on_host=on_host,
         everywhere=everywhere,
+        may_restart=attempt < _number("TORCHELASTIC_MAX_RESTARTS", 0),
         file=Path(tempfile.gettempdir()) / f"ddpcall-{os.getuid()}-{unique}.json",
     )
 

@@ -141,6 +141,8 @@ class Session:
         if not self.launch.on_host or not self.launch.on_host <= done | {author}:
             return
         self._collected = self.all_findings()
+        if self.launch.may_restart:
+            return
         if self.options.json is None:
             self.journal.remove_state(keep=False)
         elif not self.launch.spans_hosts or self.launch.everywhere <= done:
