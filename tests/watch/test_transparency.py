@@ -35,7 +35,11 @@ def same_as_bare(directory, *arguments, given="", **extra):
         Exit code, stdout and stderr of the bare run.
     """
     started = [start([*command, *arguments], directory, **extra) for command in (PYTHON, WATCH)]
-    bare, watched = [(*process.communicate(given, TIMEOUT_S), process.returncode) for process in started]
+    ended = []
+    for process in started:
+        with process:
+            ended.append((*process.communicate(given, TIMEOUT_S), process.returncode))
+    bare, watched = ended
     own, said = SAID_AT_THE_END.subn("", watched[1])
     assert (watched[2], watched[0], own) == (bare[2], bare[0], bare[1])
     assert said == 1 or bare[2] < 0, watched[1]
@@ -197,7 +201,7 @@ def test_a_safe_path_stays_safe(tmp_path):
 MODULES = {
     "package/__init__.py": "import sys\nprint('imported', __name__, sys.argv)\n",
     "package/__main__.py": "from . import inner\nprint(inner.NAME, __name__, __package__, __spec__.name)\n",
-    "package/inner.py": "NAME = __name__\n",
+    "package/inner.py": "import sys\nNAME = __name__\nprint('package.inner', sys.argv)\n",
     "package/train.py": """
 import sys
 from dataclasses import dataclass
@@ -212,6 +216,15 @@ if "fail" in sys.argv:
 """,
     "package/broken.py": "def broken(:\n",
     "bare/train.py": "print(__name__)\n",
+    "chain.py": """
+import runpy, sys
+del sys.argv[0]
+if sys.argv[0] == "-m":
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+""",
 }
 
 
@@ -224,7 +237,8 @@ if "fail" in sys.argv:
         (["package.broken"], 1, "SyntaxError"),
         (["package.absent"], 1, "No module named package.absent"),
         (["bare"], 1, "No module named bare.__main__"),
-        (["json.tool", "absent.json"], 2, "No such file"),
+        (["chain", "package/inner.py", "a"], 0, "package.inner"),
+        (["chain", "-m", "package.train", "fail"], 1, "LookupError: own"),
     ],
 )
 def test_a_module_is_as_without_the_watch(tmp_path, arguments, code, shown):
@@ -234,6 +248,17 @@ def test_a_module_is_as_without_the_watch(tmp_path, arguments, code, shown):
     bare = same_as_bare(tmp_path, "-m", *arguments)
     assert bare[0] == code
     assert shown in bare[1] + bare[2]
+
+
+def test_the_watch_runs_inside_a_chain_of_modules(tmp_path):
+    for name, source in MODULES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source)
+    command = ["-m", "chain", "-m", "ddpcall", "watch", "-m", "package", "a"]
+    with start([*PYTHON, *command], tmp_path) as process:
+        out, err = process.communicate("", TIMEOUT_S)
+    assert out.endswith("package.inner __main__ package package.__main__\n"), err
+    assert (process.returncode, err) == (0, "ddpcall watch: no findings\n")
 
 
 def test_the_comparison_sees_a_difference(tmp_path):

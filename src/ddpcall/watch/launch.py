@@ -42,7 +42,7 @@ class Launch:
 
     def spawned(self, index: int) -> Launch:
         """Return the place of a process that this one spawns: one of no host, for this one reports."""
-        author = f"{self.author}.{index}"
+        author = f"{self.author}.{os.getpid()}"  # called there; the index comes back with the next spawn
         return replace(self, rank=index, author=author, on_host=frozenset(), everywhere=frozenset())
 
 
