@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable import replicate
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -389,6 +391,69 @@ def test_two_wrappers_trained_in_turn_stay_silent(rank, session):
         fake = generator.ddp(generator.batch())
         critic.step(critic.ddp(fake.detach()).mean())
         generator.step(critic.ddp.module(fake).mean())
+    assert session.findings == []
+
+
+# ---- sharded models, and the other replicate ------------------------------------------------------------------
+
+
+class Sharded(Setup):
+    def __init__(self, rank, apply, watched=None):
+        torch.manual_seed(0)
+        self.net = watched or Net()
+        apply(self.net)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1)
+        torch.manual_seed(rank.rank)
+
+
+def accumulate(setup, num_synchronised):
+    for micro in range(2):
+        setup.net.set_requires_gradient_sync(micro >= 2 - num_synchronised)  # here
+        setup.net(setup.batch()).mean().backward()
+    setup.optimizer.step()
+    setup.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("apply", [fully_shard, replicate])
+def test_synchronisation_left_off_at_the_step_is_found_where_it_was_switched(rank, session, apply):
+    setup = Sharded(rank, apply)
+    for _ in range(2):
+        accumulate(setup, num_synchronised=1)
+    assert session.findings == []
+    accumulate(setup, num_synchronised=0)
+    (finding,) = session.findings
+    assert (finding.code, finding.line, finding.step) == ("DC104", line_of(accumulate, "here"), 3)
+    assert sorted(finding.parameters) == ["first.bias", "first.weight", "second.bias", "second.weight"]
+
+
+def test_a_forward_that_trains_nothing_is_found_on_its_line(rank, session):
+    setup = Sharded(rank, fully_shard)
+    before = [parameter.to_local().clone() for parameter in setup.net.parameters()]
+    with torch.no_grad():
+        setup.net(setup.batch())
+    loss = setup.net.forward(setup.batch()).mean()  # here
+    loss.backward()
+    assert session.findings == []
+    setup.optimizer.step()
+    finding = only(session, "DC306", test_a_forward_that_trains_nothing_is_found_on_its_line)
+    assert (finding.cause, len(finding.parameters)) == ("sharded_unreduced", 4)
+    after = [parameter.to_local() for parameter in setup.net.parameters()]
+    assert all(map(torch.equal, before, after)), "the harm itself"
+
+
+def test_a_sharded_forward_without_harm_is_silent(rank, session):
+    setup = Sharded(rank, fully_shard)
+    for _ in range(2):
+        with torch.no_grad():
+            setup.net(setup.batch())
+        setup.net.forward(setup.batch()).mean().item()  # nothing is trained with it
+        setup.step(setup.net(setup.batch()).mean())
+        with torch.no_grad():
+            setup.net(setup.batch())
+        setup.net.forward(setup.batch()).mean().backward()
+        setup.net(setup.batch()).mean().backward()  # reduces both
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
     assert session.findings == []
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import DDP as ReplicatedModule
 from torch.distributed._composable.replicate import _ReplicateState
 from torch.nn.modules import module as module_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -97,7 +98,7 @@ class Attachment:
             every, self.trail, compared, withdraw, lambda: explained() or self._pending is not None
         )
         self._lead: weakref.ref[Optimizer] | None = None
-        self.sharded = ShardedWatch()
+        self.sharded = ShardedWatch(self.keep)
         self._hooks = HookWatch(emit, self._step, self.keep, self._hook_registered)
         self._compiled = CompiledWatch(emit, self._step, self.keep, self._hooks.tap)
         precision = PrecisionWatch(emit, self._step, self.keep)
@@ -114,6 +115,7 @@ class Attachment:
                 self._hooks.attach,
                 self._compiled.attach,
                 precision.attach,
+                self.sharded.attach,
                 self.trail.attach,
             ):
                 stack.callback(patch())
@@ -206,7 +208,17 @@ class Attachment:
             if ledger is not None:
                 self._guard(self._sync_switched, ledger, value)
 
+        switch = ReplicatedModule.set_requires_gradient_sync
+
+        @functools.wraps(switch)
+        def set_requires_gradient_sync(module: Any, requires_gradient_sync: bool) -> None:
+            switch(module, requires_gradient_sync)
+            for ledger in self.ledgers:
+                if not requires_gradient_sync and ledger.contains(module):
+                    ledger.switched_off = find_call_site()
+
         with ExitStack() as stack:
+            stack.callback(replace_attribute(ReplicatedModule, switch.__name__, set_requires_gradient_sync))
             stack.callback(replace_attribute(DistributedDataParallel, "__init__", __init__))
             for method, patched in (("_pre_forward", _pre_forward), ("_post_forward", _post_forward)):
                 disabled = torch._disable_dynamo(patched, recursive=False)
@@ -357,8 +369,10 @@ class Attachment:
         if not value:
             if ledger.sync_off is None:
                 ledger.sync_off_forwards = ledger.sync_off_reduced = 0
-            ledger.sync_off = find_call_site()
+            # `replicate` hands its own switch on in its forward: the line that turned that is the one to blame.
+            ledger.sync_off = ledger.switched_off or find_call_site()
             return
+        ledger.switched_off = None
         off, ledger.sync_off = ledger.sync_off, None
         if off is not None and ledger.sync_off_reduced and not ledger.sync_off_forwards:
             self._emit(Event(EventKind.NO_SYNC_WITHOUT_EFFECT, off, self._step()))
@@ -493,6 +507,8 @@ class Attachment:
         self._stepping.append(id(optimizer))
         view = self._view(optimizer)
         self._compiled.before_step(view.get)
+        for event in self.sharded.before_step(self.steps[optimizer], view.parameters.__contains__):
+            self._emit(event)
         if in_backward():
             self._stepped_in_backward(optimizer, view)
         elif not _has_closure(args, kwargs):

@@ -81,6 +81,7 @@ class ReducerLedger:
         detached: Parameters, by id, that a conversion took away from the reducer, with its line.
         entries: Forwards outside an armed wrapper's since the last optimizer step.
         on_first_unarmed: Called when a gradient arrives unarmed and no other did since the last step.
+        switched_off: Where the script told `replicate` not to synchronise; its forward passes that on.
     """
 
     ddp: Callable[[], DistributedDataParallel | None]
@@ -94,6 +95,7 @@ class ReducerLedger:
     dirty: dict[int, Unreduced] = field(default_factory=dict)
     detached: dict[int, CallSite] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
+    switched_off: CallSite | None = None
     sync_off: CallSite | None = None
     sync_off_forwards: int = 0
     sync_off_reduced: int = 0
