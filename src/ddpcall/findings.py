@@ -330,12 +330,12 @@ _RULES = (
         title="A sharded module was entered past the hooks that gather its parameters",
         why="fully_shard and parallelize_module work in forward hooks. `.forward` and other methods meet the "
         "shards: "
-        '"got mixed torch.Tensor and DTensor". Where an earlier call left the parameters gathered they run, and the '
-        "gradients never reach the shards: nothing is trained, silently.",
+        '"got mixed torch.Tensor and DTensor". Where an earlier call left the parameters gathered they run, and '
+        "the gradients never reach the shards: nothing is trained, silently.",
         wrong="loss = model.compute_loss(batch)",
         fix="`model(x)`, or `torch.distributed.fsdp.register_fsdp_forward_method(model, 'compute_loss')`.",
-        silent_when="The same message without a bypass: its cause is another. A forward past the hooks whose gradients "
-        "are reduced with those of a later call, before the step.",
+        silent_when="The same message without a bypass: its cause is another. A forward past the hooks whose "
+        "gradients are reduced with those of a later call, before the step.",
         blind_to="FSDP1; weights of a sharded module used without any module's forward.",
         links=(_FSDP_DOCS, _ISSUE + "109385"),
     ),

@@ -1,4 +1,4 @@
-"""Patch a module as soon as it is imported, and not before: nobody pays for a library that the script never uses."""
+"""Patch a module once it is imported, and not before: nobody pays for a library that the script never uses."""
 
 from __future__ import annotations
 

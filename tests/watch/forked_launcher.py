@@ -5,8 +5,8 @@
 `python -m ddpcall ARGUMENTS` on the ranks and answers {"codes": [...], "seconds": ...}; what they print is
 in `out` and `err` in the directory.
 
-Per launch there is an agent, the ranks' parent, which hosts their store and ends them all when one fails. `afterwards`
-are signals for ranks that are sent once all the others have ended.
+Per launch there is an agent, the ranks' parent, which hosts their store and ends them all when one fails.
+`afterwards` are signals for ranks that are sent once all the others have ended.
 """
 
 import atexit
@@ -65,7 +65,7 @@ def in_child(work, *arguments):
     except BaseException:
         traceback.print_exc()
         status = 1
-    threading._shutdown()
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

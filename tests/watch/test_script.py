@@ -232,10 +232,13 @@ def is_running(directory):
     return False
 
 
-WAITING = TRAINING.replace("        optimizer.step()", """        optimizer.step()
+WAITING = TRAINING.replace(
+    "        optimizer.step()",
+    """        optimizer.step()
         if step == 1:
             print(f"rank {rank} is ready", flush=True)
-            signal.pause()""")
+            signal.pause()""",
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -48,7 +48,8 @@ def same_as_bare(directory, *arguments, given="", **extra):
 
 # Each script: what it is, what it must show when it runs bare (so that the comparison compares something).
 SCRIPTS = {
-    "raises_in_a_function": ("""
+    "raises_in_a_function": (
+        """
         def inner(n):
             raise ValueError(f"own {n}")
         def outer():
@@ -58,14 +59,25 @@ SCRIPTS = {
                 raise KeyError("second") from error
         print("before")
         outer()
-        """, 1, "KeyError: 'second'"),
-    "raises_while_handling": ("""
+        """,
+        1,
+        "KeyError: 'second'",
+    ),
+    "raises_while_handling": (
+        """
         try:
             1 / 0
         except ZeroDivisionError:
             [][1]
-        """, 1, "During handling of the above exception"),
-    "exception_group": ("raise ExceptionGroup('both', [ValueError(1), KeyError(2)])", 1, "Exception Group Traceback"),
+        """,
+        1,
+        "During handling of the above exception",
+    ),
+    "exception_group": (
+        "raise ExceptionGroup('both', [ValueError(1), KeyError(2)])",
+        1,
+        "Exception Group Traceback",
+    ),
     "syntax_error": ("print('never')\ndef broken(:\n    pass\n", 1, "SyntaxError: invalid syntax"),
     "coding_cookie": ("# -*- coding: latin-1 -*-\nprint('fine')\n", 0, "fine"),
     "exit_5": ("import sys\nprint('x')\nsys.exit(5)", 5, "x"),
@@ -77,34 +89,55 @@ SCRIPTS = {
     "hard_exit_3": ("import os\nos._exit(3)", 3, ""),
     "dies_by_a_signal": ("import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)", -signal.SIGUSR1, ""),
     "interrupted": ("raise KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt"),
-    "help": ("""
+    "help": (
+        """
         import argparse
         parser = argparse.ArgumentParser(description="a trainer")
         parser.add_argument("--json", help="its own")
         parser.parse_args(["--help"])
-        """, 0, "usage: help.py [-h] [--json JSON]"),
-    "wrong_arguments": ("import argparse\nargparse.ArgumentParser().parse_args(['--nonsense'])", 2, "unrecognized"),
+        """,
+        0,
+        "usage: help.py [-h] [--json JSON]",
+    ),
+    "wrong_arguments": (
+        "import argparse\nargparse.ArgumentParser().parse_args(['--nonsense'])",
+        2,
+        "unrecognized",
+    ),
     "warns": ("import warnings\nwarnings.warn('careful')\nwarnings.warn('old', DeprecationWarning)", 0, "careful"),
-    "own_excepthook": ("""
+    "own_excepthook": (
+        """
         import sys
         sys.excepthook = lambda kind, error, trace: print("mine", kind.__name__, error, trace.tb_lineno)
         raise ValueError("v")
-        """, 1, "mine ValueError v 4"),
-    "excepthook_that_exits": ("""
+        """,
+        1,
+        "mine ValueError v 4",
+    ),
+    "excepthook_that_exits": (
+        """
         import sys
         def hook(*_):
             sys.exit(7)
         sys.excepthook = hook
         raise ValueError("v")
-        """, 7, ""),
-    "excepthook_that_fails": ("""
+        """,
+        7,
+        "",
+    ),
+    "excepthook_that_fails": (
+        """
         import sys
         def hook(*_):
             raise RuntimeError("in the hook")
         sys.excepthook = hook
         raise ValueError("v")
-        """, 1, "Original exception was"),
-    "exit_handlers": ("""
+        """,
+        1,
+        "Original exception was",
+    ),
+    "exit_handlers": (
+        """
         import atexit, sys, threading
         atexit.register(print, "registered first, runs last")
         atexit.register(print, "registered last, runs first")
@@ -113,8 +146,12 @@ SCRIPTS = {
                 print("deleted")
         late = Late()
         threading.Thread(target=lambda: print("thread")).start()
-        """, 0, "runs first"),
-    "itself": ('''
+        """,
+        0,
+        "runs first",
+    ),
+    "itself": (
+        '''
         """The docstring."""
         import inspect, pickle, sys
         from dataclasses import dataclass, field
@@ -133,17 +170,25 @@ SCRIPTS = {
         print(__main__.Thing is Thing, type(pickle.loads(pickle.dumps(Thing()))) is Thing)
         print(Config(), get_type_hints(Config), pickle.loads(pickle.dumps(Config(2.0, ["a"]))))
         print(inspect.getsource(Thing), inspect.getsourcefile(Thing))
-        ''', 0, "True True"),
+        ''',
+        0,
+        "True True",
+    ),
     "guarded": ('if __name__ == "__main__":\n    print("runs")\n', 0, "runs"),
     "reads_stdin": ("import sys\nprint(input('? '), sys.stdin.read())", 0, "first rest"),
-    "sets_variables_first": ("""
+    "sets_variables_first": (
+        """
         import os, sys
         print("torch" in sys.modules, "numpy" in sys.modules, "rich" in sys.modules)
         os.environ["OMP_NUM_THREADS"] = "1"
         import torch
         print(torch.get_num_threads())
-        """, 0, "False False False\n1\n"),
-    "processes": ("""
+        """,
+        0,
+        "False False False\n1\n",
+    ),
+    "processes": (
+        """
         import multiprocessing, os, sys
         class Payload:
             def __init__(self, n):
@@ -163,15 +208,26 @@ SCRIPTS = {
                     print(queue.get())
                     child.join()
                     print(child.exitcode)
-        """, 0, "__mp_main__"),
-    "forks": ("""
+        """,
+        0,
+        "__mp_main__",
+    ),
+    "forks": (
+        """
         import os, sys
         if os.fork() == 0:
             print("child")
             sys.exit(9)
         print("parent", os.waitstatus_to_exitcode(os.wait()[1]))
-        """, 0, "parent 9"),
-    "changes_directory": ("import os, tempfile\nos.chdir(tempfile.gettempdir())\nprint(__file__)", 0, "changes_directory.py"),
+        """,
+        0,
+        "parent 9",
+    ),
+    "changes_directory": (
+        "import os, tempfile\nos.chdir(tempfile.gettempdir())\nprint(__file__)",
+        0,
+        "changes_directory.py",
+    ),
 }
 SHOWN_BY = {"reads_stdin": "first\nrest"}
 

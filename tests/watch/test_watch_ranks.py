@@ -428,7 +428,8 @@ def test_synchronisation_left_off_at_the_step_is_found_where_it_was_switched(ran
 
 def test_a_forward_that_trains_nothing_is_found_on_its_line(rank, session):
     setup = Sharded(rank, fully_shard)
-    before = [parameter.to_local().clone() for parameter in setup.net.parameters()]
+    shards: Any = setup.optimizer.param_groups[0]["params"]  # the module holds whole parameters by and by
+    before = [parameter.to_local().clone() for parameter in shards]
     with torch.no_grad():
         setup.net(setup.batch())
     loss = setup.net.forward(setup.batch()).mean()  # here
@@ -437,7 +438,7 @@ def test_a_forward_that_trains_nothing_is_found_on_its_line(rank, session):
     setup.optimizer.step()
     finding = only(session, "DC306", test_a_forward_that_trains_nothing_is_found_on_its_line)
     assert (finding.cause, len(finding.parameters)) == ("sharded_unreduced", 4)
-    after = [parameter.to_local() for parameter in setup.net.parameters()]
+    after = [parameter.to_local() for parameter in shards]
     assert all(map(torch.equal, before, after)), "the harm itself"
 
 

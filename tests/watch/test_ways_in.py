@@ -26,7 +26,8 @@ def train(index, file, mode):
     model = DistributedDataParallel(torch.nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     torch.manual_seed(index)
-    loader = DataLoader(TensorDataset(torch.randn(6, 4)), batch_size=3, num_workers=2 if mode == "forked again" else 0)
+    dataset = TensorDataset(torch.randn(6, 4))
+    loader = DataLoader(dataset, batch_size=3, num_workers=2 if mode == "forked again" else 0)
     for (x,) in loader:
         optimizer.zero_grad()
         if mode == "forked":
@@ -117,7 +118,16 @@ def test_accelerate_launches_the_watch_as_a_module(tmp_path):
     pytest.importorskip("accelerate")
     (tmp_path / "train.py").write_text(ACCELERATED)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    settled = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    settled = [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
     watch = ["-m", "ddpcall", "watch", "--json", "f.json", "train.py", "--its", "own"]
     finished = run([*launch, *settled, *watch], tmp_path)
     found = [(finding["code"], finding["line"], finding["ranks"]) for finding in findings_of(tmp_path)]

@@ -215,7 +215,7 @@ class _Worker:
             self._write(ledger, replace(self._state, done=found[-1].step))
 
     def _is_ready(self, ledger: Ledger, attempt: str, step: int, since: float) -> bool:
-        """Say whether nobody is to be waited for: all are there, it is late, the rest was missing before or left."""
+        """Say whether nobody is to be waited for: all are there, it is late, the rest left or was missing."""
         if time.monotonic() - since >= self._wait_s or ledger.is_complete(attempt, step):
             return True
         gone = self._known_missing | ledger.find_left(attempt, step)

@@ -78,7 +78,7 @@ class Journal:
         self._has_written = False
 
     def write(self, author: str, findings: Iterable[Finding], done: bool = False) -> Said:
-        """Put one author's findings, all it has so far, in place of what it said before; returns what that changed.
+        """Put an author's findings, all it has so far, in place of what it said before; return what that changed.
 
         Args:
             author: This rank, or a name for it.

@@ -1,4 +1,4 @@
-"""Where this process stands among those that were started together, as the launcher's environment says. No torch."""
+"""Where this process stands among those started together, as the launcher's environment says. No torch."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ class Ledger:
         self._store.add(f"{attempt}/left", 1)
 
     def find_left(self, attempt: str, step: int, ranks: Iterable[int] | None = None) -> set[int]:
-        """Return those of `ranks` (the missing ones of this step) that left before it; one request if nobody did."""
+        """Return those of `ranks` (the missing ones of this step) that left before; one request if none did."""
         if not int(self._read(f"{attempt}/left") or 0):
             return set()
         last = {

@@ -93,7 +93,7 @@ def _execute(program: Program, arguments: list[str], session: Session, ending: _
         return exit_.code
     except BaseException as error_:
         error = error_
-    # Out of the handler: an exception of a hook's own has this one for a context there, and in the interpreter not.
+    # Out of the handler: in it, an exception of the hook's own would have this one for a context.
     code = _show(error)
     session.explain_crash(error)
     if isinstance(error, KeyboardInterrupt):
@@ -145,7 +145,7 @@ def _show(error: BaseException) -> Any:
         trace = trace.tb_next
     error.__traceback__ = trace  # the default hook prints this one, whatever it is handed
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
-    sys.last_exc = error  # from Python 3.12 on
+    vars(sys)["last_exc"] = error  # from Python 3.12 on
     try:
         sys.excepthook(type(error), error, trace)
     except SystemExit as exit_:
@@ -210,10 +210,10 @@ class _Ending:
         return code
 
     def _leave_at_once(self, status: int) -> None:
-        """Stand in for `os._exit`, which skips every exit handler; children that were forked have their own end."""
+        """Stand in for `os._exit`, which skips every exit handler; forked children have their own end."""
         if self.is_ours() and not self._is_finished:
             status = self.finish(status, in_order=threading.current_thread() is threading.main_thread())
-            sys.__stderr__ and sys.__stderr__.flush()
+            sys.stderr.flush()
         self._leave(status)
 
     def _die(self) -> None:

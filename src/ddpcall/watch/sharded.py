@@ -1,8 +1,8 @@
 """Sharded models: gradients that never reach the shards, and crashes that a bypass caused.
 
-fully_shard computes with whole parameters and reduces their gradients into the shards after the backward. A gradient
-that still lies on a whole parameter when the optimizer steps was not reduced, and the step goes without it: either
-synchronisation was off, or the forward went past the hooks. Forwards outside the hooks only serve to name the line.
+fully_shard computes with whole parameters and reduces their gradients into the shards after the backward. A
+gradient that still lies on a whole parameter when the optimizer steps was not reduced, and the step goes without
+it: synchronisation was off, or the forward went past the hooks. Forwards past them only serve to name the line.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""fully_shard, and a loss method that calls `self.forward`: it works because an evaluation left the weights gathered.
+"""fully_shard, and a loss method that calls `self.forward`: an evaluation left the weights gathered, so it runs.
 
-Source: pytorch/pytorch#109385, #123962 (methods other than forward), where it crashed; the root does not reshard after
-its forward, so behind an evaluation it does not crash.
+Source: pytorch/pytorch#109385, #123962 (methods other than forward), where it crashed; the root does not reshard
+after its forward, so behind an evaluation it does not crash.
 Harm: the gradients stay on the gathered weights, the shards get none, and nothing is trained, silently.
 """
 

@@ -1,6 +1,7 @@
 """fully_shard with accumulation: the switch is put back after the optimizer step, one micro-batch too late.
 
-Source: pytorch/pytorch#141616 and the accumulation recipe of torchtitan's docs, with the two lines in the other order.
+Source: karpathy/build-nanogpt#30 (the flag of an accumulation set one micro-batch off), on fully_shard, whose
+switch is `set_requires_gradient_sync`.
 Harm: the step that should use the accumulated gradients has none: nothing is trained in it.
 """
 
