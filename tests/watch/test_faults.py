@@ -1,20 +1,10 @@
 """Ranks that die, stop, leave or fail under the watch: nothing hangs, no error is hidden, no finding is lost."""
 
-import json
-import os
-import select
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.ranks.lab_process import clean_environment
-
-ROOT = Path(__file__).parents[2]
-WAIT_S = 1.5  # what the watch waits for a rank that does not answer; 15 by default
-HANGING_S = 120
+from tests.watch.launched import Launched
 
 TRAINING = """
 import gc, os, signal, sys, time
@@ -82,59 +72,14 @@ BYPASS = 1 + LINES.index("            outputs = model.module(x)  # the bypass")
 ALONE = 1 + LINES.index("            outputs = model.module(x)  # alone")
 
 
-@pytest.fixture(scope="module")
-def launcher():
-    """One process that forks ranks on request."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.watch.forked_launcher"],
-        cwd=ROOT,
-        env=clean_environment(OMP_NUM_THREADS="1"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as server:
-        yield server
-        assert server.stdin is not None
-        server.stdin.close()
-        server.wait(30)
-
-
-class Launched:
-    """How a launch ended, and what it left."""
-
-    def __init__(self, launcher, directory, mode, *options, afterwards=()):
-        (directory / "train.py").write_text(TRAINING)
-        request = {
-            "arguments": ["watch", "--json", "f.json", *options, "train.py", mode],
-            "directory": str(directory),
-            "ranks": 2,
-            "wait_s": WAIT_S,
-            "afterwards": afterwards,
-        }
-        launcher.stdin.write(json.dumps(request) + "\n")
-        launcher.stdin.flush()
-        if not select.select([launcher.stdout], [], [], HANGING_S)[0]:
-            os.killpg(launcher.pid, signal.SIGKILL)
-            pytest.fail(f"{mode}: still running after {HANGING_S} s\n{(directory / 'err').read_text()}")
-        answer = json.loads(launcher.stdout.readline())
-        self.codes, self.seconds = answer["codes"], answer["seconds"]
-        self.out, self.err = (directory / "out").read_text(), (directory / "err").read_text()
-        findings = json.loads((directory / "f.json").read_text())["findings"]
-        self.found = sorted((finding["code"], finding["line"]) for finding in findings)
-        self.num_ended = self.out.count("came to its end")
-        self.num_said = self.err.count("ddpcall: DC101")
-        self.num_lists = self.err.count("ddpcall watch: ")
-
-
 def test_without_a_fault_one_message_and_one_list_are_printed(launcher, tmp_path):
-    run = Launched(launcher, tmp_path, "none")
+    run = Launched(launcher, tmp_path, TRAINING, "none")
     assert (sorted(run.codes), run.num_ended) == ([0, 1], 2)
     assert (run.found, run.num_said, run.num_lists) == ([("DC101", BYPASS)], 1, 1)
 
 
 def test_without_a_finding_nothing_but_that_is_said(launcher, tmp_path):
-    run = Launched(launcher, tmp_path, "clean")
+    run = Launched(launcher, tmp_path, TRAINING, "clean")
     assert (run.codes, run.num_ended, run.found, run.num_said, run.num_lists) == ([0, 0], 2, [], 0, 1)
     assert run.err == "ddpcall watch: no findings\n"
 
@@ -142,7 +87,7 @@ def test_without_a_finding_nothing_but_that_is_said(launcher, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_takes_no_finding_along(launcher, tmp_path, rank):
     """The other rank waits in a collective: it fails, or the agent ends it, as without the watch."""
-    run = Launched(launcher, tmp_path, f"kill_{rank}")
+    run = Launched(launcher, tmp_path, TRAINING, f"kill_{rank}")
     assert run.codes[rank] == -signal.SIGKILL
     assert run.codes[1 - rank] in (1, -signal.SIGTERM)
     assert (run.found, run.num_said) == ([("DC101", BYPASS)], 1)
@@ -150,7 +95,7 @@ def test_a_killed_rank_takes_no_finding_along(launcher, tmp_path, rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_on_one_rank_is_shown_while_the_other_waits_in_a_collective(launcher, tmp_path, rank):
-    run = Launched(launcher, tmp_path, f"fail_{rank}")
+    run = Launched(launcher, tmp_path, TRAINING, f"fail_{rank}")
     assert (run.codes[rank], run.num_ended) == (1, 0)
     assert f"ValueError: the script's own error on rank {rank}" in run.err
     assert "ddpcall/watch" not in run.err
@@ -159,7 +104,7 @@ def test_an_error_on_one_rank_is_shown_while_the_other_waits_in_a_collective(lau
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_ends_early_is_not_waited_for(launcher, tmp_path, rank):
-    run = Launched(launcher, tmp_path, f"leave_{rank}_alone")
+    run = Launched(launcher, tmp_path, TRAINING, f"leave_{rank}_alone")
     assert (sorted(run.codes), run.num_ended, run.num_lists) == ([0, 1], 2, 1)
     assert run.out.count("has no more data") == 1
     assert run.found == [("DC101", BYPASS), ("DC101", ALONE)]
@@ -169,7 +114,7 @@ def test_a_rank_that_ends_early_is_not_waited_for(launcher, tmp_path, rank):
     ("mode", "code", "shown"), [("exit_text", 1, "because of this\n"), ("exit_6", 6, ""), ("hard_3", 3, "")]
 )
 def test_a_rank_that_leaves_with_a_code_keeps_it(launcher, tmp_path, mode, code, shown):
-    run = Launched(launcher, tmp_path, mode)
+    run = Launched(launcher, tmp_path, TRAINING, mode)
     assert code in run.codes
     assert shown in run.err
     assert (run.found, run.num_said) == ([("DC101", BYPASS)], 1)
@@ -177,7 +122,7 @@ def test_a_rank_that_leaves_with_a_code_keeps_it(launcher, tmp_path, mode, code,
 
 @pytest.mark.parametrize(("fail_on", "codes"), [("error", [0, 1]), ("never", [0, 0])])
 def test_findings_reach_the_exit_code_of_a_script_that_skips_exit_handlers(launcher, tmp_path, fail_on, codes):
-    run = Launched(launcher, tmp_path, "hard_0", "--fail-on", fail_on)
+    run = Launched(launcher, tmp_path, TRAINING, "hard_0", options=["--fail-on", fail_on])
     assert (sorted(run.codes), run.num_ended) == (codes, 0)
     assert (run.found, run.num_said, run.num_lists) == ([("DC101", BYPASS)], 1, 1)
 
@@ -185,13 +130,13 @@ def test_findings_reach_the_exit_code_of_a_script_that_skips_exit_handlers(launc
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGCONT, 1), (signal.SIGKILL, -9)])
 def test_a_stopped_rank_holds_nobody_up(launcher, tmp_path, number, code):
     """Rank 1 stops in the middle; once rank 0 has ended it goes on and reports, or is killed."""
-    run = Launched(launcher, tmp_path, "stop_1_alone", afterwards=[[1, int(number)]])
+    run = Launched(launcher, tmp_path, TRAINING, "stop_1_alone", afterwards=[[1, int(number)]])
     assert run.codes == [0, code]
     assert run.found == [("DC101", BYPASS), ("DC101", ALONE)]
     assert run.num_lists == (number == signal.SIGCONT)
 
 
 def test_ranks_outlive_the_host_of_their_store(launcher, tmp_path):
-    run = Launched(launcher, tmp_path, "agent_gone")
+    run = Launched(launcher, tmp_path, TRAINING, "agent_gone")
     assert (sorted(run.codes), run.num_ended) == ([0, 1], 2)
     assert (run.found, run.num_said, run.num_lists) == ([("DC101", BYPASS)], 1, 1)

@@ -567,3 +567,46 @@ def test_compiled_frames_and_graphs_are_as_without_the_watch(rank, tmp_path, wra
         watched = frames()
     assert watched == bare
     assert bare[0] == 1
+
+
+def scripted_both_ways(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, and says so
+        return torch.jit.script(model)
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_a_watched_model_can_be_scripted_and_the_script_is_the_same(rank, session):
+    setup = Setup(rank)
+    bare = scripted_both_ways(copy.deepcopy(setup.ddp.module))
+    watched = scripted_both_ways(setup.ddp.module)
+    x = setup.batch()
+    assert watched.code == bare.code
+    assert torch.equal(watched(x), setup.ddp.module(x))
+    setup.step(setup.ddp.module(x).mean())
+    assert [finding.code for finding in session.findings] == ["DC101"], "the original is watched still"
+
+
+def test_checkpoints_look_and_load_as_without_the_watch(rank, session):
+    setup = Setup(rank)
+    state = setup.ddp.state_dict()
+    assert list(state) == [f"module.{name}" for name in Net().state_dict()]
+    stream = io.BytesIO()
+    torch.save({"model": state, "optimizer": setup.optimizer.state_dict(), "net": setup.ddp.module}, stream)
+    assert b"ddpcall" not in stream.getvalue()
+    stream.seek(0)
+    loaded = torch.load(stream, weights_only=False)
+    assert setup.ddp.load_state_dict(loaded["model"]).missing_keys == []
+    assert set(vars(loaded["net"])) == set(vars(Net()))
+
+
+def test_an_averaged_model_averages_and_uses_its_own_parameters(rank, session):
+    setup = Setup(rank)
+    averaged = torch.optim.swa_utils.AveragedModel(setup.ddp.module)
+    x = setup.batch()
+    for _ in range(3):
+        setup.step(setup.ddp(setup.batch()).square().mean())
+        averaged.update_parameters(setup.ddp.module)
+    assert torch.equal(averaged(x), torch.func.functional_call(Net(), dict(averaged.module.named_parameters()), x))
+    assert not torch.equal(averaged(x), setup.ddp.module(x))
+    assert session.findings == []
