@@ -117,6 +117,7 @@ def test_signals_end_it_as_without_the_watch(tmp_path, number):
         (["-m", "absent_module"], "No module named absent_module"),
         (["--only", "DC999", "x.py"], "no finding 'DC999'"),
         (["--every", "-1", "x.py"], "every is -1"),
+        (["--json", "x.py/f.json", "x.py"], "the findings cannot be written: [Errno 17]"),
     ],
 )
 def test_wrong_use_exits_with_2_and_says_so(tmp_path, arguments, message):
