@@ -53,7 +53,7 @@ def watch(arguments: list[str]) -> None:
     try:
         settings = Options(
             json=options.json,
-            sarif=options.sarif,
+            sarif=options.sarif and options.sarif.absolute(),  # the script may change the directory
             every=options.every,
             only=parse_codes(options.only),
             ignore=parse_codes(options.ignore),
@@ -63,7 +63,10 @@ def watch(arguments: list[str]) -> None:
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     own_arguments = rest[1:] if options.module is None else options.module[1:]
-    run_program(program, own_arguments, settings)
+    try:
+        run_program(program, own_arguments, settings)
+    except OSError as error:  # the program's own do not come here
+        parser.error(f"the findings cannot be written: {error}")
 
 
 def _watch_parser() -> argparse.ArgumentParser:

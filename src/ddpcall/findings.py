@@ -151,13 +151,14 @@ _RULES = (
         why="DDP decides in `forward` whether the next backward is reduced. If the last forward before a step "
         "runs "
         "with synchronisation off, the step uses rank-local gradients. Around a backward alone, no_sync() does "
-        "nothing (then it is a warning).",
+        "nothing (then it is a warning). `set_requires_gradient_sync(False)` is the same switch of replicate and "
+        "fully_shard; a sharded model's step goes without the gradients.",
         wrong="with ddp.no_sync():  # around the last micro-batch too",
         fix="Put forward and backward of all micro-batches but the last inside `with ddp.no_sync():`, and the "
         "last "
         "outside, just before `optimizer.step()`.",
         silent_when="A reduced backward follows before the step, or the gradients are reduced by hand.",
-        blind_to="The same on replicate and FSDP2.",
+        blind_to="FSDP1.",
         links=(_DDP_DOCS + "#torch.nn.parallel.DistributedDataParallel.no_sync",),
     ),
     Rule(
@@ -333,11 +334,13 @@ _RULES = (
         title="A sharded module was entered past the hooks that gather its parameters",
         why="fully_shard and parallelize_module work in forward hooks. `.forward` and other methods meet the "
         "shards: "
-        '"got mixed torch.Tensor and DTensor".',
+        '"got mixed torch.Tensor and DTensor". Where an earlier call left the parameters gathered they run, and '
+        "the gradients never reach the shards: nothing is trained, silently.",
         wrong="loss = model.compute_loss(batch)",
         fix="`model(x)`, or `torch.distributed.fsdp.register_fsdp_forward_method(model, 'compute_loss')`.",
-        silent_when="The same message without a bypass: its cause is another.",
-        blind_to="FSDP1.",
+        silent_when="The same message without a bypass: its cause is another. A forward past the hooks whose "
+        "gradients are reduced with those of a later call, before the step.",
+        blind_to="FSDP1; weights of a sharded module used without any module's forward.",
         links=(_FSDP_DOCS, _ISSUE + "109385"),
     ),
 )

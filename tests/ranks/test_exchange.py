@@ -158,6 +158,32 @@ def test_ranks_that_take_fewer_steps_are_missing_and_waited_for_once():
             assert seconds < 6  # three ranks, waited for once each; five more steps would be five more seconds
 
 
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_rank_that_says_it_has_ended_is_not_waited_for(tells):
+    """Three ranks in one process; rank 2 ends after its first step."""
+    wait_s = 60.0 if tells else 0.5
+    store = HashStore()
+    first, second, early = [Exchange(store, rank, 3, wait_s=wait_s) for rank in range(3)]
+    for exchange in (first, second, early):
+        exchange.publish(Vitals(1, HEALTHY))
+    if tells:
+        early.finish()
+    for step in (2, 3):
+        first.publish(Vitals(step, HEALTHY))
+        second.publish(Vitals(step, HEALTHY))
+    begun = time.monotonic()
+    told = [first.compare(step, wait=True) for step in (1, 2, 3)]
+    seconds = time.monotonic() - begun
+    assert [comparison.missing for comparison in told if comparison] == [(), (2,), (2,)]
+    assert seconds < 30 if tells else seconds >= 0.5
+    if tells:
+        assert early.asked(1, wait=True) == (), "nor does it wait to be asked"
+        assert time.monotonic() - begun < 30
+    for exchange in (early, second, first):
+        exchange.close()
+    assert [exchange.failure for exchange in (first, second, early)] == [None, None, None]
+
+
 @pytest.mark.ranks(2)
 def test_comparing_does_not_touch_the_users_collectives():
     with open_exchange() as exchange:

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "ddpcall"
-LEAVES = {"paths", "wrappers", "evidence", "findings", "taps", "ranks"}
+LEAVES = {"paths", "wrappers", "evidence", "findings", "imports", "taps", "ranks"}
 MIDDLE = LEAVES | {"verdicts", "replicas", "probes"}
 MAY_IMPORT = {
     "paths": set(),
     "evidence": set(),
     "findings": set(),
+    "imports": set(),
     "taps": set(),
     "ranks": {"ranks"},
     "wrappers": {"paths"},

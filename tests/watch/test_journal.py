@@ -1,7 +1,10 @@
 """Findings on disk: merged from all ranks at any time, whoever writes and whoever dies."""
 
+import fcntl
 import json
 import multiprocessing
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +12,9 @@ import pytest
 
 from ddpcall.findings import Finding
 from ddpcall.watch.journal import Journal, merge_findings
+from ddpcall.watch.launch import current_launch
+from ddpcall.watch.options import Options
+from ddpcall.watch.session import Session
 
 FINDING = Finding(
     code="DC101",
@@ -47,24 +53,24 @@ def test_other_sites_and_causes_stay_apart(change):
 
 
 def test_an_empty_run_leaves_an_empty_list(tmp_path):
-    Journal(tmp_path / "new" / "findings.json", "run").write(0, [])
+    Journal(tmp_path / "new" / "findings.json", "run").write("0", [])
     assert read(tmp_path / "new" / "findings.json") == []
 
 
 def test_what_a_rank_withdraws_is_gone_and_what_others_said_stays(tmp_path):
     journal = Journal(tmp_path / "f.json", "run")
-    journal.write(0, [FINDING])
-    journal.write(1, [replace(FINDING, ranks=(1,)), replace(FINDING, line=9, ranks=(1,))])
+    journal.write("0", [FINDING])
+    journal.write("1", [replace(FINDING, ranks=(1,)), replace(FINDING, line=9, ranks=(1,))])
     assert [(f["line"], f["ranks"]) for f in read(tmp_path / "f.json")] == [(3, [0, 1]), (9, [1])]
-    journal.write(1, [])
+    journal.write("1", [])
     assert [(f["line"], f["ranks"]) for f in read(tmp_path / "f.json")] == [(3, [0])]
 
 
 def test_another_run_starts_anew(tmp_path):
-    Journal(tmp_path / "f.json", "yesterday").write(0, [FINDING], done=True)
+    Journal(tmp_path / "f.json", "yesterday").write("0", [FINDING], done=True)
     today = Journal(tmp_path / "f.json", "today")
     assert today.read() == []
-    assert today.write(1, []).done == set()
+    assert today.write("1", []).done == set()
     assert read(tmp_path / "f.json") == []
 
 
@@ -73,8 +79,8 @@ def _write_many(path: Path, rank: int) -> None:
     told = []
     for line in range(1, 21):
         found = [replace(FINDING, line=n, ranks=(rank,)) for n in range(1, line + 1)]
-        told.append(journal.write(rank, found, done=line == 20))
-    is_last = told[-1].done == {0, 1, 2}
+        told.append(journal.write(str(rank), found, done=line == 20))
+    is_last = told[-1].done == {"0", "1", "2"}
     path.with_name(f"told{rank}").write_text(json.dumps([sum(len(said.new) for said in told), is_last]))
 
 
@@ -94,8 +100,87 @@ def test_ranks_that_write_at_once_lose_nothing(tmp_path):
 
 def test_the_ranks_own_files_are_removed_at_the_end(tmp_path):
     journal = Journal(tmp_path / "f.json", "run")
-    journal.write(0, [FINDING], done=True)
+    journal.write("0", [FINDING], done=True)
     journal.remove_state(keep=True)
     assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
     journal.remove_state(keep=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_was_stopped_while_writing_holds_nobody_up(tmp_path):
+    journal = Journal(tmp_path / "f.json", "run", patience_s=0.2)
+    journal.write("0", [FINDING])
+    with open(tmp_path / ".f.json.lock") as stopped:
+        fcntl.flock(stopped, fcntl.LOCK_EX)
+        begun = time.monotonic()
+        assert journal.write("1", [replace(FINDING, ranks=(1,))]).new == set()
+        assert time.monotonic() - begun >= 0.2, "it was waited for first"
+    assert [f["ranks"] for f in read(tmp_path / "f.json")] == [[0, 1]]
+
+
+def test_findings_that_cannot_be_written_are_said_once_and_kept(tmp_path, capsys):
+    session = Session(Options(json=tmp_path / "out" / "f.json", on_finding="record")).open()
+    assert read(tmp_path / "out" / "f.json") == []
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").write_text("in its place")
+    for line in (1, 2):
+        session._record(replace(FINDING, line=line))
+    session.close()
+    assert [finding.line for finding in session.all_findings()] == [1, 2]
+    assert capsys.readouterr().err.count("ddpcall watch: cannot write findings to") == 1
+
+
+ENVIRONMENT = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "TORCHELASTIC_RUN_ID": "job",
+    "TORCHELASTIC_RESTART_COUNT": "1",
+    "MASTER_ADDR": "host",
+    "MASTER_PORT": "29400",
+}
+
+
+def launch(monkeypatch, **changed):
+    for name, value in {**ENVIRONMENT, **changed}.items():
+        monkeypatch.setenv(name, value)
+    return current_launch()
+
+
+def test_hosts_that_share_a_file_add_to_each_other(monkeypatch, tmp_path):
+    """Two launchers, four ranks: what one host's ranks said is not lost when the other's have all left."""
+    ranks = [
+        launch(monkeypatch, RANK=str(rank), LOCAL_RANK=str(rank % 2), TORCHELASTIC_RESTART_COUNT="0")
+        for rank in range(4)
+    ]
+    assert [(each.author, sorted(each.on_host), each.spans_hosts) for each in ranks[1:3]] == [
+        ("0/1", ["0/0", "0/1"], True),
+        ("0/2", ["0/2", "0/3"], True),
+    ]
+    sessions = [Session(Options(json=tmp_path / "f.json", on_finding="record"), each) for each in ranks]
+    sessions[0].open()
+    last = []
+    for rank, session in enumerate(sessions):
+        session._record(replace(FINDING, ranks=(rank,)))
+        session.close()
+        last.append(session.is_last())
+    assert last == [False, True, False, True], "the last of each host reports"
+    assert [f["ranks"] for f in read(tmp_path / "f.json")] == [[0, 1, 2, 3]]
+    assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_a_restart_is_another_author_of_the_same_run(monkeypatch):
+    first, second = (launch(monkeypatch, TORCHELASTIC_RESTART_COUNT=count) for count in ("0", "1"))
+    assert (first.run, first.author, second.author) == (second.run, "0/3", "1/3")
+
+
+def test_launches_on_one_host_have_ids_of_their_own(monkeypatch):
+    here = launch(monkeypatch, WORLD_SIZE="2", RANK="1")
+    assert here.run != launch(monkeypatch, WORLD_SIZE="2", RANK="1", TORCHELASTIC_RUN_ID="other").run
+    assert not here.spans_hosts
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name)
+    alone = current_launch()
+    assert (alone.author, alone.on_host, alone.everywhere) == ("0/0", {"0/0"}, {"0/0"})
+    assert alone.run != here.run

@@ -1,7 +1,7 @@
 """`python -m ddpcall watch script.py`: the script runs as it would have, and its findings are on disk."""
 
+import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks.lab_process import clean_environment
+from tests.ranks.lab_process import clean_environment, torchrun
 
 TIMEOUT_S = 240
 WATCH = [sys.executable, "-m", "ddpcall", "watch"]
@@ -29,10 +29,9 @@ def run(command, directory, **extra):
 
 
 def on_two_ranks(directory, script, *options, arguments=()):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     watch = ["-m", "ddpcall", "watch", "--json", "f.json", *options]
     (directory / "train.py").write_text(textwrap.dedent(script))
-    finished = run([sys.executable, *launcher, *watch, "train.py", *arguments], directory)
+    finished = run([*torchrun(2), *watch, "train.py", *arguments], directory)
     return finished, json.loads((directory / "f.json").read_text())["findings"]
 
 
@@ -118,6 +117,7 @@ def test_signals_end_it_as_without_the_watch(tmp_path, number):
         (["-m", "absent_module"], "No module named absent_module"),
         (["--only", "DC999", "x.py"], "no finding 'DC999'"),
         (["--every", "-1", "x.py"], "every is -1"),
+        (["--json", "x.py/f.json", "x.py"], "the findings cannot be written: [Errno 17]"),
     ],
 )
 def test_wrong_use_exits_with_2_and_says_so(tmp_path, arguments, message):
@@ -168,7 +168,7 @@ def test_findings_do_not_hide_the_scripts_own_failure(tmp_path):
 
 
 TRAINING = """
-import gc, os, signal, sys
+import gc, signal, sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -188,14 +188,8 @@ def main(mode):
         optimizer.zero_grad()
         outputs.square().mean().backward()
         optimizer.step()
-        if mode == "killed" and step == 1 and rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
         if mode == "raises" and step == 1 and rank == 1:
             raise ValueError("the script's own error")
-        if mode == "leaves" and step == 1 and rank == 1:
-            return
-        if mode == "rank_0_leaves" and step == 1 and rank == 0:
-            return
 
 dist.init_process_group("gloo")
 main(sys.argv[1])
@@ -222,18 +216,71 @@ def test_a_clean_run_on_two_ranks_is_silent_and_succeeds(tmp_path):
     assert finished.stderr.count("ddpcall watch: no findings") == 1
 
 
-@pytest.mark.parametrize("mode", ["killed", "raises", "leaves", "rank_0_leaves"])
-def test_a_rank_that_goes_loses_no_finding_and_hangs_nobody(tmp_path, mode):
-    finished, findings = on_two_ranks(tmp_path, TRAINING, arguments=[mode])
+def test_an_error_is_shown_by_torchrun_and_nothing_is_left_running(tmp_path):
+    finished, findings = on_two_ranks(tmp_path, TRAINING, arguments=["raises"])
     assert [(finding["code"], finding["line"]) for finding in findings] == [("DC101", BYPASS)]
     assert finished.returncode == 1
-    if mode == "raises":
-        assert "ValueError: the script's own error" in finished.stderr
+    assert "ValueError: the script's own error" in finished.stderr
+    assert not is_running(tmp_path)
 
 
-def test_the_watch_does_not_outlive_torchrun(tmp_path):
-    finished, _ = on_two_ranks(tmp_path, TRAINING, arguments=["killed"])
+def is_running(directory):
+    """Say whether a process is left that was started in a directory."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").readlink() == directory:
+                return True
+    return False
+
+
+WAITING = TRAINING.replace(
+    "        optimizer.step()",
+    """        optimizer.step()
+        if step == 1:
+            print(f"rank {rank} is ready", flush=True)
+            signal.pause()""",
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_ends_a_watched_run_by_a_signal(tmp_path, number):
+    (tmp_path / "train.py").write_text(WAITING)
+    with subprocess.Popen(
+        [*torchrun(2), *WATCH[1:], "--json", "f.json", "train.py", "bypass"],
+        cwd=tmp_path,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launched:
+        assert launched.stdout is not None
+        ready = sorted(launched.stdout.readline() for _ in range(2))
+        assert ready == ["rank 0 is ready\n", "rank 1 is ready\n"]
+        launched.send_signal(number)
+        _, error = launched.communicate(timeout=TIMEOUT_S)
+    assert launched.returncode == 1, error
+    (finding,) = json.loads((tmp_path / "f.json").read_text())["findings"]
+    assert (finding["code"], finding["line"], finding["ranks"]) == ("DC101", BYPASS, [0, 1])
+    assert not is_running(tmp_path)
+
+
+RESTARTED = """
+import os, sys
+import torch
+layer = torch.nn.Linear(2, 2)
+layer.register_forward_hook(lambda *_: None)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    layer.forward(torch.ones(1, 2))
+    sys.exit(os.environ["RANK"] == "1")
+layer.forward(torch.ones(1, 2))
+"""
+
+
+def test_what_was_found_before_a_restart_stays(tmp_path):
+    (tmp_path / "train.py").write_text(RESTARTED)
+    watch = ["-m", "ddpcall", "watch", "--json", "f.json", "--fail-on", "warning", "train.py"]
+    finished = run([*torchrun(2), "--max-restarts", "1", *watch], tmp_path)
+    findings = json.loads((tmp_path / "f.json").read_text())["findings"]
+    lines = [number for number, line in enumerate(RESTARTED.splitlines(), 1) if "layer.forward" in line]
+    assert [finding["line"] for finding in findings] == lines, finished.stderr
     assert finished.returncode == 1
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(tmp_path) not in listed
-    assert not [path for path in tmp_path.iterdir() if path.name.endswith(f".{os.getpid()}")]

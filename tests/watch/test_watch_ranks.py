@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable import replicate
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -394,6 +396,70 @@ def test_two_wrappers_trained_in_turn_stay_silent(rank, session):
     assert session.findings == []
 
 
+# ---- sharded models, and the other replicate ------------------------------------------------------------------
+
+
+class Sharded(Setup):
+    def __init__(self, rank, apply, watched=None):
+        torch.manual_seed(0)
+        self.net = watched or Net()
+        apply(self.net)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1)
+        torch.manual_seed(rank.rank)
+
+
+def accumulate(setup, num_synchronised):
+    for micro in range(2):
+        setup.net.set_requires_gradient_sync(micro >= 2 - num_synchronised)  # here
+        setup.net(setup.batch()).mean().backward()
+    setup.optimizer.step()
+    setup.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("apply", [fully_shard, replicate])
+def test_synchronisation_left_off_at_the_step_is_found_where_it_was_switched(rank, session, apply):
+    setup = Sharded(rank, apply)
+    for _ in range(2):
+        accumulate(setup, num_synchronised=1)
+    assert session.findings == []
+    accumulate(setup, num_synchronised=0)
+    (finding,) = session.findings
+    assert (finding.code, finding.line, finding.step) == ("DC104", line_of(accumulate, "here"), 3)
+    assert sorted(finding.parameters) == ["first.bias", "first.weight", "second.bias", "second.weight"]
+
+
+def test_a_forward_that_trains_nothing_is_found_on_its_line(rank, session):
+    setup = Sharded(rank, fully_shard)
+    shards: Any = setup.optimizer.param_groups[0]["params"]  # the module holds whole parameters by and by
+    before = [parameter.to_local().clone() for parameter in shards]
+    with torch.no_grad():
+        setup.net(setup.batch())
+    loss = setup.net.forward(setup.batch()).mean()  # here
+    loss.backward()
+    assert session.findings == []
+    setup.optimizer.step()
+    finding = only(session, "DC306", test_a_forward_that_trains_nothing_is_found_on_its_line)
+    assert (finding.cause, len(finding.parameters)) == ("sharded_unreduced", 4)
+    after = [parameter.to_local() for parameter in shards]
+    assert all(map(torch.equal, before, after)), "the harm itself"
+
+
+def test_a_sharded_forward_without_harm_is_silent(rank, session):
+    setup = Sharded(rank, fully_shard)
+    for _ in range(2):
+        with torch.no_grad():
+            setup.net(setup.batch())
+        setup.net.forward(setup.batch()).mean().item()  # nothing is trained with it
+        setup.step(setup.net(setup.batch()).mean())
+        with torch.no_grad():
+            setup.net(setup.batch())
+        setup.net.forward(setup.batch()).mean().backward()
+        setup.net(setup.batch()).mean().backward()  # reduces both
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
+    assert session.findings == []
+
+
 # ---- the model is left as it was -------------------------------------------------------------------------------
 
 
@@ -543,3 +609,46 @@ def test_nothing_of_the_watchs_own_is_compiled_in_a_compiled_step(rank, tmp_path
         watched = Counter(compile_step())
     assert sum(bare.values()) > 3
     assert watched - bare == Counter()
+
+
+def scripted_both_ways(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, and says so
+        return torch.jit.script(model)
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_a_watched_model_can_be_scripted_and_the_script_is_the_same(rank, session):
+    setup = Setup(rank)
+    bare = scripted_both_ways(copy.deepcopy(setup.ddp.module))
+    watched = scripted_both_ways(setup.ddp.module)
+    x = setup.batch()
+    assert watched.code == bare.code
+    assert torch.equal(watched(x), setup.ddp.module(x))
+    setup.step(setup.ddp.module(x).mean())
+    assert [finding.code for finding in session.findings] == ["DC101"], "the original is watched still"
+
+
+def test_checkpoints_look_and_load_as_without_the_watch(rank, session):
+    setup = Setup(rank)
+    state = setup.ddp.state_dict()
+    assert list(state) == [f"module.{name}" for name in Net().state_dict()]
+    stream = io.BytesIO()
+    torch.save({"model": state, "optimizer": setup.optimizer.state_dict(), "net": setup.ddp.module}, stream)
+    assert b"ddpcall" not in stream.getvalue()
+    stream.seek(0)
+    loaded = torch.load(stream, weights_only=False)
+    assert setup.ddp.load_state_dict(loaded["model"]).missing_keys == []
+    assert set(vars(loaded["net"])) == set(vars(Net()))
+
+
+def test_an_averaged_model_averages_and_uses_its_own_parameters(rank, session):
+    setup = Setup(rank)
+    averaged = torch.optim.swa_utils.AveragedModel(setup.ddp.module)
+    x = setup.batch()
+    for _ in range(3):
+        setup.step(setup.ddp(setup.batch()).square().mean())
+        averaged.update_parameters(setup.ddp.module)
+    assert torch.equal(averaged(x), torch.func.functional_call(Net(), dict(averaged.module.named_parameters()), x))
+    assert not torch.equal(averaged(x), setup.ddp.module(x))
+    assert session.findings == []

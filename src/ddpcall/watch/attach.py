@@ -63,7 +63,7 @@ class Attachment:
         self._emit = emit
         self._has_failed = False
         self._undo = ExitStack()
-        guard, keep = outside_dynamo(self._guard), self._keep
+        guard, keep = outside_dynamo(self._guard), self.keep
         self._count = count = StepCount()
         self._collectives = CollectiveLog()
         self._models = models = Models(self._collectives.mark)
@@ -76,7 +76,7 @@ class Attachment:
 
         self._replicas = ReplicaWatch(every, trail, suspects, compared, withdraw, is_explained)
         self._wraps = WrapWatch(models, count, trail, self._replicas, emit, guard, keep)
-        self._sharded = ShardedWatch()
+        self._sharded = sharded = ShardedWatch(keep)
         hooks = HookWatch(emit, count.preparing, keep, self._hook_registered)
         self._compiled = CompiledWatch(emit, count.preparing, keep, hooks.tap)
         self._steps = StepWatch(
@@ -88,6 +88,7 @@ class Attachment:
             averaging,
             trail,
             self._compiled,
+            sharded,
             emit,
             guard,
         )
@@ -102,6 +103,7 @@ class Attachment:
                 hooks.attach,
                 self._compiled.attach,
                 PrecisionWatch(emit, count.preparing, keep).attach,
+                sharded.attach,
                 trail.attach,
             ):
                 stack.callback(attach())
@@ -121,7 +123,8 @@ class Attachment:
                     file=sys.stderr,
                 )
 
-    def _keep(self, undo: Undo) -> None:
+    def keep(self, undo: Undo) -> None:
+        """Take an undo, for the end."""
         self._undo.callback(undo)
 
     def _hook_registered(self, module: nn.Module, kind: str, hook: Any) -> None:
@@ -157,15 +160,18 @@ class Attachment:
         Args:
             in_order: Whether the script came to its end; other ranks are not waited for where it did not.
         """
-        try:
+        with ExitStack() as last:  # each of these, though an earlier one raises its finding
+            last.callback(self.detach)
             for work in (
-                self._averaging.look,
-                self._steps.release,
-                self._compiled.close,
-                partial(self._replicas.close, in_order),
                 self._steps.close,
+                partial(self._replicas.close, in_order),
+                self._compiled.close,
+                self._steps.release,
+                self._averaging.look,
             ):
-                self._guard(work)
-        finally:
-            self._models.close()
-            self._undo.close()
+                last.callback(self._guard, work)
+
+    def detach(self) -> None:
+        """Take everything off, and say nothing."""
+        self._models.close()
+        self._undo.close()

@@ -28,6 +28,8 @@ CODES: dict[EventKind, str] = {
     EventKind.PRECISION_LOST: "DC304",
     EventKind.STALE_WEIGHT: "DC305",
     EventKind.SHARDED_BYPASSED: "DC306",
+    EventKind.SHARDED_UNREDUCED: "DC306",
+    EventKind.SHARDED_SYNC_OFF: "DC104",
 }
 SEVERITIES = {EventKind.NO_SYNC_WITHOUT_EFFECT: Severity.WARNING}
 
@@ -150,6 +152,21 @@ def _no_effect(event: Event) -> str:
     )
 
 
+def _sharded_unreduced(event: Event) -> str:
+    return (
+        f"{_model(event)} is sharded and was entered here{_and_lines(event)} past its hooks, while its parameters "
+        f"happened to be gathered: nothing reduced their gradients, and optimizer step {event.step} went without "
+        f"those of {_gradients(event)}."
+    )
+
+
+def _sharded_sync_off(event: Event) -> str:
+    return (
+        f"Gradient synchronisation of {_model(event)} was switched off here, and still off when optimizer step "
+        f"{event.step} ran: gradients of {_gradients(event)} were kept unreduced, and the step went without them."
+    )
+
+
 def _stepped_early(event: Event) -> str:
     return (
         f"The optimizer stepped inside the backward (step {event.step}), before the reducer had averaged the "
@@ -174,6 +191,8 @@ _MESSAGES: dict[EventKind, Callable[[Event], str]] = {
     EventKind.SYNC_OFF: _sync_off,
     EventKind.NO_SYNC_WITHOUT_EFFECT: _no_effect,
     EventKind.STEPPED_EARLY: _stepped_early,
+    EventKind.SHARDED_UNREDUCED: _sharded_unreduced,
+    EventKind.SHARDED_SYNC_OFF: _sharded_sync_off,
     EventKind.HOOKS_SKIPPED: _with_facts(
         "{module} has {hooks} and was entered through .forward here: none of them ran."
     ),

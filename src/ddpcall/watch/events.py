@@ -41,6 +41,10 @@ class EventKind(StrEnum):
     LATE_HOOK = "late_hook"
     PRECISION_LOST = "precision_lost"
     SHARDED_BYPASSED = "sharded_bypassed"
+    SHARDED_UNREDUCED = "sharded_unreduced"
+    """Gradients of a forward past a sharded module's hooks never reached its shards."""
+    SHARDED_SYNC_OFF = "sharded_sync_off"
+    """A sharded module's gradients were kept unreduced over an optimizer step."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class _Inbox:
     compared: int = -1
     hurried: int = 0
     comparer_closed: bool = False
+    last: int | None = None
     closing: bool = False
     connected: bool = False
     finished: bool = False
@@ -90,6 +91,8 @@ class _Worker:
         self._answers_due: float | None = None
         self._tries = 0
         self._looking = False
+        self._has_left = False
+        self._attempt: str | None = None
         # Many ranks that look often would keep the store busy.
         self._least_pause_s = max(0.002, world_size * 5e-5)
 
@@ -128,6 +131,7 @@ class _Worker:
             for question, step, details in answers:
                 if self._state is not None:
                     ledger.answer(self._state.attempt, question, step, details)
+            self._tell_of_leaving(ledger)
             if self._compares:
                 self._compare_pending(ledger)
                 self._collect_answers(ledger)
@@ -138,7 +142,8 @@ class _Worker:
     def _has_work(self) -> bool:
         inbox = self._inbox
         news = bool(inbox.vitals or inbox.answers or inbox.to_ask or inbox.closing)
-        return news or bool(inbox.hurried and not self._looking)
+        is_leaving = inbox.last is not None and not self._has_left and self._state is not None
+        return news or is_leaving or bool(inbox.hurried and not self._looking)
 
     def _choose_pause(self, pause_s: float) -> float | None:
         """Return the seconds until the store is to be looked at without being told to, or None."""
@@ -184,6 +189,13 @@ class _Worker:
         while self._held and time.monotonic() - self._held[0][0] > self._wait_s:
             self._held.popleft()
 
+    def _tell_of_leaving(self, ledger: Ledger) -> None:
+        last = self._inbox.last
+        if last is not None and not self._has_left and self._state is not None:
+            self._has_left = True
+            self._attempt = self._state.attempt
+            ledger.leave(self._attempt, last)
+
     def _compare_pending(self, ledger: Ledger) -> None:
         assert self._state is not None
         found: list[Comparison] = []
@@ -203,10 +215,11 @@ class _Worker:
             self._write(ledger, replace(self._state, done=found[-1].step))
 
     def _is_ready(self, ledger: Ledger, attempt: str, step: int, since: float) -> bool:
-        """Say whether nobody is to be waited for: all are there, it is late, or the rest was missing before."""
+        """Say whether nobody is to be waited for: all are there, it is late, the rest left or was missing."""
         if time.monotonic() - since >= self._wait_s or ledger.is_complete(attempt, step):
             return True
-        return bool(self._known_missing) and self._known_missing >= set(ledger.find_missing(attempt, step))
+        gone = self._known_missing | ledger.find_left(attempt, step)
+        return bool(gone) and gone >= set(ledger.find_missing(attempt, step))
 
     def _ask(self, ledger: Ledger) -> None:
         with self._changed:
@@ -242,11 +255,13 @@ class _Worker:
             return
         if self._answers_due is None:
             self._answers_due = time.monotonic() + self._wait_s
-        answers = ledger.take_answers(self._state.attempt, question)
-        if len(answers) < len(question.ranks) and time.monotonic() < self._answers_due:
+        attempt = self._state.attempt
+        answers = ledger.take_answers(attempt, question)
+        awaited = set(question.ranks) - answers.keys()
+        if awaited - ledger.find_left(attempt, question.step, awaited) and time.monotonic() < self._answers_due:
             return
         self._answers_due = None
-        ledger.delete_answers(self._state.attempt, question)
+        ledger.delete_answers(attempt, question)
         steps = [step for step, _ in answers.values()]
         if len(set(steps)) > 1 and self._tries < _MAX_TRIES:
             self._tries += 1
@@ -263,6 +278,9 @@ class _Worker:
             ledger.delete_created(sys.maxsize)
             for step in self._compared:
                 ledger.delete_step(self._state.attempt, step)
+            ledger.delete_left(self._state.attempt, comparing=True)
+        elif self._has_left and self._attempt is not None and self._inbox.comparer_closed:
+            ledger.delete_left(self._attempt, comparing=False)
 
 
 def _open_own(store: Store, wait_s: float) -> Store:
@@ -317,6 +335,7 @@ class Exchange:
         self._answered = -1
         self._last_step = -1
         worker = _Worker(self._inbox, self._changed, rank, world_size, wait_s, compares=self._compares)
+        self._process = os.getpid()
         self._thread = threading.Thread(target=worker.run, args=(store,), name="ddpcall exchange", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -381,11 +400,14 @@ class Exchange:
         """
         with self._changed:
             if wait:
-                self._await(lambda: self._is_asked(step) or self._will_not_be_asked(), 2 * self._wait_s)
+                self._await(lambda: self._is_asked(step) or self._will_not_be_asked(step), 2 * self._wait_s)
             return self._inbox.question.parts if self._is_asked(step) and self._inbox.question else ()
 
-    def _will_not_be_asked(self) -> bool:
-        return self._inbox.to_ask is None if self._compares else self._inbox.comparer_closed
+    def _will_not_be_asked(self, step: int) -> bool:
+        if self._compares:
+            return self._inbox.to_ask is None
+        # Questions are about the comparing rank's last step or a later one: beyond a rank that ended earlier.
+        return self._inbox.comparer_closed or self._inbox.done > step
 
     def _is_asked(self, step: int) -> bool:
         question = self._inbox.question
@@ -412,9 +434,18 @@ class Exchange:
                 self._await(lambda: bool(self._inbox.details), 2 * self._wait_s)
             return self._inbox.details.popleft() if self._inbox.details else None
 
+    def finish(self) -> None:
+        """Say that nothing is published any more, so that the comparing rank does not wait for it."""
+        with self._changed:
+            if not self._compares:
+                self._inbox.last = self._last_step
+                self._changed.notify_all()
+
     def close(self) -> None:
         """Publish what is left, delete the keys and end the thread; returns within `wait_s`, whatever happens."""
         atexit.unregister(self.close)
+        if os.getpid() != self._process:  # forked: the thread is not here, and may have held the lock
+            return
         with self._changed:
             self._inbox.closing = True
             self._changed.notify_all()

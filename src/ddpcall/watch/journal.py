@@ -1,7 +1,7 @@
 """Findings on disk, as they happen: one JSON file that all ranks of a host merge into, under a lock.
 
 No rank waits for another: whoever has something to say locks the file, reads it, merges and replaces it. What a
-rank said stays when it is killed.
+rank said stays when it is killed. A rank that is stopped while it holds the lock is waited for `PATIENCE_S` only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from ddpcall.findings import Finding
 
 SCHEMA = 1
+PATIENCE_S = 5.0
 Key = tuple[Any, ...]
 
 
@@ -52,51 +54,66 @@ class Said:
 
     Attributes:
         new: Findings that no rank had said before.
-        done: Ranks that have left in good order by then.
+        done: Authors that have left in good order by then.
     """
 
     new: set[Key]
-    done: set[int]
+    done: set[str]
 
 
 class Journal:
     """The merged findings of one run, in one file."""
 
-    def __init__(self, path: Path, run: str) -> None:
+    def __init__(self, path: Path, run: str, patience_s: float = PATIENCE_S) -> None:
         """Name the file; what another run left in it is discarded at the first write.
 
         Args:
             path: The JSON file; its directory is made.
             run: The run's id, the same on all ranks.
+            patience_s: Seconds to wait for the lock, before writing without it.
         """
         self.path = path.absolute()
         self._run = run
+        self._patience_s = patience_s
+        self._has_written = False
 
-    def write(self, rank: int, findings: Iterable[Finding], done: bool = False) -> Said:
-        """Put one rank's findings, all it has so far, in place of what it said before; returns what that changed.
+    def write(self, author: str, findings: Iterable[Finding], done: bool = False) -> Said:
+        """Put an author's findings, all it has so far, in place of what it said before; return what that changed.
 
         Args:
-            rank: This rank.
-            findings: All of this rank's findings so far; fewer than before where some were withdrawn.
-            done: Whether this rank is leaving.
+            author: This rank, or a name for it.
+            findings: All of its findings so far; fewer than before where some were withdrawn.
+            done: Whether it is leaving.
+
+        Raises:
+            OSError: The file cannot be written.
         """
         with self._locked() as state:
             before = {key_of(finding) for finding in _findings(state)}
-            state["by_rank"][str(rank)] = [dataclasses.asdict(finding) for finding in findings]
+            state["by_author"][author] = [dataclasses.asdict(finding) for finding in findings]
             if done:
-                state["done"] = sorted({*state["done"], rank})
+                state["done"] = sorted({*state["done"], author})
             self._replace(state)
+            self._has_written = True
             return Said({key_of(finding) for finding in _findings(state)} - before, set(state["done"]))
 
+    def discard(self) -> None:
+        """Forget what an earlier run left here under the same id."""
+        with self._locked():
+            self._state_path.unlink(missing_ok=True)
+
     def read(self) -> list[Finding]:
-        """Return all ranks' findings, merged."""
+        """Return all ranks' findings, merged; also after the last rank has cleared up."""
+        if self._has_written and not self._state_path.exists():
+            with contextlib.suppress(OSError, ValueError):
+                return [from_record(record) for record in json.loads(self.path.read_text())["findings"]]
         return merge_findings(_findings(self._load()))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[dict[str, Any]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock.fileno(), self._patience_s)
             yield self._load()
 
     def _load(self) -> dict[str, Any]:
@@ -104,7 +121,7 @@ class Journal:
             state = json.loads(self._state_path.read_text())
             if state.get("run") == self._run:
                 return state
-        return {"run": self._run, "by_rank": {}, "done": []}
+        return {"run": self._run, "by_author": {}, "done": []}
 
     @property
     def _state_path(self) -> Path:
@@ -124,7 +141,7 @@ class Journal:
 
 
 def _findings(state: dict[str, Any]) -> Iterator[Finding]:
-    for records in state["by_rank"].values():
+    for records in state["by_author"].values():
         for record in records:
             yield from_record(record)
 
@@ -133,6 +150,18 @@ def from_record(record: dict[str, Any]) -> Finding:
     """Rebuild a finding from its JSON record."""
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
     return Finding(**values)
+
+
+def _lock(file: int, patience_s: float) -> None:
+    """Take the lock, or give up: its holder may have been stopped, and each author writes all it has each time."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.002)
 
 
 def _write_atomically(path: Path, text: str) -> None:

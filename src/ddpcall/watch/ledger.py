@@ -188,6 +188,25 @@ class Ledger:
         entries = self._walk(f"{attempt}/{step}", top, 0, lambda bits: not bits & 1)
         return [rank for rank, bits in entries if not bits & 1]
 
+    def leave(self, attempt: str, step: int) -> None:
+        """Say that nothing comes from this rank after a step, so that nobody waits for it."""
+        self._store.set(f"{attempt}/left/{self.rank}", str(step))
+        self._store.add(f"{attempt}/left", 1)
+
+    def find_left(self, attempt: str, step: int, ranks: Iterable[int] | None = None) -> set[int]:
+        """Return those of `ranks` (the missing ones of this step) that left before; one request if none did."""
+        if not int(self._read(f"{attempt}/left") or 0):
+            return set()
+        last = {
+            rank: self._read(f"{attempt}/left/{rank}")
+            for rank in (self.find_missing(attempt, step) if ranks is None else ranks)
+        }
+        return {rank for rank, text in last.items() if text is not None and int(text) < step}
+
+    def delete_left(self, attempt: str, comparing: bool) -> None:
+        """Delete what `leave` made: this rank's part of it, or what the ranks share."""
+        self._store.delete_key(f"{attempt}/left" if comparing else f"{attempt}/left/{self.rank}")
+
     def compare(self, attempt: str, step: int) -> Comparison:
         """Compare what is there, now."""
         prefix = f"{attempt}/{step}"

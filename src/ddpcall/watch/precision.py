@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpcall.taps import ForwardTap, Undo, after_import, find_call_site, in_backward, replace_attribute
+from ddpcall.imports import after_import
+from ddpcall.taps import ForwardTap, Undo, find_call_site, in_backward, replace_attribute
 from ddpcall.watch.events import Event, EventKind
 from ddpcall.watch.hooks import can_be_tapped
 

@@ -96,6 +96,7 @@ class ReducerLedger:
         unarmed_since: When the backward began in which a gradient first arrived unarmed since the last step: only
             what the script sends after that can be the reduction which it still needs. (A hook of the script's
             own may send each gradient as it comes, before ours is called.)
+        switched_off: Where the script told `replicate` not to synchronise; its forward passes that on.
     """
 
     name: str
@@ -112,6 +113,7 @@ class ReducerLedger:
     sharing: list[ReducerLedger] = field(default_factory=list)
     detached: dict[int, CallSite] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
+    switched_off: CallSite | None = None
     sync_off: CallSite | None = None
     sync_off_forwards: int = 0
     sync_off_reduced: int = 0

@@ -155,6 +155,7 @@ class ReplicaWatch:
             self._exchange = self._taker = self._models = None
 
     def _finish(self, exchange: Exchange) -> None:
+        exchange.finish()
         last = exchange.compare(self._last_step, wait=True)
         self.read()
         if last is not None:

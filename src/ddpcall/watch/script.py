@@ -3,68 +3,63 @@
 from __future__ import annotations
 
 import atexit
+import builtins
 import importlib.util
 import os
+import runpy
 import signal
 import sys
+import threading
 from dataclasses import dataclass
-from pathlib import Path
-from types import CodeType, ModuleType, TracebackType
+from importlib.machinery import SourceFileLoader
+from types import ModuleType, TracebackType
 from typing import Any
 
+from ddpcall.imports import Undo, after_import
 from ddpcall.watch.options import Options
+from ddpcall.watch.session import Session
 
 
 @dataclass(frozen=True)
 class Program:
-    """A script or module, ready to run as `__main__`.
+    """What is to run as `__main__`.
 
     Attributes:
-        code: Its compiled code.
-        name: What `sys.argv[0]` is to be.
-        file: What `__file__` is to be.
-        directory: What `sys.path[0]` is to be.
-        spec: A module's spec; None for a script.
+        name: The script's path or the module's full name.
+        source: The script; None for a module.
     """
 
-    code: CodeType
     name: str
-    file: str
-    directory: str
-    spec: Any = None
+    source: bytes | None = None
 
 
 def load_script(path: str) -> Program:
-    """Compile a script.
+    """Read a script.
 
     Raises:
         OSError: It cannot be read.
     """
-    source = Path(path).read_bytes()
-    directory = os.path.dirname(os.path.realpath(path))
-    file = os.path.abspath(path)
-    return Program(compile(source, file, "exec", dont_inherit=True), path, file, directory)
+    with open(path, "rb") as file:
+        return Program(path, file.read())
 
 
 def load_module(name: str) -> Program:
-    """Find and compile `name`, or `name.__main__` where it is a package.
+    """Look for a module; its packages are not imported yet.
 
     Raises:
-        ImportError: There is none such, or it has no code.
+        ImportError: There is none such.
     """
-    sys.path[0] = os.getcwd()
-    spec = importlib.util.find_spec(name)
-    if spec is not None and spec.submodule_search_locations is not None:
-        spec = importlib.util.find_spec(f"{name}.__main__")
-    loader: Any = None if spec is None else spec.loader
-    if spec is None or not hasattr(loader, "get_code"):
+    _set_search_path(os.getcwd())
+    if importlib.util.find_spec(name.split(".", maxsplit=1)[0]) is None:
         raise ImportError(f"No module named {name}")
-    file = spec.origin or name
-    return Program(loader.get_code(spec.name), file, file, os.getcwd(), spec)
+    return Program(name)
 
 
 def run_program(program: Program, arguments: list[str], options: Options) -> None:
     """Run a program as `__main__` under a watch, then leave as it would have left.
+
+    The watch attaches when torch is imported, so that what the program does before that (environment variables,
+    `--help`) is as without it.
 
     Args:
         program: The program.
@@ -72,78 +67,158 @@ def run_program(program: Program, arguments: list[str], options: Options) -> Non
         options: The watch's.
 
     Raises:
+        OSError: The file for the findings cannot be written.
         SystemExit: The program's own exit code; 1 when it succeeded, this rank is the last of its host to
             leave and findings reach `fail_on`.
     """
-    sys.argv = [program.name, *arguments]
-    sys.path[0] = program.directory
-    main = _make_main(program)
-    farewell = _Farewell()
-    from ddpcall.watch.session import Session  # imports torch: after the arguments were checked
-
-    session = Session(options).start()
-    code: Any = 0
-    try:
-        exec(program.code, main.__dict__)
-    except SystemExit as exit_:
-        code = exit_.code
-    except BaseException as error:
-        _show(error)
-        session.explain_crash(error)
-        code = 1
-        if isinstance(error, KeyboardInterrupt):
-            farewell.signal = signal.SIGINT
-    session.close(in_order=code in (None, 0))
-    if session.is_last():
-        failed = session.reaches_failure()
-        session.report()
-        if code in (None, 0) and failed:
-            code = 1
+    session = Session(options).open()
+    ending = _Ending(session)
+    with_torch = after_import("torch", ending.attach)
+    code = _execute(program, arguments, session, ending)
+    if ending.is_ours():
+        with_torch()
+        code = ending.finish(code)
     sys.exit(code)
 
 
-def _make_main(program: Program) -> ModuleType:
+def _execute(program: Program, arguments: list[str], session: Session, ending: _Ending) -> Any:
+    """Run the program and return its exit code; an uncaught exception is shown as the interpreter shows it."""
+    try:
+        if program.source is None:
+            _run_module(program.name, arguments)
+        else:
+            _run_script(program.name, program.source, arguments)
+        return 0
+    except SystemExit as exit_:
+        return exit_.code
+    except BaseException as error_:
+        error = error_
+    # Out of the handler: in it, an exception of the hook's own would have this one for a context.
+    code = _show(error)
+    session.explain_crash(error)
+    if isinstance(error, KeyboardInterrupt):
+        ending.signal = signal.SIGINT
+    return code
+
+
+def _run_script(path: str, source: bytes, arguments: list[str]) -> None:
+    sys.argv = [path, *arguments]
+    _set_search_path(os.path.dirname(os.path.realpath(path)))
+    file = os.path.join(os.getcwd(), path)  # not normalised: the interpreter does not either
+    main = _make_main()
+    vars(main).update(__file__=file, __loader__=SourceFileLoader("__main__", file), __cached__=None)
+    exec(compile(source, file, "exec", dont_inherit=True), vars(main))
+
+
+def _run_module(name: str, arguments: list[str]) -> None:
+    """Hand over to what `python -m` calls, so that its frames, errors and `__spec__` are there.
+
+    Source: `Modules/main.c`, `pymain_run_module`.
+    """
+    sys.argv = ["-m", *arguments]
+    _set_search_path(os.getcwd())
+    _make_main()
+    runpy._run_module_as_main(name)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _set_search_path(first: str) -> None:
+    if not sys.flags.safe_path:  # otherwise nothing was put in front
+        sys.path[0] = first
+
+
+def _make_main() -> ModuleType:
     """Put a fresh `__main__` in place, as the interpreter does."""
     main = ModuleType("__main__")
-    spec = program.spec
-    main.__dict__.update(
-        __file__=program.file,
-        __builtins__=__builtins__,
-        __spec__=spec,
-        __package__=None if spec is None else spec.parent,
-        __loader__=None if spec is None else spec.loader,
-        __cached__=None,
-    )
+    vars(main).update(__builtins__=builtins, __annotations__={})
     sys.modules["__main__"] = main
     return main
 
 
-def _show(error: BaseException) -> None:
-    """Print an uncaught exception the way the interpreter would, without the watch's frames in front."""
+def _show(error: BaseException) -> Any:
+    """Print an uncaught exception the way the interpreter would, without the watch's frames in front.
+
+    Returns:
+        The exit code: 1, unless a hook of the script's leaves with another.
+    """
     trace = error.__traceback__
     while trace is not None and _is_ours(trace):
         trace = trace.tb_next
     error.__traceback__ = trace  # the default hook prints this one, whatever it is handed
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
-    sys.excepthook(type(error), error, trace)
+    setattr(sys, "last_exc", error)  # noqa: B010 (from Python 3.12 on)
+    try:
+        sys.excepthook(type(error), error, trace)
+    except SystemExit as exit_:
+        return exit_.code
+    except BaseException as another:
+        another.__traceback__ = another.__traceback__ and another.__traceback__.tb_next
+        print("Error in sys.excepthook:", file=sys.stderr)
+        sys.__excepthook__(type(another), another, another.__traceback__)
+        print("\nOriginal exception was:", file=sys.stderr)
+        sys.__excepthook__(type(error), error, trace)
+    return 1
 
 
 def _is_ours(trace: TracebackType) -> bool:
     return trace.tb_frame.f_code.co_filename == __file__
 
 
-class _Farewell:
-    """Dies by a signal after everything else, as the interpreter does on an unhandled KeyboardInterrupt.
+class _Ending:
+    """Everything that has to happen when the program ends, by whichever of the ways there are."""
 
-    Registered before the script runs, so that it is the last exit handler to be called.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, session: Session) -> None:
+        """Register for the end: before the script runs, so as to be the last exit handler that is called."""
         self.signal: signal.Signals | None = None
-        atexit.register(self._leave)
+        self._session = session
+        self._process = os.getpid()
+        self._leave = os._exit
+        self._is_finished = False
+        os._exit = self._leave_at_once
+        atexit.register(self._die)
 
-    def _leave(self) -> None:
-        if self.signal is not None:
+    def is_ours(self) -> bool:
+        """Say whether this is the process that was started, not one it forked."""
+        return os.getpid() == self._process
+
+    def attach(self, _: ModuleType) -> Undo:
+        """Attach the watch: torch was imported. An error of the watch's own is said and goes no further."""
+        if self.is_ours() and not self._is_finished:
+            try:
+                self._session.start()
+                self._watch_spawned()
+            except Exception as error:
+                print(f"ddpcall watch: cannot attach to torch: {error!r}", file=sys.stderr)
+        return lambda: None
+
+    def _watch_spawned(self) -> None:
+        from ddpcall.watch.spawned import watch_spawned
+
+        watch_spawned(self._session)
+
+    def finish(self, code: Any, in_order: bool = True) -> Any:
+        """End the watch and return the exit code to leave with. Nothing that goes wrong here is the script's."""
+        self._is_finished = True
+        succeeded = code is None or code == 0
+        try:
+            self._session.close(in_order=succeeded and in_order)
+            if self._session.is_last():
+                failed = self._session.reaches_failure()
+                self._session.report()
+                return 1 if succeeded and failed else code
+        except Exception as error:
+            print(f"ddpcall watch: an error of its own at the end: {error!r}", file=sys.__stderr__)
+        return code
+
+    def _leave_at_once(self, status: int) -> None:
+        """Stand in for `os._exit`, which skips every exit handler; forked children have their own end."""
+        if self.is_ours() and not self._is_finished:
+            status = self.finish(status, in_order=threading.current_thread() is threading.main_thread())
+            sys.stderr.flush()
+        self._leave(status)
+
+    def _die(self) -> None:
+        """Die by the signal, as the interpreter does on an unhandled KeyboardInterrupt."""
+        if self.signal is not None and self.is_ours():
             sys.stdout.flush()
             sys.stderr.flush()
             signal.signal(self.signal, signal.SIG_DFL)

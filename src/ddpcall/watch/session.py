@@ -1,28 +1,27 @@
-"""One watched run on this rank, start to end."""
+"""One watched run on this rank, start to end. Torch is imported when the watch attaches, not before."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
-import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from typing import TYPE_CHECKING, Any
 
 from ddpcall.findings import Finding
 from ddpcall.watch import report
-from ddpcall.watch.attach import Attachment
-from ddpcall.watch.diagnose import diagnose
-from ddpcall.watch.events import Event
-from ddpcall.watch.journal import Journal, Key, key_of, merge_findings
+from ddpcall.watch.journal import Journal, Key, Said, key_of, merge_findings
+from ddpcall.watch.launch import Launch, current_launch
 from ddpcall.watch.options import Options, parse_codes
 from ddpcall.watch.report import WatchError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ddpcall.watch.attach import Attachment
+    from ddpcall.watch.events import Event
 
 __all__ = ["Session", "WatchError", "watch"]
 
@@ -30,41 +29,58 @@ __all__ = ["Session", "WatchError", "watch"]
 class Session:
     """Watches this process from `start` to `close`."""
 
-    def __init__(self, options: Options) -> None:
-        """Take the options; nothing is attached yet."""
+    _running: Session | None = None
+
+    def __init__(self, options: Options, launch: Launch | None = None) -> None:
+        """Take the options and where this process stands; nothing is attached yet."""
         self.options = options
+        self.launch = current_launch() if launch is None else launch
         self._found: dict[Key, Finding] = {}
         self._attachment: Attachment | None = None
-        self._is_last = False
+        self._collected: list[Finding] | None = None
+        self._is_open = True
+        self._has_failed = False
+        self._rank = self.launch.rank
+        self._may_raise = options.on_finding == "raise"
         self._lock = threading.RLock()
-        self._journal = Journal(options.json or _default_path(), run_id())
+        self.journal = Journal(options.json or self.launch.file, self.launch.run)
+
+    def open(self) -> Session:
+        """Write the empty JSON file, so that there is one whatever happens.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        if self.launch.begins_run and self.launch.spans_hosts and self._is_shared():
+            self.journal.discard()
+        if self.options.json is not None and self.launch.rank == 0:
+            self.journal.write(self.launch.author, [])
+        return self
 
     def start(self) -> Session:
-        """Attach to torch, and write the empty JSON file.
+        """Attach to torch.
 
         Raises:
             RuntimeError: Another watch is running in this process.
         """
         if Session._running is not None:
             raise RuntimeError("Another ddpcall watch is running in this process; leave it before starting one.")
+        from ddpcall.watch.attach import Attachment
+
         self._attachment = Attachment(
             self._receive,
             every=self.options.every,
             compared=self._record,
             withdraw=self._withdraw,
-            retract=lambda event: self._withdraw(diagnose(event, this_rank())),
+            retract=self._retract,
             explained=self._is_divergence_explained,
         )
         Session._running = self
-        if self.options.json is not None and this_rank() == 0:
-            self._journal.write(0, [])
         return self
-
-    _running: Session | None = None
 
     def __enter__(self) -> Session:
         """Watch until the block ends."""
-        return self if self._attachment is not None else self.start()
+        return self if self._attachment is not None else self.open().start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -75,12 +91,15 @@ class Session:
         self.close(in_order=error is None)
 
     def explain_crash(self, error: BaseException) -> None:
-        """Record what the watch knows about the exception that ends the script."""
+        """Record what the watch knows about the exception that ends the script; none of its own comes after."""
+        self._may_raise = False
         if self._attachment is not None:
             self._attachment.explain_crash(error)
 
     def adopt(self, model: nn.Module) -> None:
         """Watch a model that was wrapped before the watch began."""
+        from torch.nn.parallel import DistributedDataParallel
+
         assert self._attachment is not None, "start() comes first"
         for module in model.modules():
             if isinstance(module, DistributedDataParallel):
@@ -92,29 +111,61 @@ class Session:
         return merge_findings(self._found.values())
 
     def all_findings(self) -> list[Finding]:
-        """What the ranks of this host have found so far, merged."""
-        return self._journal.read() if self._is_shared() else self.findings
+        """What the ranks of this host, and processes they spawned, have found so far, merged."""
+        if self._collected is not None:
+            return self._collected
+        return merge_findings([*self.findings, *self.journal.read()])
 
     def close(self, in_order: bool = True) -> None:
         """Detach, and leave this rank's last word in the journal.
 
         Args:
             in_order: Whether the script came to its end; where it did not, no other rank is waited for.
+
+        Raises:
+            WatchError: With `on_finding="raise"`, for what only the end of the run showed.
         """
-        if self._attachment is None:
-            return
         attachment, self._attachment = self._attachment, None
-        Session._running = None
         try:
-            attachment.close(in_order)
+            if attachment is not None:
+                Session._running = None
+                attachment.close(in_order)
         finally:
-            if self._is_shared():
-                done = self._journal.write(this_rank(), self.findings, done=True).done
-                self._is_last = local_ranks() <= done
+            if self._is_open:
+                self._is_open = False
+                self._leave()
+
+    def _leave(self) -> None:
+        """Say the last word; the last of this host to do so collects what all have said, and clears up."""
+        author = self.launch.author
+        done = self._write(done=True).done if self._is_shared() else {author}
+        if not self.launch.on_host or not self.launch.on_host <= done | {author}:
+            return
+        self._collected = self.all_findings()
+        if self.launch.may_restart:
+            return
+        if self.options.json is None:
+            self.journal.remove_state(keep=False)
+        elif not self.launch.spans_hosts or self.launch.everywhere <= done:
+            self.journal.remove_state(keep=True)
+
+    @staticmethod
+    def abandon_inherited() -> None:
+        """Detach, in a forked child, what it has from its parent: the run is the parent's."""
+        session, Session._running = Session._running, None
+        if session is not None and session._attachment is not None:
+            session._attachment.detach()
+            session._attachment = None
+            session._is_open = False
+
+    def keep(self, undo: Callable[[], None]) -> None:
+        """Take an undo, for when the watch detaches."""
+        assert self._attachment is not None, "start() comes first"
+        self._attachment.keep(undo)
 
     def is_last(self) -> bool:
         """Say whether all ranks of this host have left: the last one reports. Nobody waits for anybody."""
-        return not self._is_shared() or self._is_last
+        return self._collected is not None
 
     def report(self) -> None:
         """Print what all ranks found to stderr, and write the SARIF file."""
@@ -124,18 +175,31 @@ class Session:
         print_findings(findings, sys.stderr)
         if self.options.sarif is not None:
             report.write_sarif(findings, self.options.sarif)
-        if self._is_shared():
-            self._journal.remove_state(keep=self.options.json is not None)
 
     def reaches_failure(self) -> bool:
         """Say whether a finding reaches `fail_on`."""
         return any(self.options.fails(finding.severity) for finding in self.all_findings())
 
     def _is_shared(self) -> bool:
-        return self.options.json is not None or len(local_ranks()) > 1
+        return self.options.json is not None or len(self.launch.on_host) != 1
 
     def _receive(self, event: Event) -> None:
-        self._record(diagnose(event, this_rank()))
+        from ddpcall.watch.diagnose import diagnose
+
+        self._record(diagnose(event, self._this_rank()))
+
+    def _retract(self, event: Event) -> None:
+        from ddpcall.watch.diagnose import diagnose
+
+        self._withdraw(diagnose(event, self._this_rank()))
+
+    def _this_rank(self) -> int:
+        """Return the process group's rank, also after it is gone; the launcher's where there was none."""
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            self._rank = dist.get_rank()
+        return self._rank
 
     def _is_divergence_explained(self) -> bool:
         return any(finding.code < "DC2" for finding in self.all_findings())
@@ -143,7 +207,17 @@ class Session:
     def _withdraw(self, finding: Finding) -> None:
         with self._lock:
             if self._found.pop(key_of(finding), None) is not None and self._is_shared():
-                self._journal.write(this_rank(), self._found.values())
+                self._write()
+
+    def _write(self, done: bool = False) -> Said:
+        """Put on disk what was found; where that fails it is said once, and the run goes on."""
+        try:
+            return self.journal.write(self.launch.author, list(self._found.values()), done)
+        except OSError as error:
+            if not self._has_failed:
+                self._has_failed = True
+                print(f"ddpcall watch: cannot write findings to {self.journal.path}: {error}", file=sys.stderr)
+            return Said(set(self._found), set())
 
     def _record(self, finding: Finding, in_haste: bool = False) -> None:
         """Keep a finding, put it on disk and say it; of one found in haste nothing is said: a better follows."""
@@ -158,12 +232,12 @@ class Session:
             is_new_here = known is None
             is_new_anywhere = is_new_here
             if self._is_shared() and count & (count - 1) == 0:  # at 1, 2, 4, …: not at every step
-                is_new_anywhere = key in self._journal.write(this_rank(), self._found.values()).new
+                is_new_anywhere = key in self._write().new
         if not is_new_here or in_haste:
             return
-        if self.options.on_finding == "raise":
+        if self._may_raise:
             raise WatchError(finding)
-        if self.options.on_finding == "warn" and is_new_anywhere:
+        if self.options.on_finding != "record" and is_new_anywhere:
             print(report.render_text(finding), file=sys.stderr, flush=True)
 
 
@@ -204,35 +278,7 @@ def watch(
         only=parse_codes(only),
         ignore=parse_codes(ignore),
     )
-    session = Session(options).start()
+    session = Session(options).open().start()
     if model is not None:
         session.adopt(model)
     return session
-
-
-def this_rank() -> int:
-    """Return this process's rank: the process group's, or the launcher's, or 0."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank()
-    return int(os.environ.get("RANK", 0))
-
-
-def local_ranks() -> set[int]:
-    """Return the ranks that the launcher started on this host."""
-    count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    first = int(os.environ.get("RANK", 0)) - int(os.environ.get("LOCAL_RANK", 0))
-    return set(range(first, first + count))
-
-
-def run_id() -> str:
-    """Return an id that the ranks of one launch share and no other launch has."""
-    parts = [
-        os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
-    ]
-    launcher = os.getppid() if len(local_ranks()) > 1 else os.getpid()
-    return "-".join([*parts, str(launcher)])
-
-
-def _default_path() -> Path:
-    name = "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in run_id())
-    return Path(tempfile.gettempdir()) / f"ddpcall-{os.getuid()}-{name}.json"

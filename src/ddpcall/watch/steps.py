@@ -22,6 +22,7 @@ from ddpcall.watch.locate import WeightLocator
 from ddpcall.watch.models import Models
 from ddpcall.watch.reducer_ledger import ReducerLedger, Unreduced, address_of, nonzero
 from ddpcall.watch.replica_watch import ReplicaWatch
+from ddpcall.watch.sharded import ShardedWatch
 from ddpcall.watch.step_count import StepCount
 from ddpcall.watch.strays import StrayWatch
 from ddpcall.watch.suspects import Suspects
@@ -41,6 +42,7 @@ class StepWatch:
         averaging: AveragingWatch,
         trail: Trail,
         compiled: CompiledWatch,
+        sharded: ShardedWatch,
         emit: Emit,
         guard: Guard,
     ) -> None:
@@ -54,6 +56,7 @@ class StepWatch:
         self._trail = trail
         self._strays = StrayWatch(emit)
         self._compiled = compiled
+        self._sharded = sharded
         self._emit = emit
         self._guard = guard
         self._views: dict[int, OptimizerView] = {}
@@ -76,6 +79,8 @@ class StepWatch:
         self._stepping.append(id(optimizer))
         view = self._view(optimizer)
         self._compiled.before_step(view.get)
+        for event in self._sharded.before_step(self._count.of(optimizer), view.parameters.__contains__):
+            self._emit(event)
         self._averaging.look()
         if in_backward():
             self._stepped_in_backward(optimizer, view)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable.replicate import DDP as ReplicatedModule
 from torch.distributed._composable.replicate import _ReplicateState
 from torch.nn.parallel import DistributedDataParallel
 
@@ -86,7 +87,16 @@ class WrapWatch:
             self._guard(self._passed, ddp, output)
             return output
 
+        switch = ReplicatedModule.set_requires_gradient_sync
+
+        @functools.wraps(switch)
+        def set_requires_gradient_sync(module: Any, requires_gradient_sync: bool) -> None:
+            switch(module, requires_gradient_sync)
+            for ledger in self._models.ledgers_with(module):
+                ledger.switched_off = None if requires_gradient_sync else find_call_site()
+
         with ExitStack() as stack:
+            stack.callback(replace_attribute(ReplicatedModule, switch.__name__, set_requires_gradient_sync))
             stack.callback(replace_attribute(ddp_class, "__init__", __init__))
             for method in (__setattr__, _pre_forward, _post_forward):
                 disabled = torch._disable_dynamo(method, recursive=False)
@@ -200,8 +210,10 @@ class WrapWatch:
         if not value:
             if ledger.sync_off is None:
                 ledger.sync_off_forwards = ledger.sync_off_reduced = 0
-            ledger.sync_off = find_call_site()
+            # `replicate` hands its own switch on in its forward: the line that turned that is the one to blame.
+            ledger.sync_off = ledger.switched_off or find_call_site()
             return
+        ledger.switched_off = None
         off, ledger.sync_off = ledger.sync_off, None
         if off is not None and ledger.sync_off_reduced and not ledger.sync_off_forwards:
             self._emit(Event(EventKind.NO_SYNC_WITHOUT_EFFECT, off, self._count.preparing()))

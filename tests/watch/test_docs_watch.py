@@ -1,0 +1,29 @@
+"""docs/watch.md: its script is run, and says what the page says it says."""
+
+import re
+from pathlib import Path
+
+from tests.watch.launched import Launched
+
+PAGE = Path(__file__).parents[2] / "docs" / "watch.md"
+
+
+def block(name):
+    """Return the code block between `<!-- name -->` and `<!-- end name -->`."""
+    match = re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```\n<!-- end {name} -->", PAGE.read_text(), re.DOTALL)
+    assert match is not None
+    return match[1]
+
+
+def test_the_example_of_the_page_is_what_comes_out(launcher, tmp_path):
+    run = Launched(launcher, tmp_path, block("script"), "--its", "own", "arguments")
+    said = run.err[: run.err.index("╭")]
+    assert said == block("example")
+    assert sorted(run.codes) == [0, 1]
+
+
+def test_the_same_script_with_the_line_the_page_tells_to_write_is_silent(launcher, tmp_path):
+    script = block("script").replace("ddp.module(", "ddp(")
+    assert script != block("script")
+    run = Launched(launcher, tmp_path, script, "--its", "own", "arguments")
+    assert (run.err, run.codes, run.found) == ("ddpcall watch: no findings\n", [0, 0], [])

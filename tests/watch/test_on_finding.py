@@ -1,0 +1,210 @@
+"""`with ddpcall.watch(...)` in code: raised where the harm would be done, and undone whatever happens."""
+
+import subprocess
+import sys
+import textwrap
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+import ddpcall
+from ddpcall.watch.session import Session, WatchError
+from tests.ranks.lab_process import clean_environment
+
+WATCHED = (
+    nn.Module,
+    nn.Parameter,
+    DistributedDataParallel,
+    Optimizer,
+    torch.autograd,
+    torch.distributed.ProcessGroup,
+)
+
+
+def patched():
+    """Return everything the watch could leave behind: patched attributes, and torch's global hooks."""
+    names = [
+        {name: id(value) for name, value in vars(owner).items() if name != "__slotnames__"} for owner in WATCHED
+    ]
+    steps: Any = sys.modules[Optimizer.__module__]
+    hooks = [steps._global_optimizer_pre_hooks, steps._global_optimizer_post_hooks]
+    registrations: Any = sys.modules[nn.Module.__module__]
+    hooks += [
+        registrations._global_module_registration_hooks,
+        registrations._global_parameter_registration_hooks,
+        registrations._global_forward_pre_hooks,
+    ]
+    return names, [len(each) for each in hooks], id(torch.compile), len(sys.meta_path)
+
+
+@pytest.fixture(autouse=True)
+def everything_undone():
+    before = patched()
+    yield
+    assert patched() == before
+    assert Session._running is None
+
+
+class Training:
+    def __init__(self, rank, steps=3):
+        torch.manual_seed(0)
+        self.net = nn.Linear(4, 2)
+        self.ddp = DistributedDataParallel(self.net)
+        self.optimizer = torch.optim.SGD(self.ddp.parameters(), lr=0.1)
+        torch.manual_seed(rank.rank)
+        self.steps = steps
+        self.done = 0
+
+    def run(self, forward):
+        for _ in range(self.steps):
+            self.optimizer.zero_grad()
+            forward(torch.randn(3, 4)).square().mean().backward()
+            self.optimizer.step()
+            self.done += 1
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("on_finding", ["warn", "raise", "record"])
+def test_a_bypass_is_said_raised_or_kept(rank, capsys, on_finding):
+    kept = []
+    with_error = pytest.raises(WatchError, match="DC101") if on_finding == "raise" else nullcontext()
+    with with_error as caught, ddpcall.watch(on_finding=on_finding, every=0) as session:
+        kept.append(session)
+        training = Training(rank)
+        before = training.net.weight.detach().clone()
+        training.run(training.ddp.module)
+    (finding,) = kept[0].findings
+    assert (finding.code, finding.step) == ("DC101", 1)
+    said = capsys.readouterr().err.count("ddpcall: DC101")
+    if on_finding == "raise":
+        assert (training.done, said) == (0, 0)
+        assert torch.equal(before, training.net.weight), "raised before the step that would do the harm"
+        assert caught is not None
+        assert caught.value.finding == finding
+        assert [entry.name for entry in caught.traceback if entry.path == Path(__file__)][-1] == "run"
+    else:
+        assert (training.done, finding.count) == (3, 3)
+        assert said <= (on_finding == "warn"), "once, by whichever rank was first"
+    assert "forward" not in vars(training.net)
+
+
+@pytest.mark.ranks(2)
+def test_nothing_is_raised_where_nothing_is_wrong(rank):
+    with ddpcall.watch(on_finding="raise"):
+        training = Training(rank)
+        training.run(training.ddp)
+    assert training.done == 3
+
+
+@pytest.mark.ranks(2)
+def test_the_scripts_own_exception_comes_out_and_what_was_pending_is_kept(rank):
+    """Weights used directly wait one step for a better line; the end of the block must not raise over an error."""
+    sessions = []
+
+    def fail():
+        with ddpcall.watch(on_finding="raise", every=0) as session:
+            sessions.append(session)
+            training = Training(rank, steps=1)
+            training.run(lambda x: nn.functional.linear(x, training.net.weight, training.net.bias))
+            assert session.findings == []
+            raise KeyError("own")
+
+    with pytest.raises(KeyError, match="own") as caught:
+        fail()
+    assert caught.value.__context__ is None
+    assert [finding.code for finding in sessions[0].findings] == ["DC101"]
+
+
+@pytest.mark.ranks(2)
+def test_what_the_end_of_the_block_shows_is_raised_there(rank):
+    def train():
+        with ddpcall.watch(on_finding="raise", every=0):
+            training = Training(rank, steps=1)
+            training.run(lambda x: nn.functional.linear(x, training.net.weight, training.net.bias))
+            assert training.done == 1
+
+    with pytest.raises(WatchError, match="DC101"):
+        train()
+
+
+@pytest.mark.ranks(2)
+def test_one_model_is_watched_from_now_on(rank):
+    training = Training(rank, steps=1)
+    training.run(training.ddp.module)
+    with ddpcall.watch(training.ddp, on_finding="record", every=0) as session:
+        training.run(training.ddp)
+        assert session.findings == []
+        training.run(training.ddp.module)
+    assert [(finding.code, finding.step) for finding in session.findings] == [("DC101", 2)]
+    training.run(training.ddp.module)
+    assert session.findings[0].count == 1, "nothing is seen after the end"
+
+
+@pytest.mark.ranks(2)
+def test_one_watch_after_the_other_starts_anew_on_the_same_model(rank):
+    training = Training(rank, steps=1)
+    for _ in range(2):
+        with ddpcall.watch(training.ddp, on_finding="record", every=0) as session:
+            training.run(training.ddp.module)
+            with pytest.raises(RuntimeError, match="Another ddpcall watch is running"):
+                ddpcall.watch()
+            training.run(training.ddp.module)
+        assert [(finding.code, finding.count) for finding in session.findings] == [("DC101", 2)]
+
+
+HOOKED = """
+layer = torch.nn.Linear(2, 2)
+layer.register_forward_hook(lambda *_: None)
+layer.forward(torch.ones(1, 2))
+"""
+
+
+def test_cells_that_are_executed_have_lines_too():
+    """A notebook compiles its cells under made-up file names."""
+    with ddpcall.watch(on_finding="record") as session:
+        for number, cell in enumerate(["import torch", HOOKED]):
+            exec(compile(cell, f"<ipython-input-{number}>", "exec"), namespace := globals().copy())
+        assert "layer" in namespace
+    (finding,) = session.findings
+    assert (finding.code, finding.file, finding.line, finding.function) == (
+        "DC301",
+        "<ipython-input-1>",
+        4,
+        "<module>",
+    )
+
+
+def test_raising_passes_through_a_test_of_pytest(tmp_path):
+    (tmp_path / "test_users.py").write_text(
+        textwrap.dedent("""
+        import ddpcall, pytest, torch
+
+        @pytest.fixture(autouse=True)
+        def watched():
+            with ddpcall.watch(on_finding="raise"):
+                yield
+
+        @pytest.mark.parametrize("call", ["__call__", "forward"])
+        def test_layer(call):
+            layer = torch.nn.Linear(2, 2)
+            layer.register_forward_hook(lambda *_: None)
+            getattr(layer, call)(torch.ones(1, 2))
+        """)
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_users.py"],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert "1 failed, 1 passed" in done.stdout, done.stdout
+    assert "WatchError: ddpcall: DC301 hooks-skipped (warning) at test_users.py:13 in test_layer" in done.stdout
