@@ -359,7 +359,7 @@ def harmless(rank, name, setup):
         case "reduced_functionally":
             ddp.module(x).mean().backward()
             for parameter in ddp.parameters():
-                parameter.grad = functional_all_reduce(parameter.grad, "sum", dist.group.WORLD)
+                parameter.grad = functional_all_reduce(parameter.grad, "sum", [0, 1])
             setup.optimizer.step()
         case "reduced_by_a_step_hook":
             setup.optimizer.register_step_pre_hook(lambda optimizer, *_: reduce_gradients(optimizer))
