@@ -1,9 +1,11 @@
 """Replicas compared on two ranks: what differs is found and named, equal replicas are silent."""
 
+import copy
 import inspect
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -150,3 +152,95 @@ def test_what_a_bypass_explains_is_not_said_twice(rank, tmp_path):
         run.ddp.module(torch.randn(3, 4)).square().mean().backward()
         run.optimizer.step()
     assert [code for code, _, _ in run.findings()] == ["DC101"]
+
+
+def reduce_and_forget(parameters):
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    dist.all_reduce(flat)
+
+
+def test_a_reduction_that_is_none_is_found_at_the_bypass(rank, tmp_path):
+    run = Run(rank, tmp_path)
+    for _ in range(3):
+        outputs = run.ddp.module(torch.randn(3, 4))  # here
+        run.optimizer.zero_grad()
+        outputs.square().mean().backward()
+        reduce_and_forget(list(run.ddp.parameters()))
+        run.optimizer.step()
+    found = run.findings()
+    assert [code_and_line[:2] for code_and_line in found] == [
+        ("DC101", line(test_a_reduction_that_is_none_is_found_at_the_bypass))
+    ]
+
+
+def test_gradients_written_by_hand_are_found_where_they_differ(rank, tmp_path):
+    run = Run(rank, tmp_path)
+    for _ in range(3):
+        for parameter in run.ddp.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        run.optimizer.step()  # here
+    found = run.findings()
+    assert [code_and_line[:2] for code_and_line in found] == [
+        ("DC101", line(test_gradients_written_by_hand_are_found_where_they_differ))
+    ]
+
+
+def test_gradients_written_by_hand_the_same_everywhere_are_silent(rank, tmp_path):
+    run = Run(rank, tmp_path)
+    for step in range(3):
+        for parameter in run.ddp.parameters():
+            parameter.grad = torch.full_like(parameter, float(step))
+        run.optimizer.step()
+    assert run.findings() == []
+
+
+def train_beside(run, stray, optimizer, reduce):
+    for _ in range(3):
+        outputs = run.ddp(torch.randn(3, 4))
+        run.optimizer.zero_grad()
+        optimizer.zero_grad()
+        (outputs * stray).square().mean().backward()
+        if reduce:
+            dist.all_reduce(stray.grad)
+        run.optimizer.step()
+        optimizer.step()
+    return run.findings()
+
+
+def test_a_parameter_outside_that_starts_equal_and_drifts_is_found(rank, tmp_path):
+    run = Run(rank, tmp_path)
+    stray = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([stray], lr=0.1)  # here
+    found = train_beside(run, stray, optimizer, reduce=False)
+    expected = line(test_a_parameter_outside_that_starts_equal_and_drifts_is_found)
+    assert [code_and_line[:2] for code_and_line in found] == [("DC102", expected)]
+
+
+@pytest.mark.parametrize("reason", ["reduced", "its own from the start"])
+def test_a_parameter_outside_is_silent_when(rank, tmp_path, reason):
+    run = Run(rank, tmp_path)
+    stray = nn.Parameter(torch.ones(2) if reason == "reduced" else torch.full((2,), 1.0 + run.rank))
+    optimizer = torch.optim.SGD([stray], lr=0.1)
+    assert train_beside(run, stray, optimizer, reduce=reason == "reduced") == []
+
+
+def test_an_inner_loop_of_its_own_is_silent(rank, tmp_path):
+    run = Run(rank, tmp_path)
+    for _ in range(3):
+        fast = copy.deepcopy(run.ddp.module)
+        inner = torch.optim.SGD(fast.parameters(), lr=0.1)
+        for _ in range(3):
+            inner.zero_grad()
+            fast(torch.randn(3, 4)).square().mean().backward()
+            inner.step()
+        run.train(1)
+    assert run.findings() == []
+
+
+def test_a_rank_keeps_its_own_passing_buffers(rank, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 2))
+    model.register_buffer("state", torch.zeros(2), persistent=False)
+    run = Run(rank, tmp_path, model).train(2)
+    run.ddp.module.state.fill_(run.rank)
+    run.ddp.module.state_dict()
+    assert run.train(1).findings() == []

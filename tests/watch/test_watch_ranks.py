@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable import replicate
 from torch.distributed.fsdp import fully_shard
+from torch.distributed._functional_collectives import all_reduce as functional_all_reduce
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -174,6 +175,46 @@ def test_autograd_grad_written_to_grad_is_found(rank, session):
     only(session, "DC101", test_autograd_grad_written_to_grad_is_found)
 
 
+def test_a_penalty_whose_backward_is_its_own_is_found_at_its_forward(rank, session):
+    setup = Setup(rank)
+    setup.ddp(setup.batch()).mean().backward()
+    x = setup.batch().requires_grad_()
+    outputs = setup.ddp.module(x)  # here
+    (gradient,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
+    gradient.square().mean().backward()
+    setup.optimizer.step()
+    only(session, "DC101", test_a_penalty_whose_backward_is_its_own_is_found_at_its_forward)
+
+
+def test_a_shared_trunk_is_found_when_neither_wrapper_is_called(rank, session):
+    setup = Setup(rank)
+    DistributedDataParallel(nn.Sequential(setup.ddp.module.first, nn.Linear(8, 3)))
+    setup.step(setup.ddp.module(setup.batch()).mean())  # here
+    assert {finding.code for finding in session.findings} == {"DC101"}
+    assert {finding.line for finding in session.findings} == {
+        line_of(test_a_shared_trunk_is_found_when_neither_wrapper_is_called, "here")
+    }
+
+
+class SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def test_a_collective_of_the_graph_is_no_reduction_of_gradients(rank, session):
+    setup = Setup(rank)
+    features = setup.ddp.module(setup.batch())  # here
+    setup.step(SumOverRanks.apply(features.repeat(100, 1)).mean())
+    only(session, "DC101", test_a_collective_of_the_graph_is_no_reduction_of_gradients)
+
+
 def test_an_unfrozen_parameter_is_found_where_it_was_unfrozen(rank, session):
     net = Net()
     net.first.requires_grad_(False)
@@ -262,6 +303,17 @@ def test_a_model_wrapped_before_can_be_watched(rank, tmp_path):
 # ---- look-alikes ----------------------------------------------------------------------------------------------
 
 
+def reduce_gradients(optimizer):
+    for parameter in optimizer.param_groups[0]["params"]:
+        dist.all_reduce(parameter.grad)
+
+
+class ReducingSGD(torch.optim.SGD):
+    def step(self, closure=None):
+        reduce_gradients(self)
+        return super().step(closure)
+
+
 def harmless(rank, name, setup):
     """Do one harmless thing that looks like a mistake, and train."""
     ddp, x = setup.ddp, setup.batch()
@@ -303,6 +355,37 @@ def harmless(rank, name, setup):
             ):
                 parameter.grad.copy_(part.view_as(parameter))
             setup.optimizer.step()
+        case "reduced_in_hooks":
+            for parameter in ddp.parameters():
+                parameter.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
+            for _ in range(2):
+                setup.step(ddp.module(x).mean())
+        case "reduced_functionally":
+            ddp.module(x).mean().backward()
+            for parameter in ddp.parameters():
+                parameter.grad = functional_all_reduce(parameter.grad, "sum", [0, 1])
+            setup.optimizer.step()
+        case "reduced_by_a_step_hook":
+            setup.optimizer.register_step_pre_hook(lambda optimizer, *_: reduce_gradients(optimizer))
+            setup.step(ddp.module(x).mean())
+        case "reduced_by_the_optimizers_own_step":
+            setup.optimizer = ReducingSGD(ddp.parameters(), lr=0.1)
+            with ddp.no_sync():
+                setup.step(ddp(x).mean())
+        case "parameters_averaged_after_the_step":
+            for _ in range(2):
+                setup.step(ddp.module(setup.batch()).square().mean())
+                flat = nn.utils.parameters_to_vector(ddp.parameters()).detach()
+                dist.all_reduce(flat)
+                nn.utils.vector_to_parameters(flat / dist.get_world_size(), ddp.parameters())
+        case "trunk_shared_by_two_wrappers":
+            other = DistributedDataParallel(nn.Sequential(ddp.module.first, nn.Linear(8, 3)))
+            for wrapper in (ddp, other, ddp):
+                setup.step(wrapper(x).mean())
+        case "scripted_inner":
+            with pytest.warns(DeprecationWarning, match="jit.script"):
+                scripted: Any = torch.jit.script(ddp.module.first)
+            assert torch.equal(scripted(x), ddp.module.first(x))
         case "dropped_before_the_step":
             ddp.module(x).mean().backward()
             setup.step(ddp(x).mean())
@@ -351,6 +434,13 @@ HARMLESS = [
     "accumulation",
     "reduced_by_hand",
     "reduced_flat_by_hand",
+    "reduced_in_hooks",
+    "reduced_functionally",
+    "reduced_by_a_step_hook",
+    "reduced_by_the_optimizers_own_step",
+    "parameters_averaged_after_the_step",
+    "trunk_shared_by_two_wrappers",
+    "scripted_inner",
     "dropped_before_the_step",
     "gradient_penalty",
     "gradient_norm_logged",

@@ -36,11 +36,11 @@ class Models:
 
     def open(self, ledger: ReducerLedger, root: nn.Module, owned: list[nn.Parameter]) -> None:
         """Add a ledger; it owns its parameters, together with earlier wrappers that are still in use."""
-        sharing = {id(before): before for p in owned if (before := self.owner.get(id(p))) is not None}
-        for previous in sharing.values():
-            if previous.names.keys() <= ledger.names.keys():  # wrapped again
+        for previous in self.ledgers:
+            alive = {id(p) for reference in previous.owned if (p := reference()) is not None}
+            if alive and alive <= ledger.names.keys():  # wrapped again
                 previous.close()
-            else:
+            elif alive & ledger.names.keys():
                 previous.sharing.append(ledger)
                 ledger.sharing.append(previous)
         self.owner.update((id(parameter), ledger) for parameter in owned)
