@@ -54,7 +54,7 @@ semantics: $(VENV)/.lab  ## write docs/semantics.md from a run of the whole trut
 claims: $(VENV)/.lab  ## run every claim and rewrite docs/claims.md and README from it
 	$(BIN)/python -m ddpcall.lab.claims.document docs/claims.md README.md
 
-docs: $(VENV)/.dev  ## build the documentation site into site/ (works offline, from file:// too)
+docs: $(VENV)/.dev  ## build the documentation site into site/, strictly and without a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 wheel: $(VENV)/.dev  ## build the wheel into dist/
