@@ -7,7 +7,7 @@ IN_DOCS := replicate_bypass compile_bypass hooks_bypass sharded_bypass precision
   sync_batchnorm dropout_modes mode_mismatch jit_hooks checkpointing
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test corpus check bench tables semantics claims wheel clean
+.PHONY: help lab test corpus check bench tables semantics claims docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -43,6 +43,7 @@ tables: $(VENV)/.lab  ## rewrite the tables of README and docs from fresh runs
 	for name in forward_bypass arming $(IN_DOCS); do \
 	  $(BIN)/python launch/train.py experiment=$$name device=cpu hydra.run.dir=runs/tables/$$name > runs/$$name.txt || exit 1; done
 	$(BIN)/python -m ddpcall.lab.truth_table README.md runs/tables/forward_bypass runs/tables/arming
+	$(BIN)/python -m ddpcall.lab.truth_table docs/index.md runs/tables/forward_bypass
 	$(BIN)/python -m ddpcall.lab.truth_table docs/experiments.md \
 	  $(IN_DOCS:%=runs/tables/%)
 
@@ -53,8 +54,11 @@ semantics: $(VENV)/.lab  ## write docs/semantics.md from a run of the whole trut
 claims: $(VENV)/.lab  ## run every claim and rewrite docs/claims.md and README from it
 	$(BIN)/python -m ddpcall.lab.claims.document docs/claims.md README.md
 
+docs: $(VENV)/.dev  ## build the documentation site into site/, strictly and without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 wheel: $(VENV)/.dev  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove the environment and what runs left behind
-	rm -rf $(VENV) build dist runs src/*.egg-info
+	rm -rf $(VENV) build dist runs site src/*.egg-info

@@ -48,6 +48,7 @@ def test_forward_bypass_measures_who_synchronises_and_which_hooks_fire(forward_b
 
 def test_the_readmes_table_is_what_was_measured(forward_bypass):
     assert_documented(forward_bypass, "README.md")
+    assert_documented(forward_bypass, "docs/index.md")
     with pytest.raises(ValueError, match="no markers"):
         replace_table("a text without markers", forward_bypass.summary())
 
