@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ddpcall.lab.report.records import RunRecord, TrialRecord
-from ddpcall.lab.report.words import axis_value, code, format_share, join_words, plural, varying_axes
+from ddpcall.lab.report.words import code, format_share, join_words, plural, values_that_tell, varying_axes
 
 # Verdict by verdict: what the ways with that word do; (one way, several ways).
 _SAYS: dict[str, dict[str, tuple[str, str]]] = {
@@ -18,7 +18,10 @@ _SAYS: dict[str, dict[str, tuple[str, str]]] = {
         "different": ("gives every rank dropout masks of its own", "give every rank dropout masks of its own"),
     },
     "statistics": {
-        "same": ("keeps running statistics the same on all ranks", "keep running statistics the same on all ranks"),
+        "same": (
+            "keeps running statistics the same on all ranks",
+            "keep running statistics the same on all ranks",
+        ),
         "differ": ("leaves every rank its own running statistics", "leave every rank its own running statistics"),
     },
     "evaluation_inner": {
@@ -105,21 +108,19 @@ def _hooks_clause(trials: Sequence[TrialRecord]) -> list[str]:
 def _name_group(
     group: Sequence[TrialRecord], trials: Sequence[TrialRecord], said_before: bool = False
 ) -> tuple[str, bool]:
-    """Name some of the ways, by one axis where that tells them from the others, else by their number.
+    """Name some of the ways, by coordinates where they tell them from the others, else by their number.
 
     Returns:
         The name, and whether it is singular.
     """
     if len(group) == len(trials):
         return {1: ("this way", True), 2: ("both ways", False)}.get(len(group), (f"all {len(group)} ways", False))
-    axes = varying_axes([trial.cell for trial in trials])
-    for axis in axes:
-        inside = list(dict.fromkeys(axis_value(trial.cell, axis) for trial in group))
-        outside = {axis_value(trial.cell, axis) for trial in trials if trial not in group}
-        if not outside & set(inside) and len(inside) <= _MOST_NAMES:
-            return join_words([code(value) for value in inside]), len(inside) == 1
-    if said_before and len(axes) == 1:
-        return f"the other {len(group)}", False
+    cells = [trial.cell for trial in trials]
+    told = values_that_tell([trial.cell for trial in group], cells, _MOST_NAMES)
+    if told:
+        return join_words([code(value) for value in told]), len(told) == 1
+    if said_before:
+        return f"the other {len(group)}" if len(varying_axes(cells)) == 1 else str(len(group)), False
     return f"{len(group)} of {len(trials)} ways", False
 
 

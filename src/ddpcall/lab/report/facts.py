@@ -62,7 +62,9 @@ def _gradients(evidence: Evidence) -> list[Fact]:
     if gradients is not None and gradients.max_difference:
         widest = max(gradients.max_difference)
         magnitude = format_number(max(gradients.max_magnitude, default=0.0))
-        facts.append(("largest difference between ranks", f"{format_number(widest)} (largest gradient {magnitude})"))
+        facts.append(
+            ("largest difference between ranks", f"{format_number(widest)} (largest gradient {magnitude})")
+        )
         parted = sum(value > 0 for value in gradients.max_difference)
         facts.append(("steps in which they differed", f"{parted} of {len(gradients.max_difference)}"))
         if not gradients.batches_differ:
@@ -165,7 +167,9 @@ def _consequence(trial: TrialRecord) -> list[Fact]:
     if consequence.test_accuracy:
         facts.append(("test accuracy by rank", ", ".join(map(format_share, consequence.test_accuracy))))
     if consequence.distance:
-        facts.append(("distance from the synchronised run, by rank", ", ".join(map(format_number, consequence.distance))))
+        facts.append(
+            ("distance from the synchronised run, by rank", ", ".join(map(format_number, consequence.distance)))
+        )
     facts.append(("farthest rank from rank 0", format_number(consequence.spread)))
     if trial.evidence is not None and trial.evidence.step_ms is not None:
         facts.append(("median step on rank 0", f"{trial.evidence.step_ms:.2f} ms, probes included"))

@@ -76,7 +76,9 @@ def load_run(path: Path) -> RunRecord:
     trials = _merge_trials(_read_trials(summary, problems), evidence)
     steps = _read_steps(path, problems)
     if not trials and not summary and not steps:
-        raise NothingToShow(f"{path} holds nothing that can be read: {'; '.join(problems) or 'its files are empty'}")
+        raise NothingToShow(
+            f"{path} holds nothing that can be read: {'; '.join(problems) or 'its files are empty'}"
+        )
     config = _read_yaml(path / "config.yaml", problems)
     known = [trial.evidence for trial in trials if trial.evidence is not None]
     first = known[0] if known else None

@@ -55,7 +55,7 @@ class TimelineEvent:
     """Something that took time in the measured step, in microseconds from the step's start on its rank.
 
     Attributes:
-        kind: pre_hook, forward, hook, backward, bucket or optimizer.
+        kind: pre_hook, forward, hook, backward, bucket, collective or optimizer.
         name: Of the hook, module, or bucket.
         owner: wrapped, inner, submodule, or None.
         start_us: When it began.
@@ -73,11 +73,19 @@ class TimelineEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class TimelineSkip:
-    """Something that the step of `call` on the same wrapper has, and this one has not."""
+    """Something that the step went past: a forward, hooks, a reduction.
+
+    Attributes:
+        kind: As of an event.
+        name: What.
+        owner: Whose.
+        detail: The counts that tell.
+    """
 
     kind: str
     name: str
     owner: str | None = None
+    detail: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +96,9 @@ class TimelineRecord:
         rank: Whose.
         step: The step's number (from 0).
         events: In time order; a nested one lies inside its parent.
-        skipped: What it has not.
+        skipped: What it went past.
+        collectives: Collectives other than bucket reductions.
+        raised: Whether the step ended in an exception.
     """
 
     wrapper: str
@@ -101,6 +111,8 @@ class TimelineRecord:
     mode: str = "train"
     model: str = ""
     skipped: tuple[TimelineSkip, ...] = ()
+    collectives: tuple[TimelineEvent, ...] = ()
+    raised: bool = False
 
     @property
     def cell(self) -> Cell:

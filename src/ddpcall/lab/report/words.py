@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -31,6 +32,7 @@ _TONES = {
 }
 TONE_OF = {word: tone for tone, words in _TONES.items() for word in words}
 AXES = ("wrapper", "path", "window", "hooks", "mode", "model")
+_MOST_NAMES = 3
 _UNINTERESTING = {"precision": "float32", "modes": "train"}
 
 
@@ -55,6 +57,35 @@ def axis_value(cell: Cell, axis: str) -> str:
 def label_cell(cell: Cell, axes: Sequence[str]) -> str:
     """Return a cell's name by the axes that tell it from the others."""
     return " × ".join(axis_value(cell, axis) for axis in axes)
+
+
+def values_that_tell(group: Sequence[Cell], cells: Sequence[Cell], most: int) -> list[str]:
+    """Return the coordinates that tell a group from the other cells, on as few axes as do; empty where none do.
+
+    Args:
+        group: Some of the cells.
+        cells: All of them.
+        most: How many coordinates may be named.
+    """
+    axes = varying_axes(cells)
+    others = [cell for cell in cells if cell not in set(group)]
+    for number in range(1, len(axes) + 1):
+        for chosen in itertools.combinations(axes, number):
+            inside = list(dict.fromkeys(label_cell(cell, chosen) for cell in group))
+            if len(inside) <= most and not {label_cell(cell, chosen) for cell in others} & set(inside):
+                return inside
+    return []
+
+
+def label_group(group: Sequence[Cell], cells: Sequence[Cell]) -> str:
+    """Return a short name for some of the cells."""
+    if len(group) == len(cells) and len(cells) > 1:
+        return f"all {len(cells)} cells"
+    told = values_that_tell(group, cells, _MOST_NAMES)
+    if told:
+        return ", ".join(told)
+    axes = varying_axes(cells)
+    return f"{label_cell(group[0], axes)} and {len(group) - 1} more"
 
 
 def spell_path(path: str) -> str:
