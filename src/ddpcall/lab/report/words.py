@@ -32,7 +32,7 @@ _TONES = {
 }
 TONE_OF = {word: tone for tone, words in _TONES.items() for word in words}
 AXES = ("wrapper", "path", "window", "hooks", "mode", "model")
-_MOST_NAMES = 3
+_MOST_NAMES = 5
 _UNINTERESTING = {"precision": "float32", "modes": "train"}
 
 
