@@ -44,7 +44,7 @@ def load(path: Path) -> RunRecord | WatchRecord:
         NothingToShow: It is neither, or nothing of it can be read.
     """
     if not path.exists():
-        raise NothingToShow(f"{path} does not exist. Write the run directory that the run named: its last line")
+        raise NothingToShow(f"{path} does not exist. Write the directory that the run named: `evidence: DIRECTORY`")
     if path.is_file() and path.name == SUMMARY:
         return load_run(path.parent)
     if path.is_file():
@@ -67,7 +67,7 @@ def load_run(path: Path) -> RunRecord:
     if not _is_run(path):
         content = "is empty" if not any(path.iterdir()) else f"holds no {SUMMARY}, evidence.jsonl or steps.jsonl"
         raise NothingToShow(
-            f"{path} {content}: it is not a run directory. A run says where it wrote in its last line, "
+            f"{path} {content}: it is not a run directory. Write the one that a run named: "
             "`evidence: DIRECTORY`"
         )
     problems: list[str] = []

@@ -147,7 +147,7 @@ def plot_data(plot: Plot) -> Markup:
 
 
 def span_left(span: Span, scale: float) -> float:
-    """Return where a span begins, in percent of the common axis."""
+    """Return where a span begins, in percent of the whole."""
     return round(max(0.0, 100 * span.start_us / scale), 3)
 
 

@@ -82,13 +82,11 @@ class Timelines:
     Attributes:
         first: Rank 0's, one a trial.
         others: The other ranks'.
-        scale_us: The end of the common axis.
         left_out: How many there are beyond these.
     """
 
     first: tuple[Timeline, ...]
     others: tuple[Timeline, ...]
-    scale_us: float
     left_out: int
 
 
@@ -111,7 +109,6 @@ def build_timelines(run: RunRecord) -> Timelines | None:
     return Timelines(
         tuple(timeline for timeline in drawn if timeline.rank == lowest),
         tuple(timeline for timeline in drawn if timeline.rank != lowest),
-        max(timeline.total_us for timeline in drawn) or 1.0,
         len(records) - len(shown),
     )
 
@@ -131,7 +128,7 @@ def build_timeline(record: TimelineRecord, number: int, label: str, in_full: boo
         if in_full or event.owner != "submodule" or event.kind == "forward":
             span = Span(event.kind, event.name, event.start_us, event.end_us, event.detail or "")
             lanes[_lane_of(event)].append(span)
-    total = max(event.end_us for event in events)
+    total = max(max(event.end_us for event in events), 1.0)
     for skip in _gather(record.skipped):
         lanes[_lane_of(skip)].append(_ghost(skip, events, total))
     return Timeline(
@@ -142,7 +139,7 @@ def build_timeline(record: TimelineRecord, number: int, label: str, in_full: boo
         record.step,
         total,
         tuple(Lane(name, tuple(spans)) for name, spans in lanes.items() if spans),
-        tuple(skip.name for skip in record.skipped),
+        tuple(_name_absence(skip) for skip in record.skipped),
         _caption(record, total),
     )
 
@@ -201,6 +198,12 @@ def _place(skip: TimelineSkip, events: Sequence[TimelineEvent], total: float) ->
 def _extent(events: Sequence[TimelineEvent], kind: str) -> tuple[float, float] | None:
     spans = [event for event in events if event.kind == kind]
     return (min(e.start_us for e in spans), max(e.end_us for e in spans)) if spans else None
+
+
+def _name_absence(skip: TimelineSkip) -> str:
+    if skip.kind == "forward":
+        return f"forward of {skip.name}"
+    return skip.name.replace(" of ", " hook of ", 1) if skip.kind in _SHORT_ENDS else skip.name
 
 
 def _caption(record: TimelineRecord, total: float) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ddpcall.lab.report.facts import Section, collect_sections
 from ddpcall.lab.report.records import TrialRecord
+from ddpcall.paths import SPELLING
 from ddpcall.lab.report.words import (
     TITLES,
     TONE_OF,
@@ -124,7 +125,8 @@ def _overview(trials: Sequence[TrialRecord], axes: Sequence[str]) -> Overview | 
     if axes != ["wrapper", "path"]:
         return None
     wrappers = tuple(dict.fromkeys(trial.cell.wrapper for trial in trials))
-    paths = tuple(dict.fromkeys(trial.cell.path for trial in trials))
+    order = [str(path) for path in SPELLING]
+    paths = tuple(sorted({t.cell.path for t in trials}, key=lambda p: (order.index(p) if p in order else 99, p)))
     found = {
         (trial.cell.wrapper, trial.cell.path): OverviewCell(
             number,

@@ -89,4 +89,5 @@ def _answer(findings: Sequence[FindingView], counts: Sequence[tuple[str, int]]) 
     number = ", ".join(plural(count, severity) for severity, count in counts) or plural(len(findings), "finding")
     worst = findings[0]
     title = worst.rule.title if worst.rule else worst.finding.name
-    return f"{number}; the worst: {title[:1].lower()}{title[1:]}, at `{worst.place}`."
+    link = ": " if len(findings) == 1 else "; the worst: "
+    return f"{number}{link}{title[:1].lower()}{title[1:]}, at `{worst.place}`."
