@@ -133,9 +133,10 @@ def report(arguments: list[str]) -> None:
     options = _report_parser().parse_args(arguments)
     try:
         from ddpcall.lab.report.command import main as report_main
+
+        sys.exit(report_main(options.paths, out=options.out, open_it=options.open, form=options.format))
     except ModuleNotFoundError as error:
         _exit_without_lab("report", error)
-    sys.exit(report_main(options.paths, out=options.out, open_it=options.open, form=options.format))
 
 
 def _report_parser() -> argparse.ArgumentParser:

@@ -71,7 +71,7 @@ def _comparison(comparison: Comparison) -> str:
 
 
 def _run(run: RunView) -> str:
-    parts = [f"## {_text(run.name)}: {_text(run.question)}", _prose(run.answer), run.status[1]]
+    parts = [f"## {_text(run.name)}: {_text(run.question)}", _prose(run.answer), _text(run.status[1])]
     parts += [_text(run.reason)] if run.reason else []
     parts.append(_problems("What could not be read", run.problems))
     parts += ["\n".join(_failures(run))] if run.failures else []
@@ -122,7 +122,7 @@ def _watch(watch: WatchView) -> str:
     parts.append(_problems("What could not be read", watch.problems))
     if watch.findings:
         rows = [
-            [f.finding.severity, f"{f.finding.code} {f.finding.name}", _code(f.place), _text(f.where)]
+            [*map(_text, (f.finding.severity, f"{f.finding.code} {f.finding.name}")), _code(f.place), _text(f.where)]
             for f in watch.findings
         ]
         parts.append(_table(["severity", "finding", "where", "when"], rows))
@@ -132,7 +132,7 @@ def _watch(watch: WatchView) -> str:
 
 def _finding(found: FindingView) -> Iterator[str]:
     finding = found.finding
-    yield f"### {finding.code} at {_code(found.place)}"
+    yield f"### {_text(finding.code)} at {_code(found.place)}"
     yield _prose(finding.message)
     if found.excerpt.lines:
         lines = [f"{'>' if line.marked else ' '} {line.number:4} {line.text}" for line in found.excerpt.lines]

@@ -15,6 +15,7 @@ Points = tuple[tuple[int, float], ...]
 MOST_LINES = 8
 MOST_POINTS = 240
 _TICKS = 4
+_LARGEST = 1e150  # beyond it differences of floats are no longer finite
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def read_points(rank: RankSteps, name: str) -> Points:
     return tuple(
         (step, value)
         for step, value in zip(rank.steps, values, strict=False)
-        if value is not None and math.isfinite(value)
+        if value is not None and abs(value) < _LARGEST
     )
 
 
