@@ -295,7 +295,7 @@ def test_two_thousand_cells_open_and_answer(browser, tmp_path):
     assert len(browser.find("#run-0-heat tbody tr")) == 2000
     assert browser.run("return document.querySelectorAll('*').length") < 60_000
     browser.run("document.querySelector('#run-0-heat tbody tr:last-child td button').click()")
-    assert browser.find("#evidence h2")[0].text == "w285 × submodules"
+    assert browser.find("#evidence h2")[0].text == "w285 × inner_method"
     browser.press(Keys.ESCAPE)
     browser.find("#run-0-filter")[0].send_keys("w77")
     assert browser.find("#run-0-filter-count")[0].text == "7 of 2000 cells"

@@ -98,7 +98,7 @@ def script_tags(page: Page) -> list[dict[str, str | None]]:
 
 def test_markdown_keeps_text_of_users_text(evil_run, evil_watch):
     text = render_markdown(build_view([load(evil_run), load(evil_watch)]))
-    outside_code = re.sub(r"(?s)````.*?````|``.*?``|`[^`]*`", "", text)
+    outside_code = re.sub(r"(?s)````.*?````|``.*?``|(?<!\\\\)`[^`]*`", "", text)
     assert "<script" not in outside_code
     assert "<img" not in outside_code
     rows = [line for line in text.splitlines() if line.startswith("| ")]

@@ -28,7 +28,7 @@ def render_markdown(view: ReportView) -> str:
 def _text(text: str) -> str:
     """Return a text that Markdown and the HTML in it leave alone; what is marked as code stays so."""
     one_line = html.escape(re.sub(r"\s+", " ", text), quote=False)
-    return "".join(f"\\{character}" if character in "\\*_[]|" else character for character in one_line)
+    return "".join(f"\\{character}" if character in "\\`*_[]|" else character for character in one_line)
 
 
 def _prose(text: str) -> str:
@@ -112,7 +112,7 @@ def _worths(worths: Sequence[Worth]) -> str:
     for worth in worths:
         values = [format_share(a) for a in worth.accuracy] if worth.accuracy else map(format_number, worth.loss)
         distance = " ".join(map(format_number, worth.distance)) if worth.distance else "–"
-        rows.append([_text(worth.name), worth.gradients, " ".join(values), distance, format_number(worth.spread)])
+        rows.append([_text(worth.name), _text(worth.gradients), " ".join(values), distance, format_number(worth.spread)])
     quality = "test accuracy by rank" if worths[0].accuracy else "test loss by rank"
     return _table(["ways that ended alike", "gradients", quality, "from the synchronised run", "apart"], rows)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ddpcall.findings import CATALOGUE, Finding, Rule, Severity
 from ddpcall.lab.report.records import Excerpt, WatchRecord
-from ddpcall.lab.report.words import plural
+from ddpcall.lab.report.words import code, plural
 
 
 @dataclass(frozen=True)
@@ -90,4 +90,4 @@ def _answer(findings: Sequence[FindingView], counts: Sequence[tuple[str, int]]) 
     worst = findings[0]
     title = worst.rule.title if worst.rule else worst.finding.name
     link = ": " if len(findings) == 1 else "; the worst: "
-    return f"{number}{link}{title[:1].lower()}{title[1:]}, at `{worst.place}`."
+    return f"{number}{link}{title[:1].lower()}{title[1:]}, at {code(worst.place)}."

@@ -118,5 +118,5 @@ def format_share(value: float) -> str:
 
 
 def code(text: str) -> str:
-    """Mark a name as code, as Markdown does."""
-    return f"`{text}`"
+    """Mark a name as code, as Markdown does; a backtick in it would end the mark."""
+    return f"`{text.replace('`', chr(39))}`"
