@@ -36,7 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser("explain", add_help=False, help="print the page of a finding, such as DC101")
     commands.add_parser("report", add_help=False, help="make a page of what a run or a watch left behind")
     parsed, rest = parser.parse_known_args(arguments[:1])
-    command = {"train": train, "claims": claims, "watch": watch, "explain": explain, "report": report}[parsed.command]
+    command = {"train": train, "claims": claims, "watch": watch, "explain": explain, "report": report}[
+        parsed.command
+    ]
     command([*rest, *arguments[1:]])
 
 
@@ -129,7 +131,7 @@ def _claims_parser() -> argparse.ArgumentParser:
 
 
 def report(arguments: list[str]) -> None:
-    """Make a page, Markdown, JSON or a trace of run directories and findings; exits with 2 if nothing can be shown."""
+    """Make a page, Markdown, JSON or a trace of runs and findings; exits with 2 if nothing can be shown."""
     options = _report_parser().parse_args(arguments)
     try:
         from ddpcall.lab.report.command import main as report_main
@@ -145,7 +147,11 @@ def _report_parser() -> argparse.ArgumentParser:
         description="Make a page of what a run left behind; several runs side by side, what differs first.",
     )
     parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="run directory, or a file that `ddpcall watch --json` wrote"
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="run directory, or a file that `ddpcall watch --json` wrote",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="where to write (RUN_DIR/report.html; - for standard output)"

@@ -172,7 +172,7 @@ def _evidence_record(result: TrialResult) -> dict[str, Any]:
 
 
 def step_records(cell: Cell, modes: bool = False) -> Iterable[dict[str, Any]]:
-    """Yield what steps.jsonl has of a trial: accuracy every second step, distances that grow where ranks parted."""
+    """Yield what steps.jsonl has of a trial: accuracy every second step, distances that grow after a parting."""
     for rank in range(NUM_RANKS):
         for step in range(NUM_STEPS):
             apart = 0.0 if cell.path in SYNCED or rank == 0 else 0.05 * (step + 1)

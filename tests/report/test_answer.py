@@ -32,8 +32,8 @@ def test_the_bypass_is_told_with_its_price(tmp_path):
         tmp_path=tmp_path,
     )
     assert answer(run) == (
-        "`call` and `forward` keep the gradients synchronised, while the other 6 leave gradients local to each rank: "
-        "after 60 steps those models lie up to 30.0% apart and classify 70.0% to 80.0% of the test set right, "
+        "`call` and `forward` keep the gradients synchronised, while the other 6 leave gradients local to each "
+        "rank: after 60 steps those models lie up to 30.0% apart and classify 70.0% to 80.0% of the test set right, "
         "not 90.0%; only `call` runs every hook."
     )
 
@@ -71,7 +71,11 @@ def test_accuracy_is_not_compared_where_the_synchronised_models_differ_among_the
     ("name", "words", "sentence"),
     [
         ("precision", ("bfloat16", "float32"), "`x` computes in float32, while `call` computes in bfloat16"),
-        ("statistics", ("same", "differ"), "`call` keeps running statistics the same on all ranks, while `x` leaves"),
+        (
+            "statistics",
+            ("same", "differ"),
+            "`call` keeps running statistics the same on all ranks, while `x` leaves",
+        ),
         ("compiled", ("compiled", "eager"), "`call` runs compiled code, while `x` runs eager"),
     ],
 )
@@ -82,11 +86,14 @@ def test_what_the_experiment_is_about_comes_first(tmp_path, name, words, sentenc
 
 def test_crashes_and_shards_are_named_before_the_local_ones(tmp_path):
     run = run_of(
-        *(trial(path, gradients=word) for path, word in zip("abcd", ("sharded", "crashed", "none", "local"), strict=True)),
+        *(
+            trial(path, gradients=word)
+            for path, word in zip("abcd", ("sharded", "crashed", "none", "local"), strict=True)
+        ),
         tmp_path=tmp_path,
     )
     assert answer(run).startswith(
-        "`a` trains sharded gradients, `c` gives no parameter a gradient, `b` crashes, and `d` leaves gradients local"
+        "`a` trains sharded gradients, `c` gives no parameter a gradient, `b` crashes, and `d` leaves gradients"
     )
 
 
@@ -109,7 +116,9 @@ def test_the_status_counts_expectations(tmp_path):
 
 
 def test_groups_are_named_by_the_fewest_axes_that_tell_them_apart():
-    cells = [Cell(wrapper=w, path=p, mode=m) for w in ("ddp", "join") for p in ("call", "x") for m in ("train", "eval")]
+    cells = [
+        Cell(wrapper=w, path=p, mode=m) for w in ("ddp", "join") for p in ("call", "x") for m in ("train", "eval")
+    ]
     assert values_that_tell([c for c in cells if c.path == "x"], cells, 3) == ["x"]
     assert values_that_tell([c for c in cells if c.path == "x" and c.mode == "eval"], cells, 3) == ["x × eval"]
     assert values_that_tell(cells[:1], cells, 3) == ["ddp × call × train"]

@@ -1,9 +1,9 @@
-"""The page in a real browser: it opens, answers to mouse and keyboard, asks nobody for anything, complains of nothing."""
+"""The page in a real browser: it answers to mouse and keyboard, asks nobody for anything, complains of nothing."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,52 +11,32 @@ from ddpcall.evidence import Cell
 from ddpcall.lab.report.load import load
 from ddpcall.lab.report.page import render_page
 from ddpcall.lab.report.view import build_view
+from tests.report.chromium import CHROMIUM, DRIVER, MISSING, set_view, start_chromium
 from tests.report.made import PATHS, make_finding, make_findings, make_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'ddpcall[dev]'")
-from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (CHROMIUM and DRIVER):
-    pytest.skip(
-        "needs Chromium and its driver: apt-get install -y chromium chromium-driver (or `make browser`, as root)",
-        allow_module_level=True,
-    )
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-)
+    pytest.skip(MISSING, allow_module_level=True)
 
 
 class Browser:
     """Chromium with an empty profile, and what it logged."""
 
-    def __init__(self, driver: "webdriver.Chrome") -> None:
+    def __init__(self, driver: Any) -> None:
         self.driver = driver
 
     def open(self, page: Path, width: int = 1600, height: int = 1000, scheme: str = "light") -> None:
         """Show a page; what was logged before is forgotten."""
-        self.driver.execute_cdp_cmd(
-            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        )
-        self.driver.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
-        )
+        set_view(self.driver, width, height, scheme)
         self.complaints()
         self.requests()
         self.driver.get(page.as_uri())
 
     def complaints(self) -> list[str]:
-        """Return what the console said since the last call: errors, warnings and violations of the page's policy."""
+        """Return what the console said since the last call: errors, warnings, violations of the page's policy."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
@@ -90,12 +70,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory) -> Iterator[Browser]:
-    options = webdriver.ChromeOptions()
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.binary_location = str(CHROMIUM)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver = start_chromium(tmp_path_factory.mktemp("profile"))
     try:
         yield Browser(driver)
     finally:
@@ -112,7 +87,9 @@ def write_page(directory: Path, *paths: Path) -> Path:
 def pages(tmp_path_factory) -> dict[str, Path]:
     """Pages of all kinds, by name."""
     root = tmp_path_factory.mktemp("pages")
-    run = make_run(root / "run", modes=True, expected={"inner_call": {"gradients": "synced"}}, crashes={"functional": "x"})
+    run = make_run(
+        root / "run", modes=True, expected={"inner_call": {"gradients": "synced"}}, crashes={"functional": "x"}
+    )
     grid = [Cell(wrapper=w, path=p) for w in ("ddp", "replicate", "fsdp2") for p in PATHS]
     (root / "train.py").write_text("x = '<script>alert(1)</script>'\n" * 9)
     findings = make_findings(
@@ -134,7 +111,9 @@ NAMES = ("run", "grid", "pair", "watch")
 
 def test_what_the_browser_logs_is_seen_here(browser, tmp_path):
     page = tmp_path / "bad.html"
-    page.write_text("<!doctype html><title>x</title><img src='http://127.0.0.1:9/x.png'><script>missing()</script>")
+    page.write_text(
+        "<!doctype html><title>x</title><img src='http://127.0.0.1:9/x.png'><script>missing()</script>"
+    )
     browser.open(page)
     assert any("missing is not defined" in complaint for complaint in browser.complaints())
     assert browser.requests() == ["http://127.0.0.1:9/x.png"]
@@ -243,7 +222,9 @@ def test_the_step_slider_shows_each_curves_value(browser, pages):
 
 def test_text_of_users_does_not_run_when_it_is_opened(browser, tmp_path):
     evil = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script>"
-    run = make_run(tmp_path / "run", [Cell(wrapper="ddp", path="call", model=evil)], crashes={"call": evil}, question=evil)
+    run = make_run(
+        tmp_path / "run", [Cell(wrapper="ddp", path="call", model=evil)], crashes={"call": evil}, question=evil
+    )
     page = write_page(tmp_path, run)
     browser.open(page)
     browser.find("#run-0-heat button")[0].click()
@@ -269,9 +250,15 @@ def violations(browser: Browser) -> list[str]:
 
 def test_axe_sees_what_is_wrong_on_a_bad_page(browser, tmp_path):
     page = tmp_path / "bad.html"
-    page.write_text("<!doctype html><title>x</title><p style='color:#999;background:#fff'>pale</p><img src='data:,'>")
+    page.write_text(
+        "<!doctype html><title>x</title><p style='color:#999;background:#fff'>pale</p><img src='data:,'>"
+    )
     browser.open(page)
-    assert {violation.split(":")[0] for violation in violations(browser)} >= {"color-contrast", "image-alt", "html-has-lang"}
+    assert {violation.split(":")[0] for violation in violations(browser)} >= {
+        "color-contrast",
+        "image-alt",
+        "html-has-lang",
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -309,4 +296,3 @@ def test_it_prints_in_light_colours_with_everything_open(browser, pages):
     assert browser.run("return getComputedStyle(document.body).color") == "rgb(21, 24, 30)"
     assert browser.run("return [...document.querySelectorAll('details')].every((part) => part.open)")
     assert not browser.find("nav")[0].is_displayed()
-    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

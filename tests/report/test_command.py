@@ -118,6 +118,8 @@ def test_a_report_that_cannot_be_made_costs_a_run_one_line(tmp_path, capsys):
 def test_without_the_labs_packages_the_command_says_what_to_install(tmp_path):
     code = "import sys; sys.modules['jinja2'] = None; from ddpcall.cli import main; main(['report', sys.argv[1]])"
     run = make_run(tmp_path / "run")
-    done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, run], capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 2
     assert "pip install 'ddpcall[lab]'" in done.stderr

@@ -37,9 +37,7 @@ def test_the_page_has_the_runs_verdicts_and_the_same_answer_as_a_report_made_lat
     assert view.table is not None
     shown = [[cell.word for cell in row.cells] for row in view.table.rows]
     summary = json.loads((run / "summary.json").read_text())
-    assert shown == [
-        [trial["verdicts"][name] for name, _ in view.table.columns] for trial in summary["trials"]
-    ]
+    assert shown == [[trial["verdicts"][name] for name, _ in view.table.columns] for trial in summary["trials"]]
     assert "<code>call</code> keeps the gradients synchronised, while <code>inner_call</code> leaves" in page
     assert view.command == (
         "torchrun --standalone --nproc-per-node 2 -m ddpcall train device=cpu steps=4 experiment=forward_bypass "

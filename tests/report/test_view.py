@@ -10,7 +10,14 @@ from ddpcall.evidence import Cell, Environment
 from ddpcall.lab.report.compare import compare_runs, name_runs
 from ddpcall.lab.report.load import load
 from ddpcall.lab.report.page import to_json
-from ddpcall.lab.report.records import RunRecord, TimelineEvent, TimelineRecord, TimelineSkip, TrialRecord, WatchRecord
+from ddpcall.lab.report.records import (
+    RunRecord,
+    TimelineEvent,
+    TimelineRecord,
+    TimelineSkip,
+    TrialRecord,
+    WatchRecord,
+)
 from ddpcall.lab.report.series import MOST_LINES, MOST_POINTS, make_ticks, thin
 from ddpcall.lab.report.timeline import build_timeline
 from ddpcall.lab.report.truth import build_table
@@ -39,6 +46,7 @@ def test_failed_expectations_are_listed_with_what_was_measured(tmp_path):
 
 def test_every_row_has_the_evidence_of_each_verdict_it_shows(tmp_path):
     table = view_of(tmp_path / "run").table
+    assert table is not None
     assert [name for name, _ in table.columns] == ["gradients", "hooks_wrapped", "hooks_inner", "hooks_submodules"]
     for row in table.rows:
         sections = {section.name: section for section in row.evidence}
@@ -59,11 +67,17 @@ def test_the_overview_is_for_wrappers_and_paths_alone():
     assert overview is not None
     assert (overview.wrappers, overview.paths) == (("ddp", "tp"), ("call", "forward"))
     assert [[cell and cell.number for cell in row] for row in overview.cells] == [[1, 0], [2, None]]
-    assert build_table([dataclasses.replace(t, cell=dataclasses.replace(t.cell, mode=t.cell.path)) for t in trials]).overview is None
+    assert (
+        build_table(
+            [dataclasses.replace(t, cell=dataclasses.replace(t.cell, mode=t.cell.path)) for t in trials]
+        ).overview
+        is None
+    )
 
 
 def test_curves_that_coincide_are_drawn_once_and_named_for_all(tmp_path):
     run = view_of(tmp_path / "run")
+    assert run.distance is not None
     assert [(line.name, line.points[-1][1]) for line in run.distance.lines] == [
         ("call, forward", 0.0),
         ("inner_call, inner_forward, inner_method, submodules, functional", pytest.approx(0.3)),
@@ -83,7 +97,10 @@ def test_too_many_curves_keep_the_farthest_and_the_nearest(tmp_path):
             file.write(json.dumps(record) + "\n")
     plot = build_view([load(directory)]).runs[0].distance
     assert plot is not None
-    assert [line.name for line in plot.lines] == ["p0", *(f"p{number}" for number in range(30 - MOST_LINES + 1, 30))]
+    assert [line.name for line in plot.lines] == [
+        "p0",
+        *(f"p{number}" for number in range(30 - MOST_LINES + 1, 30)),
+    ]
     assert plot.left_out == 30 - MOST_LINES
 
 
@@ -97,7 +114,9 @@ def test_thinning_keeps_both_ends_and_every_peak():
     assert thin(points[:MOST_POINTS]) == points[:MOST_POINTS]
 
 
-@pytest.mark.parametrize("values", [[0.0], [0.31], [1.0], [-3.0, 4.0], [1e-9], [7e12], [1e149, -1e149], [5e-324], []])
+@pytest.mark.parametrize(
+    "values", [[0.0], [0.31], [1.0], [-3.0, 4.0], [1e-9], [7e12], [1e149, -1e149], [5e-324], []]
+)
 def test_ticks_are_even_and_span_the_values_and_zero(values):
     ticks = make_ticks(values)
     assert 2 <= len(ticks) <= 12
@@ -127,7 +146,10 @@ def test_what_a_step_went_past_is_drawn_beside_what_happened():
         ),
     )
     timeline = build_timeline(record, 0, "inner_call")
-    lanes = {lane.name: [(span.name, span.start_us, span.end_us, span.absent) for span in lane.spans] for lane in timeline.lanes}
+    lanes = {
+        lane.name: [(span.name, span.start_us, span.end_us, span.absent) for span in lane.spans]
+        for lane in timeline.lanes
+    }
     assert lanes == {
         "wrapped": [
             ("DistributedDataParallel", 100, 500, True),
@@ -149,6 +171,7 @@ def test_batch_norm_and_dropout_are_shown_where_measured(tmp_path):
     assert view_of(tmp_path / "plain").modes is None
     modes = view_of(tmp_path / "run", modes=True).modes
     assert modes is not None
+    assert modes.apart is not None
     assert [line.name for line in modes.apart.lines] == [
         "call, forward",
         "inner_call, inner_forward, inner_method, submodules, functional",
@@ -234,8 +257,8 @@ def test_findings_come_worst_first_with_the_page_of_their_rule(tmp_path):
     ]
     assert watch.counts == (("error", 1), ("warning", 1))
     assert watch.answer == (
-        "1 error, 1 warning; the worst: the optimizer stepped with gradients that were never averaged over the ranks, "
-        "at `train.py:5 in main`."
+        "1 error, 1 warning; the worst: the optimizer stepped with gradients that were never averaged over the "
+        "ranks, at `train.py:5 in main`."
     )
     assert watch.findings[0].where == "ranks 0, 1, from optimizer step 9, seen 6 times"
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from ddpcall.lab.console import say
 from ddpcall.lab.errors import EXIT_OK, EXIT_WRONG_USE
-from ddpcall.lab.report.load import NothingToShow, load
+from ddpcall.lab.report.load import load
 from ddpcall.lab.report.markdown import render_markdown
 from ddpcall.lab.report.records import RunRecord, WatchRecord
+from ddpcall.lab.report.typed import NothingToShow
 from ddpcall.lab.report.view import ReportView, build_view
 
 REPORT = "report.html"
@@ -114,8 +115,8 @@ def _write_trace(records: Sequence[RunRecord | WatchRecord], out: Path | None) -
     runs = [record for record in records if isinstance(record, RunRecord) and record.timeline]
     if len(runs) != 1:
         _complain(
-            f"{len(runs)} of the paths hold a timeline.jsonl that can be read, and a trace is made of one. Write one "
-            "run directory of an experiment that ran with probes.timeline=true"
+            f"{len(runs)} of the paths hold a timeline.jsonl that can be read, and a trace is made of one. Write "
+            "one run directory of an experiment that ran with probes.timeline=true"
         )
         return EXIT_WRONG_USE
     place = out or runs[0].path / TRACE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ddpcall.evidence import Cell
@@ -65,7 +65,7 @@ def compare_runs(runs: Sequence[RunRecord], names: Sequence[str]) -> Comparison:
 
 
 def _alone(
-    trials: dict[Cell, object], by_cell: Sequence[dict[Cell, object]], axes: Sequence[str]
+    trials: Mapping[Cell, object], by_cell: Sequence[Mapping[Cell, object]], axes: Sequence[str]
 ) -> tuple[str, ...]:
     return tuple(label_cell(cell, axes) for cell in trials if not all(cell in other for other in by_cell))
 
@@ -84,7 +84,7 @@ def _sentence(differences: Sequence[Difference], shared: Sequence[Cell]) -> str:
 
 
 def name_runs(runs: Sequence[RunRecord]) -> list[str]:
-    """Name each run by what tells it from the others: experiment, torch, device, world size; at last its directory."""
+    """Name each run by what tells it from the others: experiment, torch, device, ranks; at last its directory."""
     known = [
         (
             run.experiment,

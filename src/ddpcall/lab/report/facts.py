@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ddpcall.evidence import Evidence, HookCount
+from ddpcall.evidence import Evidence, HookCount, ModesEvidence
 from ddpcall.lab.report.records import TrialRecord
 from ddpcall.lab.report.words import format_number, format_share, plural
 
@@ -125,30 +125,46 @@ def _compiled(evidence: Evidence) -> list[Fact]:
 
 def _modes(evidence: Evidence, name: str) -> list[Fact]:
     modes = evidence.modes
-    if modes is None:
-        return []
-    if name == "modes":
-        training = ", ".join(f"{n} on rank {rank}" for rank, n in enumerate(modes.training_modules))
-        return [(f"of {plural(modes.num_modules, 'module')} in train mode", training)] + _names(
-            "flags differ", modes.flags_differ
-        )
-    if name == "dropout":
-        kept = [share for share in modes.dropout_kept if share is not None]
-        told = [same for same in modes.masks_identical if same is not None]
-        return ([("share kept, on average", format_share(sum(kept) / len(kept)))] if kept else []) + (
-            [("steps with the same masks on all ranks", f"{sum(told)} of {len(told)}")] if told else []
-        )
-    if name == "statistics":
-        differences = [value for value in modes.statistics_difference if value is not None]
-        tracked = [value for value in modes.batches_tracked if value is not None]
-        return ([("apart after the last step", format_number(differences[-1]))] if differences else []) + (
-            [("batches tracked on rank 0", str(tracked[-1]))] if tracked else []
-        )
-    if name == "precision":
-        facts = _names("linear layers and convolutions computed in", modes.compute_dtypes)
-        return facts + ([("what the path returned", modes.result_dtype)] if modes.result_dtype else [])
-    difference = modes.evaluation_inner if name == "evaluation_inner" else modes.evaluation_wrapped
+    return _MODES[name](modes) if modes is not None and name in _MODES else []
+
+
+def _flags(modes: ModesEvidence) -> list[Fact]:
+    training = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(modes.training_modules))
+    facts = [(f"of {plural(modes.num_modules, 'module')} in train mode", training)]
+    return facts + _names("flags differ", modes.flags_differ)
+
+
+def _dropout(modes: ModesEvidence) -> list[Fact]:
+    kept = [share for share in modes.dropout_kept if share is not None]
+    told = [same for same in modes.masks_identical if same is not None]
+    facts = [("share kept, on average", format_share(sum(kept) / len(kept)))] if kept else []
+    return facts + ([("steps with the same masks on all ranks", f"{sum(told)} of {len(told)}")] if told else [])
+
+
+def _statistics(modes: ModesEvidence) -> list[Fact]:
+    differences = [value for value in modes.statistics_difference if value is not None]
+    tracked = [value for value in modes.batches_tracked if value is not None]
+    facts = [("apart after the last step", format_number(differences[-1]))] if differences else []
+    return facts + ([("batches tracked on rank 0", str(tracked[-1]))] if tracked else [])
+
+
+def _precision(modes: ModesEvidence) -> list[Fact]:
+    facts = _names("linear layers and convolutions computed in", modes.compute_dtypes)
+    return facts + ([("what the path returned", modes.result_dtype)] if modes.result_dtype else [])
+
+
+def _evaluation(difference: float | None) -> list[Fact]:
     return [("largest difference between ranks", format_number(difference))] if difference is not None else []
+
+
+_MODES: dict[str, Callable[[ModesEvidence], list[Fact]]] = {
+    "modes": _flags,
+    "dropout": _dropout,
+    "statistics": _statistics,
+    "precision": _precision,
+    "evaluation_inner": lambda modes: _evaluation(modes.evaluation_inner),
+    "evaluation_wrapped": lambda modes: _evaluation(modes.evaluation_wrapped),
+}
 
 
 def _failure(trial: TrialRecord) -> list[Fact]:
@@ -156,7 +172,7 @@ def _failure(trial: TrialRecord) -> list[Fact]:
         return []
     facts = [("raised", trial.error)] + ([("true cause", trial.cause)] if trial.cause else [])
     failures = trial.evidence.failures if trial.evidence is not None else ()
-    return facts + [("traceback", failures[0].traceback.strip()[-4000:])] if failures else facts
+    return [*facts, ("traceback", failures[0].traceback.strip()[-4000:])] if failures else facts
 
 
 def _consequence(trial: TrialRecord) -> list[Fact]:

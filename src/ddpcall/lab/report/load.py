@@ -12,29 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from ddpcall.evidence import Cell, Environment, Evidence
-from ddpcall.findings import Finding
+from ddpcall.lab.report.load_watch import load_watch
 from ddpcall.lab.report.records import (
-    Excerpt,
     RankSteps,
     RunRecord,
-    SourceLine,
     TimelineRecord,
     TrialRecord,
     WatchRecord,
 )
-from ddpcall.lab.report.typed import Misfit, read_number, read_record
+from ddpcall.lab.report.typed import Misfit, NothingToShow, describe_error, read_number, read_record
 from ddpcall.lab.run_directory import SUMMARY, SUMMARY_SCHEMA
 from ddpcall.verdicts import explain_crash, judge
 
 FINDINGS = "findings.json"
-FINDINGS_SCHEMA = 1
-CONTEXT_LINES = 3
 _AXES = tuple(field.name for field in dataclasses.fields(Cell))
 _NOT_MEASURED = {*_AXES, "rank", "step"}
-
-
-class NothingToShow(Exception):
-    """There is nothing at a path that a report could be made of: one message, with what to write instead."""
 
 
 def load(path: Path) -> RunRecord | WatchRecord:
@@ -44,7 +36,9 @@ def load(path: Path) -> RunRecord | WatchRecord:
         NothingToShow: It is neither, or nothing of it can be read.
     """
     if not path.exists():
-        raise NothingToShow(f"{path} does not exist. Write the directory that the run named: `evidence: DIRECTORY`")
+        raise NothingToShow(
+            f"{path} does not exist. Write the directory that the run named: `evidence: DIRECTORY`"
+        )
     if path.is_file() and path.name == SUMMARY:
         return load_run(path.parent)
     if path.is_file():
@@ -67,8 +61,7 @@ def load_run(path: Path) -> RunRecord:
     if not _is_run(path):
         content = "is empty" if not any(path.iterdir()) else f"holds no {SUMMARY}, evidence.jsonl or steps.jsonl"
         raise NothingToShow(
-            f"{path} {content}: it is not a run directory. Write the one that a run named: "
-            "`evidence: DIRECTORY`"
+            f"{path} {content}: it is not a run directory. Write the one that a run named: `evidence: DIRECTORY`"
         )
     problems: list[str] = []
     summary = _read_json(path / SUMMARY, problems)
@@ -110,7 +103,7 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{path.name} is missing: how the run ended is not known")
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{path.name} cannot be read ({_reason(error)}): how the run ended is not known")
+        problems.append(f"{path.name} cannot be read ({describe_error(error)}): how the run ended is not known")
         return {}
     if not isinstance(found, dict):
         problems.append(f"{path.name} holds no JSON object: how the run ended is not known")
@@ -121,10 +114,6 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
             "what it does not know is left out"
         )
     return found
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _read_trials(summary: Mapping[str, Any], problems: list[str]) -> list[TrialRecord]:
@@ -272,7 +261,7 @@ def _read_pairs(
 
 
 def _read_objects(path: Path, problems: list[str], *, optional: bool) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSONL file; lines that are none are counted, and the half line of a killed run too."""
+    """Yield the objects of a JSONL file; lines that are none are counted, a killed run's half line too."""
     if not path.is_file():
         if not optional:
             problems.append(f"{path.name} is missing")
@@ -287,7 +276,7 @@ def _read_objects(path: Path, problems: list[str], *, optional: bool) -> Iterato
                 elif line.strip():
                     broken.append(number)
     except OSError as error:
-        problems.append(f"{path.name} cannot be read: {_reason(error)}")
+        problems.append(f"{path.name} cannot be read: {describe_error(error)}")
     if broken:
         problems.append(f"{path.name}: {_count(broken, 'line')} left out, the first is line {broken[0]}: not JSON")
 
@@ -317,65 +306,3 @@ def _items(value: Any) -> list[Any]:
 
 def _texts(value: Any) -> dict[str, str]:
     return {str(key): str(item) for key, item in value.items()} if isinstance(value, dict) else {}
-
-
-def load_watch(path: Path) -> WatchRecord:
-    """Read the findings of a watched run, and the source lines they name as they stand now.
-
-    Raises:
-        NothingToShow: The file is not one that `ddpcall watch --json` writes.
-    """
-    try:
-        content = json.loads(path.read_text(errors="replace"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise NothingToShow(f"{path} cannot be read: {_reason(error)}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("findings"), list):
-        raise NothingToShow(
-            f"{path} holds no findings. Write a run directory, or a file that `ddpcall watch --json FILE` wrote"
-        )
-    problems = []
-    if content.get("schema") != FINDINGS_SCHEMA:
-        problems.append(
-            f"{path.name} has schema {content.get('schema')!r}, and this version of ddpcall knows "
-            f"{FINDINGS_SCHEMA}: what it does not know is left out"
-        )
-    findings = []
-    for number, item in enumerate(content["findings"]):
-        try:
-            findings.append(read_record(Finding, item, f"finding {number}"))
-        except Misfit as error:
-            problems.append(f"{path.name}: {error}")
-    written = path.stat().st_mtime
-    return WatchRecord(
-        path=path,
-        findings=tuple((finding, read_excerpt(finding, written, path.parent)) for finding in findings),
-        problems=tuple(problems),
-    )
-
-
-def read_excerpt(finding: Finding, written: float, beside: Path) -> Excerpt:
-    """Return the lines around a finding.
-
-    Args:
-        finding: Names file and line.
-        written: When the findings were written, in seconds since the epoch.
-        beside: Where relative names are looked up too, besides the working directory.
-    """
-    if not finding.file or finding.line < 1:
-        return Excerpt(note="No line can be told.")
-    file = next((p for p in (Path(finding.file), beside / finding.file) if p.is_file()), None)
-    if file is None:
-        return Excerpt(note=f"{finding.file} is not on this machine, so its lines cannot be shown.")
-    try:
-        lines = file.read_text(errors="replace").splitlines()
-        younger = file.stat().st_mtime > written
-    except OSError as error:
-        return Excerpt(note=f"{finding.file} cannot be read: {_reason(error)}.")
-    if finding.line > len(lines):
-        return Excerpt(note=f"{finding.file} has only {len(lines)} lines now: it has changed since the run.")
-    first = max(1, finding.line - CONTEXT_LINES)
-    shown = lines[first - 1 : finding.line + CONTEXT_LINES]
-    return Excerpt(
-        tuple(SourceLine(first + i, text, first + i == finding.line) for i, text in enumerate(shown)),
-        "The file has changed since the run: these are its lines now." if younger else None,
-    )

@@ -80,8 +80,8 @@ def _run(run: RunView) -> str:
     facts = dict(run.environment)
     if facts:
         parts.append(
-            f"Measured with torch {_text(facts['torch'])}, Python {_text(facts['Python'])}, {_text(facts['backend'])} "
-            f"on {_text(facts['device'])}, world size {facts['world size']}."
+            f"Measured with torch {_text(facts['torch'])}, Python {_text(facts['Python'])}, "
+            f"{_text(facts['backend'])} on {_text(facts['device'])}, world size {facts['world size']}."
         )
     parts += [f"```console\n$ {run.command}\n```"] if run.command else []
     return "\n\n".join(part for part in parts if part)
@@ -112,7 +112,9 @@ def _worths(worths: Sequence[Worth]) -> str:
     for worth in worths:
         values = [format_share(a) for a in worth.accuracy] if worth.accuracy else map(format_number, worth.loss)
         distance = " ".join(map(format_number, worth.distance)) if worth.distance else "–"
-        rows.append([_text(worth.name), _text(worth.gradients), " ".join(values), distance, format_number(worth.spread)])
+        rows.append(
+            [_text(worth.name), _text(worth.gradients), " ".join(values), distance, format_number(worth.spread)]
+        )
     quality = "test accuracy by rank" if worths[0].accuracy else "test loss by rank"
     return _table(["ways that ended alike", "gradients", quality, "from the synchronised run", "apart"], rows)
 
@@ -122,7 +124,11 @@ def _watch(watch: WatchView) -> str:
     parts.append(_problems("What could not be read", watch.problems))
     if watch.findings:
         rows = [
-            [*map(_text, (f.finding.severity, f"{f.finding.code} {f.finding.name}")), _code(f.place), _text(f.where)]
+            [
+                *map(_text, (f.finding.severity, f"{f.finding.code} {f.finding.name}")),
+                _code(f.place),
+                _text(f.where),
+            ]
             for f in watch.findings
         ]
         parts.append(_table(["severity", "finding", "where", "when"], rows))

@@ -36,11 +36,15 @@ _SECTION_TITLES = {
 
 def render_page(view: ReportView) -> str:
     """Return the page: one self-contained HTML document."""
-    return _environment().get_template("page.html.j2").render(
-        view=view,
-        several=len(view.runs) + len(view.watches) > 1,
-        css=Markup((TEMPLATES / "report.css").read_text()),
-        js=Markup((TEMPLATES / "report.js").read_text()),
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            view=view,
+            several=len(view.runs) + len(view.watches) > 1,
+            css=Markup((TEMPLATES / "report.css").read_text()),
+            js=Markup((TEMPLATES / "report.js").read_text()),
+        )
     )
 
 
@@ -75,7 +79,14 @@ def collect_evidence(table: TruthTable) -> Markup:
     rows = []
     for row in table.rows:
         keys = [
-            (s.name, TITLES.get(s.name, _SECTION_TITLES.get(s.name, s.name)), s.word, _tone(s.word), s.expected, s.facts)
+            (
+                s.name,
+                TITLES.get(s.name, _SECTION_TITLES.get(s.name, s.name)),
+                s.word,
+                _tone(s.word),
+                s.expected,
+                s.facts,
+            )
             for s in row.evidence
         ]
         rows.append(
@@ -116,7 +127,9 @@ def draw_path(plot: Plot, line: Line) -> str:
     """Return a curve as SVG path data, in a box of 1000 × 1000."""
     first, last = plot.steps
     wide = (last - first) or 1
-    points = [f"{1000 * (step - first) / wide:.1f} {10 * tick_height(plot, value):.1f}" for step, value in line.points]
+    points = [
+        f"{1000 * (step - first) / wide:.1f} {10 * tick_height(plot, value):.1f}" for step, value in line.points
+    ]
     return f"M{points[0]}h1" if len(points) == 1 else "M" + "L".join(points)
 
 

@@ -63,7 +63,7 @@ def plot_columns(
     reduce: Callable[[Sequence[float]], float] = max,
     is_share: bool = False,
 ) -> Plot | None:
-    """Return one curve a trial: a column of steps.jsonl, reduced over the ranks. None where it was not measured."""
+    """Return one curve a trial: a column of steps.jsonl, reduced over the ranks; None where not measured."""
     groups: dict[Points, list[Cell]] = {}
     for cell, ranks in run.steps.items():
         if points := reduce_ranks(ranks, name, reduce):

@@ -91,7 +91,7 @@ class Timelines:
 
 
 def build_timelines(run: RunRecord) -> Timelines | None:
-    """Return the steps to draw: all ranks' of a small grid, rank 0's of a large one. None where none was measured."""
+    """Return the steps to draw: all ranks' of a small grid, rank 0's of a large one; None without any."""
     records = [record for record in run.timeline if record.events]
     if not records:
         return None

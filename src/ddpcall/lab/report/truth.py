@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from ddpcall.lab.report.facts import Section, collect_sections
 from ddpcall.lab.report.records import TrialRecord
-from ddpcall.paths import SPELLING
 from ddpcall.lab.report.words import (
     TITLES,
     TONE_OF,
@@ -17,6 +16,7 @@ from ddpcall.lab.report.words import (
     spell_path,
     varying_axes,
 )
+from ddpcall.paths import SPELLING
 
 
 @dataclass(frozen=True)

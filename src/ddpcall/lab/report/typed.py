@@ -17,6 +17,15 @@ class Misfit(ValueError):
     """A value that is not what its place asks for."""
 
 
+class NothingToShow(Exception):
+    """There is nothing at a path that a report could be made of: one message, with what to write instead."""
+
+
+def describe_error(error: Exception) -> str:
+    """Return why a file could not be read, without its name."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def read_record(kind: type[T], value: Any, place: str = "") -> T:
     """Build a dataclass from a JSON object; fields it does not know are left out, so newer files can be read.
 
