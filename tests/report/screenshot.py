@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--width", type=int, default=1280, help="CSS pixels")
-    parser.add_argument("--height", type=int, default=1560, help="CSS pixels")
+    parser.add_argument("--height", type=int, default=1330, help="CSS pixels")
     parser.add_argument("--dark", action="store_true")
     options = parser.parse_args()
     take_picture(options.page, options.picture, options.width, options.height, "dark" if options.dark else "light")

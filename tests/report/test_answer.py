@@ -33,7 +33,8 @@ def test_the_bypass_is_told_with_its_price(tmp_path):
     )
     assert answer(run) == (
         "`call` and `forward` keep the gradients synchronised, while the other 6 leave gradients local to each "
-        "rank: after 60 steps those models lie up to 30.0% apart and classify 70.0% to 80.0% of the test set right, "
+        "rank: "
+        "after 60 steps those models lie up to 30.0% apart and classify 70.0% to 80.0% of the test set right, "
         "not 90.0%; only `call` runs every hook."
     )
 

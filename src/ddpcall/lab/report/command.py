@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import webbrowser
 from collections.abc import Callable, Sequence
@@ -122,7 +123,8 @@ def _write_trace(records: Sequence[RunRecord | WatchRecord], out: Path | None) -
     place = out or runs[0].path / TRACE
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_trace([dataclasses.asdict(record) for record in runs[0].timeline], place)
+        records_of_json = json.loads(json.dumps([dataclasses.asdict(record) for record in runs[0].timeline]))
+        write_trace(records_of_json, place)
     except OSError as error:
         return _refuse_place(place, error)
     print(f"trace: {place} (open it at ui.perfetto.dev or chrome://tracing)")
