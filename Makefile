@@ -7,7 +7,7 @@ IN_DOCS := replicate_bypass compile_bypass hooks_bypass sharded_bypass precision
   sync_batchnorm dropout_modes mode_mismatch jit_hooks checkpointing
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test corpus check bench tables semantics claims docs wheel clean
+.PHONY: help lab test browser corpus check bench tables semantics claims screenshot docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -26,6 +26,10 @@ lab: $(VENV)/.lab  ## run the main experiment on $(RANKS) ranks: what does model
 
 test: $(VENV)/.dev  ## run every test (gloo, CPU)
 	$(BIN)/python -m pytest
+
+browser:  ## install Chromium and its driver, for the tests of the report (Debian, as root)
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium chromium-driver > /dev/null
 
 corpus: $(VENV)/.dev  ## score the watch on the scripts of tests/corpus: found, missed, false
 	$(BIN)/python -m tests.corpus.score
@@ -56,6 +60,10 @@ claims: $(VENV)/.lab  ## run every claim and rewrite docs/claims.md and README f
 
 docs: $(VENV)/.dev  ## build the documentation site into site/, strictly and without a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+screenshot: $(VENV)/.dev  ## rewrite docs/images/report.png from a fresh run; needs `make browser`
+	$(BIN)/python launch/train.py experiment=forward_bypass device=cpu hydra.run.dir=runs/screenshot
+	$(BIN)/python -m tests.report.screenshot runs/screenshot/report.html docs/images/report.png
 
 wheel: $(VENV)/.dev  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

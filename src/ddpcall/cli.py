@@ -34,8 +34,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     commands.add_parser("watch", add_help=False, help="run a training script unchanged and say what it does wrong")
     commands.add_parser("explain", add_help=False, help="print the page of a finding, such as DC101")
+    commands.add_parser("report", add_help=False, help="make a page of what a run or a watch left behind")
     parsed, rest = parser.parse_known_args(arguments[:1])
-    command = {"train": train, "claims": claims, "watch": watch, "explain": explain}[parsed.command]
+    command = {"train": train, "claims": claims, "watch": watch, "explain": explain, "report": report}[
+        parsed.command
+    ]
     command([*rest, *arguments[1:]])
 
 
@@ -127,6 +130,42 @@ def _claims_parser() -> argparse.ArgumentParser:
     instead.add_argument("--show", action="store_true", help="print their code instead: scripts that run")
     instead.add_argument("--list", action="store_true", help="list them instead")
     instead.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts to a file too")
+    return parser
+
+
+def report(arguments: list[str]) -> None:
+    """Make a page, Markdown, JSON or a trace of runs and findings; exits with 2 if nothing can be shown."""
+    options = _report_parser().parse_args(arguments)
+    try:
+        from ddpcall.lab.report.command import main as report_main
+
+        sys.exit(report_main(options.paths, out=options.out, open_it=options.open, form=options.format))
+    except ModuleNotFoundError as error:
+        _exit_without_lab("report", error)
+
+
+def _report_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ddpcall report",
+        description="Make a page of what a run left behind; several runs side by side, what differs first.",
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="run directory, or a file that `ddpcall watch --json` wrote",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to write (RUN_DIR/report.html; - for standard output)"
+    )
+    parser.add_argument("--open", action="store_true", help="show the page in the browser")
+    parser.add_argument(
+        "--format",
+        choices=("html", "md", "json", "perfetto"),
+        default="html",
+        help="a page; Markdown or JSON, to standard output; or a trace of the measured step (RUN_DIR/trace.json)",
+    )
     return parser
 
 

@@ -55,7 +55,9 @@ def test_the_wheel_holds_every_configuration_file_and_every_module(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     conf = {f"ddpcall/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     modules = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "ddpcall").rglob("*.py")}
-    assert conf | modules | {"ddpcall/py.typed"} <= names
+    templates = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("templates/*")}
+    assert len(templates) > 4
+    assert conf | modules | templates | {"ddpcall/py.typed"} <= names
 
 
 def test_ddpcall_train_works_from_the_wheel_without_a_checkout(wheel, tmp_path):

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "__init__": set(),
 }
-ONLY_IN_LAB = {"hydra", "omegaconf", "sklearn"}
+ONLY_IN_LAB = {"hydra", "omegaconf", "sklearn", "jinja2", "markupsafe", "yaml"}
 # Claims are experiments that a learner reads and copies, so they spell out what `paths` and `wrappers` are for.
 MAY_SPELL_FORWARD = {"paths.py", "lab/claims"}
 MAY_WRAP = {"wrappers.py", "lab/claims", "taps.py", "watch"}  # the last two look at what users have wrapped

@@ -19,6 +19,7 @@ from ddpcall.lab.data import Split, check_batch_size, load_split
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
 from ddpcall.lab.grid import Grid, check_expectations, expand_grid, expected_verdicts, unmet
 from ddpcall.lab.guard import Guard
+from ddpcall.lab.report.command import leave_report
 from ddpcall.lab.run_directory import RunDirectory
 from ddpcall.lab.schema import TrainConfig
 from ddpcall.lab.tensorboard import write_events
@@ -186,6 +187,7 @@ class _Run:
         if self._world.rank == 0:
             self._directory.write_summary(self._summary("expectations failed" if failed else "ok"))
             print_result(self._config, self._environment, self._results, self._directory.path)
+            leave_report(self._directory.path, self._config.report)
         # A rank that leaves with an exit code makes the launcher stop the others: leave together.
         self._world.collect("finished", True, GATHER_SECONDS)
         return EXIT_FAILED if failed else EXIT_OK
@@ -270,6 +272,8 @@ class _Run:
     def _close_failed(self, outcome: str, reason: str, first_failing_rank: int | None, **more: Any) -> None:
         if self._world.claim("summary_closer"):
             self._directory.fail(outcome, f"{self._where}: {reason}", first_failing_rank, **more)
+            if outcome != "wrong use":
+                leave_report(self._directory.path, self._config.report)
             if outcome != "wrong use":
                 warn(f"{outcome}: {self._where}: {reason}\nWhat was measured before is in {self._directory.path}")
 

@@ -143,6 +143,7 @@ class TrainConfig:
         backend: auto, gloo or nccl.
         trial_timeout_s: A trial that takes longer, in seconds, is cut and reported with every rank's stack.
         tensorboard: Whether to write TensorBoard events.
+        report: Whether to write report.html at the end.
     """
 
     name: str = "train"
@@ -154,6 +155,7 @@ class TrainConfig:
     backend: str = "auto"
     trial_timeout_s: float = 120.0
     tensorboard: bool = True
+    report: bool = True
     wrapper: WrapperConfig = field(default_factory=WrapperConfig)
     path: PathConfig = field(default_factory=PathConfig)
     model: dict[str, Any] = field(default_factory=dict)

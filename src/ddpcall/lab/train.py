@@ -108,6 +108,7 @@ def _run_on_missing_ranks(config: TrainConfig, directory: Path, started: int) ->
     from ddpcall.lab.console import say
     from ddpcall.lab.errors import WrongUse
     from ddpcall.lab.experiment import check_config, run_experiment
+    from ddpcall.lab.report.command import leave_report
     from ddpcall.lab.world import World, launch_local_ranks
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -137,6 +138,7 @@ def _run_on_missing_ranks(config: TrainConfig, directory: Path, started: int) ->
     except ChildFailedError as error:
         first, failure = error.get_first_failure()
         RunDirectory(directory).fail("failed", failure.message.splitlines()[-1], first)
+        leave_report(directory, config.report)
         summary = RunDirectory(directory).read_summary()
         _complain(
             f"{summary.get('outcome', 'failed')}: {summary.get('reason', failure.message)}\n{failure.message}"

@@ -1,0 +1,183 @@
+"""The answer to a run's question, in one sentence computed from its verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ddpcall.lab.report.records import RunRecord, TrialRecord
+from ddpcall.lab.report.words import code, format_share, join_words, plural, values_that_tell, varying_axes
+
+# Verdict by verdict: what the ways with that word do; (one way, several ways).
+_SAYS: dict[str, dict[str, tuple[str, str]]] = {
+    "precision": {
+        word: (f"computes in {word}", f"compute in {word}")
+        for word in ("float32", "bfloat16", "float16", "float64", "mixed precision")
+    },
+    "dropout": {
+        "identical": ("drops the same positions on every rank", "drop the same positions on every rank"),
+        "different": ("gives every rank dropout masks of its own", "give every rank dropout masks of its own"),
+    },
+    "statistics": {
+        "same": (
+            "keeps running statistics the same on all ranks",
+            "keep running statistics the same on all ranks",
+        ),
+        "differ": ("leaves every rank its own running statistics", "leave every rank its own running statistics"),
+    },
+    "evaluation_inner": {
+        "same": ("evaluates alike on all ranks", "evaluate alike on all ranks"),
+        "differ": ("makes evaluation depend on the rank", "make evaluation depend on the rank"),
+    },
+    "compiled": {
+        "compiled": ("runs compiled code", "run compiled code"),
+        "eager": ("runs eager", "run eager"),
+    },
+    "gradients": {
+        "synced": ("keeps the gradients synchronised", "keep the gradients synchronised"),
+        "sharded": ("trains sharded gradients", "train sharded gradients"),
+        "none": ("gives no parameter a gradient", "give no parameter a gradient"),
+        "crashed": ("crashes", "crash"),
+        "local": ("leaves gradients local to each rank", "leave gradients local to each rank"),
+    },
+}
+_SPECIAL = tuple(name for name in _SAYS if name != "gradients")
+_MOST_NAMES = 3
+_MOST_SPECIAL = 2
+_LEAST_SHARE = 0.2
+
+
+def answer(run: RunRecord) -> str:
+    """Return one sentence: who keeps what, what the others lose, and what that costs."""
+    trials = run.trials
+    if not trials:
+        return "Nothing was measured."
+    special = [clause for name in _SPECIAL if _tells_apart(name, trials) for clause in _clause(name, trials)]
+    clauses = special[:_MOST_SPECIAL]
+    if run.environment is None or run.environment.world_size > 1:
+        clauses += [_with_price(clause, _price(run)) for clause in _clause("gradients", trials)]
+    if len(special) < _MOST_SPECIAL:
+        clauses += _hooks_clause(trials)
+    sentence = "; ".join(clauses) or "nothing that was measured tells these ways apart"
+    return f"{sentence[:1].upper()}{sentence[1:]}."
+
+
+def _with_price(clause: str, price: str) -> str:
+    return f"{clause}: {price}" if price else clause
+
+
+def _tells_apart(name: str, trials: Sequence[TrialRecord]) -> bool:
+    """Say whether a verdict is what this experiment is about: it varies, and not in a few cells only."""
+    words = [trial.verdicts.get(name, "none") for trial in trials]
+    said = [word for word in words if word in _SAYS[name]]
+    counts = [words.count(word) for word in set(words)]
+    return len(set(said)) > 1 and len(said) >= len(words) / 2 and min(counts) >= _LEAST_SHARE * len(words)
+
+
+def _clause(name: str, trials: Sequence[TrialRecord]) -> list[str]:
+    """Say which ways have which word of one verdict; empty where no word has anything to say."""
+    parts = []
+    for word, (of_one, of_several) in _SAYS[name].items():
+        group = [trial for trial in trials if trial.verdicts.get(name, "none") == word]
+        if group:
+            subject, is_one = _name_group(group, trials, said_before=bool(parts))
+            parts.append(f"{subject} {of_one if is_one else of_several}")
+    if len(parts) == 2:
+        return [", while ".join(parts)]
+    return [", ".join([*parts[:-1], f"and {parts[-1]}"] if len(parts) > 1 else parts)] if parts else []
+
+
+def _hooks_clause(trials: Sequence[TrialRecord]) -> list[str]:
+    """Say through which ways every hook that was registered fired."""
+    roles = ("hooks_wrapped", "hooks_inner", "hooks_submodules")
+    judged = [trial for trial in trials if {trial.verdicts.get(role, "none") for role in roles} != {"none"}]
+    skipping = [trial for trial in judged if "skipped" in {trial.verdicts.get(role) for role in roles}]
+    firing = [trial for trial in judged if trial not in skipping]
+    if not judged:
+        return []
+    if not skipping:
+        return ["no hook is skipped"]
+    if not firing:
+        return ["every way skips hooks"]
+    if len(firing) <= len(skipping):
+        name, is_one = _name_group(firing, judged)
+        return [f"only {name} {'runs' if is_one else 'run'} every hook"]
+    name, is_one = _name_group(skipping, judged)
+    return [f"{name} {'skips' if is_one else 'skip'} hooks"]
+
+
+def _name_group(
+    group: Sequence[TrialRecord], trials: Sequence[TrialRecord], said_before: bool = False
+) -> tuple[str, bool]:
+    """Name some of the ways, by coordinates where they tell them from the others, else by their number.
+
+    Returns:
+        The name, and whether it is singular.
+    """
+    if len(group) == len(trials):
+        return {1: ("this way", True), 2: ("both ways", False)}.get(len(group), (f"all {len(group)} ways", False))
+    cells = [trial.cell for trial in trials]
+    told = values_that_tell([trial.cell for trial in group], cells, _MOST_NAMES)
+    if told:
+        return join_words([code(value) for value in told]), len(told) == 1
+    if said_before:
+        return f"the other {len(group)}" if len(varying_axes(cells)) == 1 else str(len(group)), False
+    return f"{len(group)} of {len(trials)} ways", False
+
+
+def _price(run: RunRecord) -> str:
+    """Say what became of the models that were trained on local gradients.
+
+    Their accuracy is only said beside one synchronised accuracy, and where all lie below it: else it compares
+    what differs in more than the synchronisation.
+    """
+    known = [trial for trial in run.trials if trial.consequence is not None]
+    apart = max((t.consequence.spread for t in known if t.consequence and _is(t, "local")), default=0.0)
+    if apart <= 0:
+        return ""
+    steps = f"after {plural(run.num_steps, 'step')} " if run.num_steps else ""
+    local, synced = _accuracies(known, "local"), set(_accuracies(known, "synced"))
+    price = f"{steps}those models lie up to {format_share(apart)} apart"
+    if len(synced) == 1 and local and max(local) < min(synced):
+        price += f" and classify {_range(local)} of the test set right, not {format_share(min(synced))}"
+    return price
+
+
+def _is(trial: TrialRecord, word: str) -> bool:
+    return trial.verdicts.get("gradients") == word
+
+
+def _accuracies(trials: Sequence[TrialRecord], word: str) -> list[float]:
+    return [
+        accuracy
+        for trial in trials
+        if _is(trial, word) and trial.consequence
+        for accuracy in trial.consequence.test_accuracy or ()
+    ]
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = format_share(min(values)), format_share(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def status(run: RunRecord) -> tuple[str, str]:
+    """Return how the run ended: a tone (good, lost or part) and a sentence."""
+    measured = len(run.trials)
+    asked = run.num_trials if run.num_trials is not None else measured
+    failed = sum(bool(trial.unmet) for trial in run.trials)
+    stated = sum(bool(trial.expected) for trial in run.trials)
+    cells = plural(measured, "cell")
+    if failed:
+        tone, sentence = "lost", f"{failed} of {cells} {'is' if failed == 1 else 'are'} not as expected."
+    elif stated:
+        tone, sentence = "good", f"As expected: {stated} of {cells} have expectations, and all hold."
+    else:
+        tone, sentence = "part", f"The experiment expects nothing of its {cells}."
+    if run.outcome in ("ok", "expectations failed"):
+        return tone, sentence
+    ended = {
+        "running": "The run goes on, or was killed before it could say more",
+        "unknown": "How the run ended is not known",
+    }.get(run.outcome, f"The run did not end well ({run.outcome})")
+    ended += f": {measured} of {plural(asked, 'cell')} measured."
+    return "lost", ended + (f" {sentence}" if measured else "")

@@ -1,0 +1,103 @@
+"""Several runs side by side: the cells whose verdicts differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ddpcall.evidence import Cell
+from ddpcall.lab.report.records import RunRecord
+from ddpcall.lab.report.truth import VerdictCell, judge_cell
+from ddpcall.lab.report.words import TITLES, label_cell, plural, varying_axes
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One verdict of one cell that is not the same in all runs that have it.
+
+    Attributes:
+        label: The cell's name.
+        title: The verdict's.
+        cells: By run; None where the run has no such cell.
+    """
+
+    label: str
+    title: str
+    cells: tuple[VerdictCell | None, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What tells runs apart.
+
+    Attributes:
+        runs: The runs' short names.
+        sentence: How many verdicts differ.
+        differences: Verdicts that differ.
+        alone: By run: names of the cells that not all runs have.
+    """
+
+    runs: tuple[str, ...]
+    sentence: str
+    differences: tuple[Difference, ...]
+    alone: tuple[tuple[str, ...], ...]
+
+
+def compare_runs(runs: Sequence[RunRecord], names: Sequence[str]) -> Comparison:
+    """Compare the verdicts of the cells that at least two runs have."""
+    by_cell = [{trial.cell: trial for trial in run.trials} for run in runs]
+    cells = list(dict.fromkeys(cell for trials in by_cell for cell in trials))
+    axes = varying_axes(cells) if cells else []
+    shared = [cell for cell in cells if sum(cell in trials for trials in by_cell) > 1]
+    differences = []
+    for cell in shared:
+        found = [trials.get(cell) for trials in by_cell]
+        for name, title in TITLES.items():
+            words = [judge_cell(trial, name) if trial is not None else None for trial in found]
+            if len({word.word for word in words if word is not None}) > 1:
+                differences.append(Difference(label_cell(cell, axes), title, tuple(words)))
+    return Comparison(
+        tuple(names),
+        _sentence(differences, shared),
+        tuple(differences),
+        tuple(_alone(trials, by_cell, axes) for trials in by_cell),
+    )
+
+
+def _alone(
+    trials: Mapping[Cell, object], by_cell: Sequence[Mapping[Cell, object]], axes: Sequence[str]
+) -> tuple[str, ...]:
+    return tuple(label_cell(cell, axes) for cell in trials if not all(cell in other for other in by_cell))
+
+
+def _sentence(differences: Sequence[Difference], shared: Sequence[Cell]) -> str:
+    if not shared:
+        return "The runs have no cell in common, so that there is nothing to compare."
+    cells = len({difference.label for difference in differences})
+    if not differences:
+        return f"No verdict differs in the {plural(len(shared), 'cell')} that the runs have in common."
+    verb = "differs" if len(differences) == 1 else "differ"
+    return (
+        f"{plural(len(differences), 'verdict')} in {cells} of the {plural(len(shared), 'cell')} "
+        f"that the runs have in common {verb}."
+    )
+
+
+def name_runs(runs: Sequence[RunRecord]) -> list[str]:
+    """Name each run by what tells it from the others: experiment, torch, device, ranks; at last its directory."""
+    known = [
+        (
+            run.experiment,
+            f"torch {run.environment.torch}" if run.environment else "torch unknown",
+            run.environment.device if run.environment else "",
+            plural(run.environment.world_size, "rank") if run.environment else "",
+        )
+        for run in runs
+    ]
+    telling = [i for i in range(len(known[0])) if len({facts[i] for facts in known}) > 1] if known else []
+    names = [", ".join(facts[i] for i in telling if facts[i]) for facts in known]
+    if len(set(names)) < len(names) or not all(names):
+        names = [
+            f"{name}, {run.path.name}" if name else run.path.name for name, run in zip(names, runs, strict=True)
+        ]
+    return [f"{name} ({chr(ord('A') + i)})" if names.count(name) > 1 else name for i, name in enumerate(names)]

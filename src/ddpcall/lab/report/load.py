@@ -1,0 +1,308 @@
+"""Files into records, tolerantly: what cannot be read becomes a sentence, and the rest is handed on.
+
+A run may have been killed while it wrote, its directory copied in part, or the path be something else altogether.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ddpcall.evidence import Cell, Environment, Evidence
+from ddpcall.lab.report.load_watch import load_watch
+from ddpcall.lab.report.records import (
+    RankSteps,
+    RunRecord,
+    TimelineRecord,
+    TrialRecord,
+    WatchRecord,
+)
+from ddpcall.lab.report.typed import Misfit, NothingToShow, describe_error, read_number, read_record
+from ddpcall.lab.run_directory import SUMMARY, SUMMARY_SCHEMA
+from ddpcall.verdicts import explain_crash, judge
+
+FINDINGS = "findings.json"
+_AXES = tuple(field.name for field in dataclasses.fields(Cell))
+_NOT_MEASURED = {*_AXES, "rank", "step"}
+
+
+def load(path: Path) -> RunRecord | WatchRecord:
+    """Read a run directory, or the JSON file of a watched run (or a directory that holds one).
+
+    Raises:
+        NothingToShow: It is neither, or nothing of it can be read.
+    """
+    if not path.exists():
+        raise NothingToShow(
+            f"{path} does not exist. Write the directory that the run named: `evidence: DIRECTORY`"
+        )
+    if path.is_file() and path.name == SUMMARY:
+        return load_run(path.parent)
+    if path.is_file():
+        return load_watch(path)
+    if not _is_run(path) and (path / FINDINGS).is_file():
+        return load_watch(path / FINDINGS)
+    return load_run(path)
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in (SUMMARY, "evidence.jsonl", "steps.jsonl"))
+
+
+def load_run(path: Path) -> RunRecord:
+    """Read a run directory.
+
+    Raises:
+        NothingToShow: No trial, no question and no outcome can be read in it.
+    """
+    if not _is_run(path):
+        content = "is empty" if not any(path.iterdir()) else f"holds no {SUMMARY}, evidence.jsonl or steps.jsonl"
+        raise NothingToShow(
+            f"{path} {content}: it is not a run directory. Write the one that a run named: `evidence: DIRECTORY`"
+        )
+    problems: list[str] = []
+    summary = _read_json(path / SUMMARY, problems)
+    evidence = _read_evidence(path, problems)
+    trials = _merge_trials(_read_trials(summary, problems), evidence)
+    steps = _read_steps(path, problems)
+    if not trials and not summary and not steps:
+        raise NothingToShow(
+            f"{path} holds nothing that can be read: {'; '.join(problems) or 'its files are empty'}"
+        )
+    config = _read_yaml(path / "config.yaml", problems)
+    known = [trial.evidence for trial in trials if trial.evidence is not None]
+    first = known[0] if known else None
+    return RunRecord(
+        path=path,
+        experiment=_text(summary.get("experiment")) or _text(config.get("name")) or path.name,
+        question=_text(summary.get("question")) or _text(config.get("question")),
+        outcome=_text(summary.get("outcome")) or "unknown",
+        reason=_text(summary.get("reason")) or None,
+        first_failing_rank=_whole(summary.get("first_failing_rank")),
+        stacks=_texts(summary.get("stacks")),
+        environment=_read_environment(path, summary, first, problems),
+        num_trials=_whole(summary.get("num_trials")),
+        left_out=tuple(map(str, _items(summary.get("left_out")))),
+        trials=trials,
+        steps=steps,
+        timeline=tuple(_read_lines(path / "timeline.jsonl", TimelineRecord, problems, optional=True)),
+        overrides=_read_overrides(path, problems),
+        num_steps=first.steps if first else _whole(config.get("steps")),
+        seed=first.seed if first else _whole(config.get("seed")),
+        problems=tuple(problems),
+    )
+
+
+def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(errors="replace"))
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing: how the run ended is not known")
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name} cannot be read ({describe_error(error)}): how the run ended is not known")
+        return {}
+    if not isinstance(found, dict):
+        problems.append(f"{path.name} holds no JSON object: how the run ended is not known")
+        return {}
+    if found.get("schema") != SUMMARY_SCHEMA:
+        problems.append(
+            f"{path.name} has schema {found.get('schema')!r}, and this version of ddpcall knows {SUMMARY_SCHEMA}: "
+            "what it does not know is left out"
+        )
+    return found
+
+
+def _read_trials(summary: Mapping[str, Any], problems: list[str]) -> list[TrialRecord]:
+    trials = []
+    for number, item in enumerate(_items(summary.get("trials"))):
+        try:
+            cell = read_record(Cell, item, f"trial {number}")
+            trials.append(read_record(TrialRecord, {**item, "cell": dataclasses.asdict(cell)}, f"trial {number}"))
+        except Misfit as error:
+            problems.append(f"{SUMMARY}: {error}")
+    return trials
+
+
+def _read_evidence(path: Path, problems: list[str]) -> dict[Cell, TrialRecord]:
+    """Return what evidence.jsonl says, by cell; verdicts that a record lost are judged anew."""
+    found = {}
+    for evidence, item in _read_pairs(path / "evidence.jsonl", Evidence, problems):
+        verdicts = _texts(item.get("verdicts")) or dataclasses.asdict(judge(evidence))
+        found[evidence.cell] = TrialRecord(
+            cell=evidence.cell,
+            verdicts=verdicts,
+            expected=_texts(item.get("expected")),
+            unmet=_unmet(verdicts, _texts(item.get("expected"))),
+            error=_first_line(evidence),
+            cause=explain_crash(evidence),
+            witness_agrees=evidence.collectives.agrees if evidence.collectives else None,
+            consequence=evidence.consequence,
+            evidence=evidence,
+        )
+    return found
+
+
+def _unmet(verdicts: Mapping[str, str], expected: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    if verdicts.get("gradients") == "crashed":
+        expected = {"gradients": "no crash", **expected}
+    return {
+        name: {"expected": word, "measured": verdicts.get(name, "unknown")}
+        for name, word in expected.items()
+        if verdicts.get(name) != word
+    }
+
+
+def _first_line(evidence: Evidence) -> str | None:
+    if not evidence.failures:
+        return None
+    first = evidence.failures[0]
+    message = first.message.strip().splitlines() or [""]
+    return f"rank {first.rank}, step {first.step}: {first.kind}: {message[0]}"
+
+
+def _merge_trials(trials: list[TrialRecord], evidence: dict[Cell, TrialRecord]) -> tuple[TrialRecord, ...]:
+    """Join both files by cell; a trial that only one of them has is shown all the same."""
+    merged = [
+        dataclasses.replace(trial, evidence=evidence[trial.cell].evidence) if trial.cell in evidence else trial
+        for trial in trials
+    ]
+    known = {trial.cell for trial in trials}
+    return (*merged, *(trial for cell, trial in evidence.items() if cell not in known))
+
+
+def _read_steps(path: Path, problems: list[str]) -> dict[Cell, dict[int, RankSteps]]:
+    rows: dict[Cell, dict[int, dict[int, dict[str, float | None]]]] = {}
+    for item in _read_objects(path / "steps.jsonl", problems, optional=False):
+        rank, step = _whole(item.get("rank")), _whole(item.get("step"))
+        if rank is None or step is None or not isinstance(item.get("path"), str):
+            continue
+        cell = Cell(**{axis: str(item[axis]) for axis in _AXES if axis in item}) if "wrapper" in item else None
+        if cell is not None:
+            values = {name: _measured(value) for name, value in item.items() if name not in _NOT_MEASURED}
+            rows.setdefault(cell, {}).setdefault(rank, {})[step] = values
+    return {cell: {rank: _columns(by_step) for rank, by_step in ranks.items()} for cell, ranks in rows.items()}
+
+
+def _measured(value: Any) -> float | None:
+    return float(value) if isinstance(value, bool) else read_number(value)
+
+
+def _columns(by_step: dict[int, dict[str, float | None]]) -> RankSteps:
+    steps = sorted(by_step)
+    names = dict.fromkeys(name for step in steps for name in by_step[step])
+    return RankSteps(tuple(steps), {name: tuple(by_step[step].get(name) for step in steps) for name in names})
+
+
+def _read_environment(
+    path: Path, summary: Mapping[str, Any], evidence: Evidence | None, problems: list[str]
+) -> Environment | None:
+    if evidence is not None:
+        return evidence.environment
+    unread: list[str] = []
+    for source in (summary.get("environment"), _silently(path / "environment.json")):
+        try:
+            return read_record(Environment, source, "environment")
+        except Misfit as error:
+            unread.append(str(error))
+    problems.append(f"where it was measured is not known: {unread[-1]}")
+    return None
+
+
+def _silently(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(errors="replace"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _read_overrides(path: Path, problems: list[str]) -> tuple[str, ...] | None:
+    file = path / ".hydra" / "overrides.yaml"
+    if not file.is_file():
+        return None
+    found = _load_yaml(file, problems)
+    return tuple(map(str, found)) if isinstance(found, list) else None
+
+
+def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
+    found = _load_yaml(path, problems) if path.is_file() else None
+    return found if isinstance(found, dict) else {}
+
+
+def _load_yaml(path: Path, problems: list[str]) -> Any:
+    import yaml  # OmegaConf's own parser; what it makes of a run's files is plain data
+
+    try:
+        return yaml.safe_load(path.read_text(errors="replace"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        problems.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
+        return None
+
+
+def _read_lines(path: Path, kind: type[Any], problems: list[str], *, optional: bool) -> Iterator[Any]:
+    for record, _ in _read_pairs(path, kind, problems, optional=optional):
+        yield record
+
+
+def _read_pairs(
+    path: Path, kind: type[Any], problems: list[str], *, optional: bool = False
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    misfits = []
+    for item in _read_objects(path, problems, optional=optional):
+        try:
+            yield read_record(kind, item, "a record"), item
+        except Misfit as error:
+            misfits.append(str(error))
+    if misfits:
+        problems.append(f"{path.name}: {_count(misfits, 'record')} left out: {misfits[0]}")
+
+
+def _read_objects(path: Path, problems: list[str], *, optional: bool) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSONL file; lines that are none are counted, a killed run's half line too."""
+    if not path.is_file():
+        if not optional:
+            problems.append(f"{path.name} is missing")
+        return
+    broken = []
+    try:
+        with path.open(errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                item = _parse(line)
+                if isinstance(item, dict):
+                    yield item
+                elif line.strip():
+                    broken.append(number)
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read: {describe_error(error)}")
+    if broken:
+        problems.append(f"{path.name}: {_count(broken, 'line')} left out, the first is line {broken[0]}: not JSON")
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _count(items: list[Any], noun: str) -> str:
+    return f"1 {noun} is" if len(items) == 1 else f"{len(items)} {noun}s are"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _texts(value: Any) -> dict[str, str]:
+    return {str(key): str(item) for key, item in value.items()} if isinstance(value, dict) else {}

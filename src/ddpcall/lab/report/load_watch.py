@@ -1,0 +1,75 @@
+"""The findings of a watched run, and the source lines they name, into a record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ddpcall.findings import Finding
+from ddpcall.lab.report.records import Excerpt, SourceLine, WatchRecord
+from ddpcall.lab.report.typed import Misfit, NothingToShow, describe_error, read_record
+
+FINDINGS_SCHEMA = 1
+CONTEXT_LINES = 3
+
+
+def load_watch(path: Path) -> WatchRecord:
+    """Read the findings of a watched run, and the source lines they name as they stand now.
+
+    Raises:
+        NothingToShow: The file is not one that `ddpcall watch --json` writes.
+    """
+    try:
+        content = json.loads(path.read_text(errors="replace"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise NothingToShow(f"{path} cannot be read: {describe_error(error)}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("findings"), list):
+        raise NothingToShow(
+            f"{path} holds no findings. Write a run directory, or a file that `ddpcall watch --json FILE` wrote"
+        )
+    problems = []
+    if content.get("schema") != FINDINGS_SCHEMA:
+        problems.append(
+            f"{path.name} has schema {content.get('schema')!r}, and this version of ddpcall knows "
+            f"{FINDINGS_SCHEMA}: what it does not know is left out"
+        )
+    findings = []
+    for number, item in enumerate(content["findings"]):
+        try:
+            findings.append(read_record(Finding, item, f"finding {number}"))
+        except Misfit as error:
+            problems.append(f"{path.name}: {error}")
+    written = path.stat().st_mtime
+    return WatchRecord(
+        path=path,
+        findings=tuple((finding, read_excerpt(finding, written, path.parent)) for finding in findings),
+        problems=tuple(problems),
+    )
+
+
+def read_excerpt(finding: Finding, written: float, beside: Path) -> Excerpt:
+    """Return the lines around a finding.
+
+    Args:
+        finding: Names file and line.
+        written: When the findings were written, in seconds since the epoch.
+        beside: Where relative names are looked up too, besides the working directory.
+    """
+    if not finding.file or finding.line < 1:
+        return Excerpt(note="No line can be told.")
+    file = next((p for p in (Path(finding.file), beside / finding.file) if p.is_file()), None)
+    if file is None:
+        return Excerpt(note=f"{finding.file} is not on this machine, so its lines cannot be shown.")
+    try:
+        lines = file.read_text(errors="replace").splitlines()
+        younger = file.stat().st_mtime > written
+    except OSError as error:
+        return Excerpt(note=f"{finding.file} cannot be read: {describe_error(error)}.")
+    if finding.line > len(lines):
+        return Excerpt(note=f"{finding.file} has only {len(lines)} lines now: it has changed since the run.")
+    first = max(1, finding.line - CONTEXT_LINES)
+    shown = lines[first - 1 : finding.line + CONTEXT_LINES]
+    return Excerpt(
+        tuple(SourceLine(first + i, text, first + i == finding.line) for i, text in enumerate(shown)),
+        "The file has changed since the run: these are its lines now." if younger else None,
+    )

@@ -1,0 +1,213 @@
+"""What the loader hands on: the files of a run, typed, nothing interpreted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ddpcall.evidence import Cell, Consequence, Environment, Evidence
+from ddpcall.findings import Finding
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """One trial as summary.json has it, and its evidence where evidence.jsonl has that too.
+
+    Attributes:
+        cell: Where in the grid.
+        verdicts: Name to word.
+        expected: The verdicts the experiment expects, likewise.
+        unmet: Verdicts that are not as expected: name to `{"expected", "measured"}`.
+        error: The first line of a crash; None where nothing crashed.
+        cause: Its true cause, where known.
+        witness_agrees: Whether the flight recorder agrees with the reducer probe; None where it cannot tell.
+        consequence: What the trained models are worth.
+        evidence: Everything measured; None where it could not be read.
+    """
+
+    cell: Cell
+    verdicts: dict[str, str]
+    expected: dict[str, str] = field(default_factory=dict)
+    unmet: dict[str, dict[str, str]] = field(default_factory=dict)
+    error: str | None = None
+    cause: str | None = None
+    witness_agrees: bool | None = None
+    consequence: Consequence | None = None
+    evidence: Evidence | None = None
+
+
+@dataclass(frozen=True)
+class RankSteps:
+    """What steps.jsonl says of one rank in one trial.
+
+    Attributes:
+        steps: Numbers of the steps (from 0), rising.
+        columns: Name of what was measured to one value a step, None where there is none.
+    """
+
+    steps: tuple[int, ...]
+    columns: Mapping[str, tuple[float | None, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimelineEvent:
+    """Something that took time in the measured step, in microseconds from the step's start on its rank.
+
+    Attributes:
+        kind: pre_hook, forward, hook, backward, bucket, collective or optimizer.
+        name: Of the hook, module, or bucket.
+        owner: wrapped, inner, submodule, or None.
+        start_us: When it began.
+        end_us: When it ended.
+        detail: What else is known, such as a bucket's bytes.
+    """
+
+    kind: str
+    name: str
+    start_us: float
+    end_us: float
+    owner: str | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimelineSkip:
+    """Something that the step went past: a forward, hooks, a reduction.
+
+    Attributes:
+        kind: As of an event.
+        name: What.
+        owner: Whose.
+        detail: The counts that tell.
+    """
+
+    kind: str
+    name: str
+    owner: str | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimelineRecord:
+    """One measured step of one trial on one rank: a line of timeline.jsonl.
+
+    Attributes:
+        rank: Whose.
+        step: The step's number (from 0).
+        events: In time order; a nested one lies inside its parent.
+        skipped: What it went past.
+        collectives: Collectives other than bucket reductions.
+        raised: Whether the step ended in an exception.
+    """
+
+    wrapper: str
+    path: str
+    rank: int
+    step: int
+    events: tuple[TimelineEvent, ...]
+    window: str = "plain"
+    hooks: str = "early"
+    mode: str = "train"
+    model: str = ""
+    skipped: tuple[TimelineSkip, ...] = ()
+    collectives: tuple[TimelineEvent, ...] = ()
+    raised: bool = False
+
+    @property
+    def cell(self) -> Cell:
+        """Where in the grid it was measured."""
+        return Cell(
+            wrapper=self.wrapper,
+            path=self.path,
+            window=self.window,
+            hooks=self.hooks,
+            mode=self.mode,
+            model=self.model,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A lab run: what could be read of its directory.
+
+    Attributes:
+        path: The directory.
+        experiment: Its name; empty where unknown.
+        question: What it asks.
+        outcome: How it ended, as in summary.json; `unknown` without one.
+        reason: Why, where it did not end well.
+        first_failing_rank: Who failed first.
+        stacks: Where each rank was when the run was cut, by rank.
+        environment: Where it was measured.
+        num_trials: How many trials were asked for.
+        left_out: Pairs that make no sense, with the reason.
+        trials: In the order they ran.
+        steps: By cell and rank.
+        timeline: All lines of timeline.jsonl.
+        overrides: The command line's Hydra overrides; None where unknown.
+        num_steps: Optimizer steps a trial.
+        seed: The seed.
+        problems: What could not be read, a sentence each.
+    """
+
+    path: Path
+    experiment: str = ""
+    question: str = ""
+    outcome: str = "unknown"
+    reason: str | None = None
+    first_failing_rank: int | None = None
+    stacks: dict[str, str] = field(default_factory=dict)
+    environment: Environment | None = None
+    num_trials: int | None = None
+    left_out: tuple[str, ...] = ()
+    trials: tuple[TrialRecord, ...] = ()
+    steps: Mapping[Cell, Mapping[int, RankSteps]] = field(default_factory=dict)
+    timeline: tuple[TimelineRecord, ...] = ()
+    overrides: tuple[str, ...] | None = None
+    num_steps: int | None = None
+    seed: int | None = None
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SourceLine:
+    """One line of a source file.
+
+    Attributes:
+        number: From 1.
+        text: Without its line break.
+        marked: Whether the finding is about it.
+    """
+
+    number: int
+    text: str
+    marked: bool
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """The lines around a finding.
+
+    Attributes:
+        lines: The lines; empty where the file cannot be read.
+        note: What to know about them: the file is missing, or younger than the findings.
+    """
+
+    lines: tuple[SourceLine, ...] = ()
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchRecord:
+    """A watched run: the findings that `ddpcall watch --json` wrote, with the source lines as they are now.
+
+    Attributes:
+        path: The JSON file.
+        findings: Each with its excerpt.
+        problems: What could not be read, a sentence each.
+    """
+
+    path: Path
+    findings: tuple[tuple[Finding, Excerpt], ...] = ()
+    problems: tuple[str, ...] = ()

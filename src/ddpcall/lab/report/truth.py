@@ -1,0 +1,180 @@
+"""The truth table as a heat map: rows of verdicts, and for several wrappers an overview of wrappers × paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ddpcall.lab.report.facts import Section, collect_sections
+from ddpcall.lab.report.records import TrialRecord
+from ddpcall.lab.report.words import (
+    TITLES,
+    TONE_OF,
+    axis_value,
+    is_interesting,
+    label_cell,
+    spell_path,
+    varying_axes,
+)
+from ddpcall.paths import SPELLING
+
+
+@dataclass(frozen=True)
+class VerdictCell:
+    """One verdict of one trial.
+
+    Attributes:
+        name: The verdict's name.
+        word: The verdict.
+        tone: good, part, lost, crash, other or none: its colour.
+        expected: What the experiment expects instead; empty where the verdict is as expected.
+    """
+
+    name: str
+    word: str
+    tone: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial.
+
+    Attributes:
+        number: Its place among the run's trials.
+        coordinates: Its values on the axes that vary.
+        spelling: How the script calls the model.
+        cells: One a column.
+        evidence: What opens behind them.
+    """
+
+    number: int
+    coordinates: tuple[str, ...]
+    spelling: str
+    cells: tuple[VerdictCell, ...]
+    evidence: tuple[Section, ...]
+
+    @property
+    def label(self) -> str:
+        """Name the row as one text."""
+        return " × ".join(self.coordinates)
+
+
+@dataclass(frozen=True)
+class OverviewCell:
+    """One trial in the overview: its row's number, its gradients, and its three hook verdicts, wrapped first."""
+
+    number: int
+    gradients: VerdictCell
+    hooks: tuple[VerdictCell, ...]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Wrappers × paths; a place without a trial is None."""
+
+    wrappers: tuple[str, ...]
+    paths: tuple[str, ...]
+    cells: tuple[tuple[OverviewCell | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class TruthTable:
+    """All trials of a run.
+
+    Attributes:
+        axes: The axes that vary: the titles of the rows' coordinates.
+        columns: Name and title of each verdict shown.
+        rows: One a trial, in the order they ran.
+        overview: For grids of wrappers and paths alone; else None.
+    """
+
+    axes: tuple[str, ...]
+    columns: tuple[tuple[str, str], ...]
+    rows: tuple[Row, ...]
+    overview: Overview | None
+
+
+def build_table(trials: Sequence[TrialRecord]) -> TruthTable:
+    """Return the heat map of a run's trials."""
+    axes = varying_axes([trial.cell for trial in trials])
+    names = [name for name in TITLES if is_interesting(name, [t.verdicts.get(name, "none") for t in trials])]
+    names = names or ["gradients"]
+    rows = tuple(_row(number, trial, axes, names) for number, trial in enumerate(trials))
+    columns = tuple((name, TITLES[name]) for name in names)
+    return TruthTable(tuple(axes), columns, rows, _overview(trials, axes))
+
+
+def _row(number: int, trial: TrialRecord, axes: Sequence[str], names: Sequence[str]) -> Row:
+    return Row(
+        number=number,
+        coordinates=tuple(axis_value(trial.cell, axis) for axis in axes),
+        spelling=spell_path(trial.cell.path),
+        cells=tuple(judge_cell(trial, name) for name in names),
+        evidence=collect_sections(trial, names),
+    )
+
+
+def judge_cell(trial: TrialRecord, name: str) -> VerdictCell:
+    """Return one verdict of a trial with its tone, and what was expected instead."""
+    word = trial.verdicts.get(name, "none")
+    return VerdictCell(name, word, TONE_OF.get(word, "none"), trial.unmet.get(name, {}).get("expected", ""))
+
+
+def _overview(trials: Sequence[TrialRecord], axes: Sequence[str]) -> Overview | None:
+    if axes != ["wrapper", "path"]:
+        return None
+    wrappers = tuple(dict.fromkeys(trial.cell.wrapper for trial in trials))
+    order = [str(path) for path in SPELLING]
+    paths = tuple(sorted({t.cell.path for t in trials}, key=lambda p: (order.index(p) if p in order else 99, p)))
+    found = {
+        (trial.cell.wrapper, trial.cell.path): OverviewCell(
+            number,
+            judge_cell(trial, "gradients"),
+            tuple(judge_cell(trial, name) for name in ("hooks_wrapped", "hooks_inner", "hooks_submodules")),
+        )
+        for number, trial in enumerate(trials)
+    }
+    cells = tuple(tuple(found.get((wrapper, path)) for path in paths) for wrapper in wrappers)
+    return Overview(wrappers, paths, cells)
+
+
+@dataclass(frozen=True)
+class FailedExpectation:
+    """A trial that is not as expected.
+
+    Attributes:
+        number: Its row.
+        label: Its name.
+        spelling: How the script calls the model.
+        unmet: Title, expected and measured word of each verdict concerned.
+        error: What it raised, if it crashed.
+        cause: The true cause, where known.
+    """
+
+    number: int
+    label: str
+    spelling: str
+    unmet: tuple[tuple[str, str, str], ...]
+    error: str | None
+    cause: str | None
+
+
+def collect_failures(trials: Sequence[TrialRecord]) -> tuple[FailedExpectation, ...]:
+    """Return the trials with unmet expectations."""
+    axes = varying_axes([trial.cell for trial in trials])
+    return tuple(
+        FailedExpectation(
+            number,
+            label_cell(trial.cell, axes),
+            spell_path(trial.cell.path),
+            tuple(
+                (TITLES.get(name, name), words.get("expected", ""), words.get("measured", ""))
+                for name, words in trial.unmet.items()
+            ),
+            trial.error,
+            trial.cause,
+        )
+        for number, trial in enumerate(trials)
+        if trial.unmet
+    )

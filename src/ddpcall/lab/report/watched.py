@@ -1,0 +1,93 @@
+"""A watched run, as it is to be shown: the worst finding in one sentence, then all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpcall.findings import CATALOGUE, Finding, Rule, Severity
+from ddpcall.lab.report.records import Excerpt, WatchRecord
+from ddpcall.lab.report.words import code, plural
+
+
+@dataclass(frozen=True)
+class FindingView:
+    """One finding.
+
+    Attributes:
+        finding: As it was written.
+        place: file:line in function.
+        where: Ranks, step and count in words.
+        excerpt: The source lines.
+        rule: Its page; None for a code that this version does not know.
+    """
+
+    finding: Finding
+    place: str
+    where: str
+    excerpt: Excerpt
+    rule: Rule | None
+
+
+@dataclass(frozen=True)
+class WatchView:
+    """A watched run.
+
+    Attributes:
+        name: The file's name.
+        answer: One sentence.
+        counts: Severity and number, worst first; those that occur.
+        findings: Worst first.
+        problems: What could not be read.
+    """
+
+    name: str
+    answer: str
+    counts: tuple[tuple[str, int], ...]
+    findings: tuple[FindingView, ...]
+    problems: tuple[str, ...]
+
+
+def view_watch(record: WatchRecord) -> WatchView:
+    """Return what is to be shown of a watched run."""
+    ordered = sorted(record.findings, key=lambda pair: (-_rank(pair[0].severity), pair[0].step))
+    findings = tuple(_view(finding, excerpt) for finding, excerpt in ordered)
+    counts = [(str(s), sum(f.finding.severity == s for f in findings)) for s in reversed(list(Severity))]
+    shown = tuple((severity, number) for severity, number in sorted(counts, key=lambda c: -_rank(c[0])) if number)
+    return WatchView(str(record.path), _answer(findings, shown), shown, findings, record.problems)
+
+
+def _rank(severity: str) -> int:
+    try:
+        return Severity(severity).rank
+    except ValueError:
+        return -1
+
+
+def _view(finding: Finding, excerpt: Excerpt) -> FindingView:
+    place = (
+        f"{_shorten(finding.file)}:{finding.line} in {finding.function}" if finding.line else "no line can be told"
+    )
+    ranks = ", ".join(map(str, finding.ranks))
+    where = (
+        f"rank{'s' if len(finding.ranks) != 1 else ''} {ranks or 'unknown'}, from optimizer step {finding.step}"
+    )
+    where = f"{where}, seen {plural(finding.count, 'time')}"
+    return FindingView(finding, place, where, excerpt, CATALOGUE.get(finding.code))
+
+
+def _shorten(file: str) -> str:
+    """Return a file's name relative to the working directory where it lies below it."""
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
+
+
+def _answer(findings: Sequence[FindingView], counts: Sequence[tuple[str, int]]) -> str:
+    if not findings:
+        return "The watch found nothing."
+    number = ", ".join(plural(count, severity) for severity, count in counts) or plural(len(findings), "finding")
+    worst = findings[0]
+    title = worst.rule.title if worst.rule else worst.finding.name
+    link = ": " if len(findings) == 1 else "; the worst: "
+    return f"{number}{link}{title[:1].lower()}{title[1:]}, at {code(worst.place)}."

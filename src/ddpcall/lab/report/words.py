@@ -1,0 +1,122 @@
+"""Names, numbers and word lists that every part of the report says alike."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+from ddpcall.evidence import Cell
+from ddpcall.paths import SPELLING
+
+TITLES = {
+    "gradients": "gradients",
+    "hooks_wrapped": "hooks on wrapped",
+    "hooks_inner": "hooks on inner",
+    "hooks_submodules": "hooks below",
+    "compiled": "code",
+    "modes": "mode",
+    "dropout": "dropout masks",
+    "statistics": "running statistics",
+    "evaluation_inner": "eval of inner",
+    "evaluation_wrapped": "eval of wrapped",
+    "precision": "precision",
+}
+# A verdict's tone decides its colour; the word itself is always printed too.
+_TONES = {
+    "good": ("synced", "fired", "compiled", "same", "train"),
+    "lost": ("local", "differ", "differs"),
+    "crash": ("crashed",),
+    "part": ("skipped", "eager", "mixed", "identical"),
+    "other": ("sharded", "eval", "different", "float32", "bfloat16", "float16", "float64"),
+}
+TONE_OF = {word: tone for tone, words in _TONES.items() for word in words}
+AXES = ("wrapper", "path", "window", "hooks", "mode", "model")
+_MOST_NAMES = 5
+_UNINTERESTING = {"precision": "float32", "modes": "train"}
+
+
+def is_interesting(name: str, words: Iterable[str]) -> bool:
+    """Say whether a column of verdicts has anything to say."""
+    return bool(set(words) - {"none", _UNINTERESTING.get(name, "none")})
+
+
+def varying_axes(cells: Sequence[Cell]) -> list[str]:
+    """Return the axes on which the cells differ; `path` where they do not differ at all."""
+    return [axis for axis in AXES if len({getattr(cell, axis) for cell in cells}) > 1] or ["path"]
+
+
+def axis_value(cell: Cell, axis: str) -> str:
+    """Return a cell's coordinate as it is shown."""
+    value = getattr(cell, axis)
+    if axis == "model":
+        return value.rsplit(".", 1)[-1]
+    return f"{value} hooks" if axis == "hooks" else value
+
+
+def label_cell(cell: Cell, axes: Sequence[str]) -> str:
+    """Return a cell's name by the axes that tell it from the others."""
+    return " × ".join(axis_value(cell, axis) for axis in axes)
+
+
+def values_that_tell(group: Sequence[Cell], cells: Sequence[Cell], most: int) -> list[str]:
+    """Return the coordinates that tell a group from the other cells, on as few axes as do; empty where none do.
+
+    Args:
+        group: Some of the cells.
+        cells: All of them.
+        most: How many coordinates may be named.
+    """
+    axes = varying_axes(cells)
+    others = [cell for cell in cells if cell not in set(group)]
+    for number in range(1, len(axes) + 1):
+        for chosen in itertools.combinations(axes, number):
+            inside = list(dict.fromkeys(label_cell(cell, chosen) for cell in group))
+            if len(inside) <= most and not {label_cell(cell, chosen) for cell in others} & set(inside):
+                return inside
+    return []
+
+
+def label_group(group: Sequence[Cell], cells: Sequence[Cell]) -> str:
+    """Return a short name for some of the cells."""
+    if len(group) == len(cells) and len(cells) > 1:
+        return f"all {len(cells)} cells"
+    told = values_that_tell(group, cells, _MOST_NAMES)
+    if told:
+        return ", ".join(told)
+    axes = varying_axes(cells)
+    return f"{label_cell(group[0], axes)} and {len(group) - 1} more"
+
+
+def spell_path(path: str) -> str:
+    """Return how a script writes a call path; the path's own name where it is unknown."""
+    return {str(key): text for key, text in SPELLING.items()}.get(path, path)
+
+
+def join_words(words: Sequence[str]) -> str:
+    """Return `a`, `a and b`, `a, b and c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def plural(number: int, noun: str) -> str:
+    """Return the number with its noun."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def format_number(value: float | None) -> str:
+    """Return a measured number with three significant digits; a dash where there is none."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.3g}"
+
+
+def format_share(value: float) -> str:
+    """Return a share in percent."""
+    return f"{value:.1%}" if math.isfinite(value) else str(value)
+
+
+def code(text: str) -> str:
+    """Mark a name as code, as Markdown does; a backtick in it would end the mark."""
+    return f"`{text.replace('`', chr(39))}`"
