@@ -13,6 +13,7 @@ import inspect
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -156,6 +157,122 @@ def count_global_hook(kind: str, counters: dict[int, Tensor]) -> Undo:
         hooks._global_is_full_backward_hook = had_full
 
     return undo
+
+
+TIMED = "_ddpcall_timed"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that began and ended, in nanoseconds of `time.perf_counter_ns`.
+
+    Attributes:
+        raised: The class of the exception it ended in; None where it returned.
+    """
+
+    kind: str
+    name: str
+    owner: str | None
+    begin_ns: int
+    end_ns: int
+    detail: str | None = None
+    raised: str | None = None
+
+
+@dataclass
+class SpanLog:
+    """Collects spans while `recording` is set, and costs a test of that flag while it is not."""
+
+    recording: bool = False
+    spans: list[Span] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def span(self, kind: str, name: str, owner: str | None = None, detail: str | None = None) -> Iterator[None]:
+        """Note when the body began and ended, also when it raises."""
+        if not self.recording:
+            yield
+            return
+        raised = None
+        began = time.perf_counter_ns()
+        try:
+            yield
+        except BaseException as error:
+            raised = type(error).__name__
+            raise
+        finally:
+            self.spans.append(Span(kind, name, owner, began, time.perf_counter_ns(), detail, raised))
+
+
+def time_forward(module: nn.Module, log: SpanLog, name: str, owner: str, detail: str | None = None) -> Undo:
+    """Log a span for each run of a module's forward while the log records.
+
+    Compiled code does not see it: dynamo folds `is_compiling()` and never reads the flag, so that nothing is
+    recompiled when recording begins, as long as the tap was there before the module was compiled.
+
+    Blind to: runs inside compiled code; `type(module).forward(module, x)`.
+    """
+
+    def timing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or not log.recording:
+                return original(*args, **kwargs)
+            with log.span("forward", name, owner, detail):
+                return original(*args, **kwargs)
+
+        return forward
+
+    return wrap_method(module, "forward", timing)
+
+
+def time_hooks(module: nn.Module, kind: str, log: SpanLog, name: str, owner: str) -> Undo:
+    """Log a span for each run of the hooks of one kind that a module now carries, whoever registered them.
+
+    Hooks that are timed already are left alone, so it can be called again after more were registered.
+
+    Args:
+        module: The module; its hooks keep their places, keys and flags, and stay removable by their handles.
+        kind: forward_pre, forward or full_backward.
+        log: The log; nothing is noted while it does not record.
+        name: The spans' name.
+        owner: The spans' owner.
+
+    Blind to: hooks registered later, global ones, and hooks inside compiled code.
+    """
+    hooks = getattr(module, HOOK_DICTS[kind])
+    originals = {key: hook for key, hook in hooks.items() if not hasattr(hook, TIMED)}
+    timed = {key: _timed_hook(hook, kind, log, name, owner) for key, hook in originals.items()}
+    hooks.update(timed)
+
+    def undo() -> None:
+        for key, hook in originals.items():
+            if hooks.get(key) is timed[key]:
+                hooks[key] = hook
+
+    return undo
+
+
+def _timed_hook(hook: Callable[..., Any], kind: str, log: SpanLog, name: str, owner: str) -> Callable[..., Any]:
+    span_kind, detail = ("pre_hook" if kind == "forward_pre" else "hook"), name_function(hook)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not log.recording:
+            return hook(*args, **kwargs)
+        with log.span(span_kind, name, owner, detail):
+            return hook(*args, **kwargs)
+
+    setattr(timed, TIMED, hook)
+    return timed
+
+
+def name_hooks(module: nn.Module, kind: str) -> tuple[str, ...]:
+    """Return the names of the functions that a module carries as hooks of one kind, in the order they run in."""
+    return tuple(name_function(getattr(hook, TIMED, hook)) for hook in getattr(module, HOOK_DICTS[kind]).values())
+
+
+def name_function(function: Callable[..., Any]) -> str:
+    """Return a function's qualified name without its local scopes; of any other callable, its class."""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return name.rpartition("<locals>.")[2]
 
 
 def count_registered_hooks(module: nn.Module, kind: str) -> int:

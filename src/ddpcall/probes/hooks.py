@@ -133,7 +133,7 @@ def observe_hooks(
         for message in OUR_OWN_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         watched = []
-        for module, roles, name in _roles(wrapped, inner):
+        for module, roles, name in list_roles(wrapped, inner):
             runs = {"forward": _counter(device), "full_backward": _counter(device)}
             runs["forward_pre"] = runs["forward"]
             stack.callback(count_forwards(module, runs["forward"], runs["full_backward"]))
@@ -145,7 +145,8 @@ def _takes_hooks(module: nn.Module) -> bool:
     return not isinstance(module, torch.jit.ScriptModule)
 
 
-def _roles(wrapped: nn.Module, inner: nn.Module) -> list[tuple[nn.Module, tuple[str, ...], str]]:
+def list_roles(wrapped: nn.Module, inner: nn.Module) -> list[tuple[nn.Module, tuple[str, ...], str]]:
+    """List the wrapped, the inner and its submodules, each once: module, roles, qualified name below the inner."""
     roots: list[tuple[nn.Module, tuple[str, ...], str]]
     if wrapped is inner:
         roots = [(inner, ("wrapped", "inner"), "")]
