@@ -70,23 +70,90 @@ def _call_class_method(owner: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     return method(owner, *args, **kwargs)
 
 
-def count_forwards(module: nn.Module, counter: Tensor, differentiable: Tensor) -> Undo:
+TIMED = "_ddpcall_timed"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that began and ended, in nanoseconds of `time.perf_counter_ns`.
+
+    Attributes:
+        raised: The class of the exception it ended in; None where it returned.
+    """
+
+    kind: str
+    name: str
+    owner: str | None
+    begin_ns: int
+    end_ns: int
+    detail: str | None = None
+    raised: str | None = None
+
+
+@dataclass
+class SpanLog:
+    """Collects spans while `recording` is set, and costs a test of that flag while it is not."""
+
+    recording: bool = False
+    spans: list[Span] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def span(self, kind: str, name: str, owner: str | None = None, detail: str | None = None) -> Iterator[None]:
+        """Note when the body began and ended, also when it raises."""
+        if not self.recording:
+            yield
+            return
+        raised = None
+        began = time.perf_counter_ns()
+        try:
+            yield
+        except BaseException as error:
+            raised = type(error).__name__
+            raise
+        finally:
+            self.spans.append(Span(kind, name, owner, began, time.perf_counter_ns(), detail, raised))
+
+
+@dataclass(frozen=True)
+class SpanPlace:
+    """A log, and what the spans of one module are called in it."""
+
+    log: SpanLog
+    name: str
+    owner: str
+    detail: str | None = None
+
+    def span(self, kind: str, detail: str | None = None) -> contextlib.AbstractContextManager[None]:
+        """Return the context to log; `detail` wins over the place's own."""
+        return self.log.span(kind, self.name, self.owner, detail or self.detail)
+
+
+def count_forwards(
+    module: nn.Module, counter: Tensor, differentiable: Tensor, place: SpanPlace | None = None
+) -> Undo:
     """Count the runs of a module's forward, however it was reached, and those a gradient can flow back through.
 
     The counters are tensors, so that compiled code counts too: dynamo traces the addition into the graph
-    instead of guarding on a Python number, and nothing is recompiled.
+    instead of guarding on a Python number, and nothing is recompiled. Compiled code logs no spans: dynamo folds
+    `is_compiling()` and never reads whether the log records, so that nothing is recompiled when it begins to.
+    One wrapper does both, since a second one would make dynamo compile more frames where a graph breaks.
 
     Args:
         module: The module to observe.
         counter: Shape (), integer, on any device: one more for every run.
         differentiable: The same, for runs whose output requires a gradient: only those have a backward.
+        place: Where and by what name a span is logged for each run, while that log records; None: nowhere.
 
     Blind to: `type(module).forward(module, x)` and the functional form on the module's weights.
     """
 
     def counting(original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            outputs = original(*args, **kwargs)
+            if torch.compiler.is_compiling() or place is None or not place.log.recording:
+                outputs = original(*args, **kwargs)
+            else:
+                with place.span("forward"):
+                    outputs = original(*args, **kwargs)
             counter.add_(1)
             if requires_gradient(outputs):
                 differentiable.add_(1)
@@ -159,72 +226,7 @@ def count_global_hook(kind: str, counters: dict[int, Tensor]) -> Undo:
     return undo
 
 
-TIMED = "_ddpcall_timed"
-
-
-@dataclass(frozen=True)
-class Span:
-    """Something that began and ended, in nanoseconds of `time.perf_counter_ns`.
-
-    Attributes:
-        raised: The class of the exception it ended in; None where it returned.
-    """
-
-    kind: str
-    name: str
-    owner: str | None
-    begin_ns: int
-    end_ns: int
-    detail: str | None = None
-    raised: str | None = None
-
-
-@dataclass
-class SpanLog:
-    """Collects spans while `recording` is set, and costs a test of that flag while it is not."""
-
-    recording: bool = False
-    spans: list[Span] = field(default_factory=list)
-
-    @contextlib.contextmanager
-    def span(self, kind: str, name: str, owner: str | None = None, detail: str | None = None) -> Iterator[None]:
-        """Note when the body began and ended, also when it raises."""
-        if not self.recording:
-            yield
-            return
-        raised = None
-        began = time.perf_counter_ns()
-        try:
-            yield
-        except BaseException as error:
-            raised = type(error).__name__
-            raise
-        finally:
-            self.spans.append(Span(kind, name, owner, began, time.perf_counter_ns(), detail, raised))
-
-
-def time_forward(module: nn.Module, log: SpanLog, name: str, owner: str, detail: str | None = None) -> Undo:
-    """Log a span for each run of a module's forward while the log records.
-
-    Compiled code does not see it: dynamo folds `is_compiling()` and never reads the flag, so that nothing is
-    recompiled when recording begins, as long as the tap was there before the module was compiled.
-
-    Blind to: runs inside compiled code; `type(module).forward(module, x)`.
-    """
-
-    def timing(original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or not log.recording:
-                return original(*args, **kwargs)
-            with log.span("forward", name, owner, detail):
-                return original(*args, **kwargs)
-
-        return forward
-
-    return wrap_method(module, "forward", timing)
-
-
-def time_hooks(module: nn.Module, kind: str, log: SpanLog, name: str, owner: str) -> Undo:
+def time_hooks(module: nn.Module, kind: str, place: SpanPlace) -> Undo:
     """Log a span for each run of the hooks of one kind that a module now carries, whoever registered them.
 
     Hooks that are timed already are left alone, so it can be called again after more were registered.
@@ -232,15 +234,13 @@ def time_hooks(module: nn.Module, kind: str, log: SpanLog, name: str, owner: str
     Args:
         module: The module; its hooks keep their places, keys and flags, and stay removable by their handles.
         kind: forward_pre, forward or full_backward.
-        log: The log; nothing is noted while it does not record.
-        name: The spans' name.
-        owner: The spans' owner.
+        place: Where and by what name the spans are logged, while that log records.
 
     Blind to: hooks registered later, global ones, and hooks inside compiled code.
     """
     hooks = getattr(module, HOOK_DICTS[kind])
     originals = {key: hook for key, hook in hooks.items() if not hasattr(hook, TIMED)}
-    timed = {key: _timed_hook(hook, kind, log, name, owner) for key, hook in originals.items()}
+    timed = {key: _timed_hook(hook, kind, place) for key, hook in originals.items()}
     hooks.update(timed)
 
     def undo() -> None:
@@ -251,13 +251,13 @@ def time_hooks(module: nn.Module, kind: str, log: SpanLog, name: str, owner: str
     return undo
 
 
-def _timed_hook(hook: Callable[..., Any], kind: str, log: SpanLog, name: str, owner: str) -> Callable[..., Any]:
+def _timed_hook(hook: Callable[..., Any], kind: str, place: SpanPlace) -> Callable[..., Any]:
     span_kind, detail = ("pre_hook" if kind == "forward_pre" else "hook"), name_function(hook)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not log.recording:
+        if torch.compiler.is_compiling() or not place.log.recording:
             return hook(*args, **kwargs)
-        with log.span(span_kind, name, owner, detail):
+        with place.span(span_kind, detail):
             return hook(*args, **kwargs)
 
     setattr(timed, TIMED, hook)

@@ -169,7 +169,7 @@ def judge_skipped(timeline: StepTimeline) -> tuple[Skipped, ...]:
     Forwards of the roots that did not run beside modules that did; hooks that were registered and did not fire
     although their module, or for a root any module, ran; compiled code that did not run; gradients that
     arrived where no reducer expected them; an optimizer none of whose parameters received a gradient. Of a step
-    that raised only what comes before the exception counts: the forward-pre hooks of the modules it was in.
+    that raised only what comes before the exception counts: forwards and forward-pre hooks.
 
     Blind to: what hooks went past inside compiled code; hooks on submodules that never ran.
     """
@@ -214,8 +214,8 @@ def _skipped_hooks(timeline: StepTimeline) -> Iterator[Skipped]:
 
 def _had_to_fire(hooks: HooksOfStep, timeline: StepTimeline, entered: set[str]) -> bool:
     own_forwards = [other for other in timeline.hooks if other.module == hooks.module and _ran(other, entered)]
-    if timeline.raised:
-        return hooks.kind == "forward_pre" and bool(own_forwards)
+    if timeline.raised and hooks.kind != "forward_pre":
+        return False
     if hooks.kind == "full_backward" and own_forwards:
         return hooks.forwards > 0
     if own_forwards:

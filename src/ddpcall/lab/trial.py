@@ -278,6 +278,7 @@ class Trial:
                 subject.inner,
                 device=self._accelerator.device,
                 global_hooks=self._config.probes.global_hooks,
+                log=self._span_log,
             )
         )
         if self.cell.hooks == "early":

@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from ddpcall.evidence import HookCount, HooksOfStep, StepTimeline, TimelineEvent
 from ddpcall.probes.collectives import TimedCollective, time_collectives
 from ddpcall.probes.compiled import CompiledObserver
 from ddpcall.probes.gradients import GradientsObserver
-from ddpcall.probes.hooks import HooksObserver, list_roles
+from ddpcall.probes.hooks import HooksObserver, list_roles, place_of
 from ddpcall.probes.reducer import ReducerObserver
-from ddpcall.taps import HOOK_DICTS, Span, SpanLog, name_hooks, time_forward, time_hooks
+from ddpcall.taps import HOOK_DICTS, Span, SpanLog, SpanPlace, count_forwards, name_hooks, time_hooks
 from ddpcall.wrappers import COMPILING, Subject, find_reducers, replicate_state
 
 REDUCTIONS = frozenset({"all_reduce", "allreduce", "reduce", "reduce_scatter", "_reduce_scatter_base"})
@@ -32,18 +33,16 @@ class Counters:
 
 
 @dataclass(frozen=True)
-class _Tapped:
+class _Watched:
+    """A module, its first role, its qualified name below the inner one, and what its spans are called."""
+
     module: nn.Module
     role: str
     path: str
-    name: str
+    place: SpanPlace
 
-    @property
-    def owner(self) -> str:
-        return self.role.removesuffix("s")
-
-    def hook_name(self, kind: str) -> str:
-        return f"{kind} of {self.name}"
+    def place_of_hooks(self, kind: str) -> SpanPlace:
+        return replace(self.place, name=f"{kind} of {self.place.name}", detail=None)
 
 
 class TimelineObserver:
@@ -54,7 +53,10 @@ class TimelineObserver:
         self._counters = counters
         self._log = log
         self._measured_step = measured_step
-        self._tapped = _list_tapped(subject)
+        self._watched = [
+            _Watched(module, roles[0], path, place_of(module, roles, path, log))
+            for module, roles, path in list_roles(subject.wrapped, subject.inner)
+        ]
         self._taps = ExitStack()
         self._began_ns = self._epoch_ns = 0
         self.latest: StepTimeline | None = None
@@ -67,18 +69,11 @@ class TimelineObserver:
         """Return the context of one step: it records up to the measured step, and does nothing after it."""
         return self._observe(step) if step <= self._measured_step else nullcontext()
 
-    def tap_forwards(self) -> None:
-        """Put the taps on the forwards; `close` takes them off."""
-        for tapped in self._tapped:
-            detail = None if tapped.name == type(tapped.module).__name__ else type(tapped.module).__name__
-            self._taps.callback(time_forward(tapped.module, self._log, tapped.name, tapped.owner, detail))
-
     def tap_hooks(self) -> None:
         """Put taps on the hooks that are there now and have none yet."""
-        for tapped in self._tapped:
+        for watched in self._watched:
             for kind in HOOK_DICTS:
-                name = tapped.hook_name(kind)
-                self._taps.callback(time_hooks(tapped.module, kind, self._log, name, tapped.owner))
+                self._taps.callback(time_hooks(watched.module, kind, watched.place_of_hooks(kind)))
 
     def close(self) -> None:
         """Take all taps off the subject."""
@@ -86,10 +81,11 @@ class TimelineObserver:
 
     @contextmanager
     def _observe(self, step: int) -> Iterator[None]:
-        always_tapped = self._subject.wrapper in COMPILING
-        if step == 0 and not always_tapped:
-            self.tap_forwards()
-        self.tap_hooks()
+        # Dynamo compiles hooks apart and would compile again, so a compiling wrapper's are left alone until a
+        # whole step has shown that this path runs none of its compiled code.
+        compiles = self._subject.wrapper in COMPILING
+        if not compiles or (step > 0 and self._counters.compiled.graph_runs == 0):
+            self.tap_hooks()
         before, runs_before = self._counters.hooks.evidence(), self._counters.compiled.graph_runs
         raised, collectives = True, []
         try:
@@ -99,7 +95,7 @@ class TimelineObserver:
         finally:
             hooks = self._hooks_of_step(before)
             self.latest = self._describe(step, collectives, hooks, runs_before, raised)
-            if (raised or step == self._measured_step) and not always_tapped:
+            if raised or step == self._measured_step:
                 self.close()
 
     def _witness(self, step: int) -> AbstractContextManager[list[TimedCollective]]:
@@ -118,20 +114,20 @@ class TimelineObserver:
 
     def _hooks_of_step(self, before: Sequence[HookCount]) -> tuple[HooksOfStep, ...]:
         after = self._counters.hooks.evidence()
-        by_place = {(tapped.role, tapped.path): tapped for tapped in self._tapped}
+        by_place = {(watched.role, watched.path): watched for watched in self._watched}
         found = []
         for index, count in enumerate(after):
-            tapped = by_place.get((count.role, count.module))
-            if tapped is None or count.kind not in HOOK_DICTS:
+            watched = by_place.get((count.role, count.module))
+            if watched is None or count.kind not in HOOK_DICTS:
                 continue
             fired, forwards = (before[index].fired, before[index].forwards) if before else (0, 0)
             found.append(
                 HooksOfStep(
                     kind=count.kind,
-                    name=tapped.hook_name(count.kind),
-                    module=tapped.name,
-                    owner=tapped.owner,
-                    functions=name_hooks(tapped.module, count.kind),
+                    name=watched.place_of_hooks(count.kind).name,
+                    module=watched.place.name,
+                    owner=watched.place.owner,
+                    functions=name_hooks(watched.module, count.kind),
                     fired=count.fired - fired,
                     forwards=count.forwards - forwards,
                 )
@@ -180,9 +176,13 @@ class TimelineObserver:
 
     def _event_of_collective(self, seen: TimedCollective, backward: Sequence[Span]) -> TimelineEvent:
         begin_ns, end_ns = seen.begin_ns - self._epoch_ns, seen.end_ns - self._epoch_ns
-        in_backward = any(span.begin_ns <= begin_ns <= span.end_ns for span in backward)
+        around = [span for span in backward if span.begin_ns <= begin_ns <= span.end_ns]
+        is_bucket = bool(around) and seen.operation in REDUCTIONS
+        if is_bucket:
+            # The backward waits for it, but gloo's thread may be late to tell the profiler of its end.
+            end_ns = min(end_ns, around[0].end_ns)
         return TimelineEvent(
-            kind="bucket" if in_backward and seen.operation in REDUCTIONS else "collective",
+            kind="bucket" if is_bucket else "collective",
             name=seen.operation,
             owner=None,
             start_us=self._since_start_us(begin_ns),
@@ -192,13 +192,6 @@ class TimelineObserver:
 
     def _since_start_us(self, moment_ns: int) -> float:
         return (moment_ns - self._began_ns) / 1000
-
-
-def _list_tapped(subject: Subject) -> list[_Tapped]:
-    listed = list_roles(subject.wrapped, subject.inner)
-    if subject.wrapped is not subject.inner and not any(module is subject.wrapped for module, _, _ in listed):
-        listed.insert(0, (subject.wrapped, ("wrapped",), ""))  # scripted: it has a forward, and takes no hooks
-    return [_Tapped(module, roles[0], path, path or type(module).__name__) for module, roles, path in listed]
 
 
 @contextmanager
@@ -229,10 +222,9 @@ def observe_timeline(
     Source: `torch/nn/modules/module.py`, `_call_impl`.
     """
     observer = TimelineObserver(subject, counters, log, measured_step)
-    try:
-        if subject.wrapper in COMPILING:
-            observer.tap_forwards()
-            observer.tap_hooks()
+    with ExitStack() as stack:
+        stack.callback(observer.close)
+        if isinstance(subject.wrapped, torch.jit.ScriptModule):  # it takes no hooks, but it has a forward
+            place, unread = place_of(subject.wrapped, ("wrapped",), "", log), torch.zeros(())
+            stack.callback(count_forwards(subject.wrapped, unread, unread, place))
         yield observer
-    finally:
-        observer.close()
