@@ -261,6 +261,11 @@ class HooksOfStep:
     fired: int
     forwards: int
 
+    @property
+    def event_kind(self) -> str:
+        """Return the kind that their events have in the timeline."""
+        return "pre_hook" if self.kind == "forward_pre" else "hook"
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimeline:

@@ -180,6 +180,12 @@ def judge_skipped(timeline: StepTimeline) -> tuple[Skipped, ...]:
     )
 
 
+def list_untimed(timeline: StepTimeline) -> tuple[HooksOfStep, ...]:
+    """Return the hooks that fired in a step without an event of their own: those of compiled models."""
+    timed = {(event.owner, event.name) for event in timeline.events}
+    return tuple(hooks for hooks in timeline.hooks if hooks.fired and (hooks.owner, hooks.name) not in timed)
+
+
 def _skipped_forwards(timeline: StepTimeline) -> Iterator[Skipped]:
     entered = _entered(timeline)
     for hooks in timeline.hooks:
@@ -206,10 +212,9 @@ def _skipped_hooks(timeline: StepTimeline) -> Iterator[Skipped]:
     entered = _entered(timeline)
     for hooks in timeline.hooks:
         if not hooks.fired and _had_to_fire(hooks, timeline, entered):
-            kind = "pre_hook" if hooks.kind == "forward_pre" else "hook"
             names = ", ".join(hooks.functions)
             detail = f"{len(hooks.functions)} registered ({names}), 0 fired"
-            yield Skipped(kind=kind, name=hooks.name, owner=hooks.owner, detail=detail)
+            yield Skipped(kind=hooks.event_kind, name=hooks.name, owner=hooks.owner, detail=detail)
 
 
 def _had_to_fire(hooks: HooksOfStep, timeline: StepTimeline, entered: set[str]) -> bool:

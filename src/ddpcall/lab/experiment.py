@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Failure, to_json
+from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Failure, StepTimeline, to_json
 from ddpcall.lab.console import Progress, print_result, say, warn
 from ddpcall.lab.data import Split, check_batch_size, load_split
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
@@ -31,7 +31,7 @@ from ddpcall.lab.world import (
     choose_accelerator,
     open_world,
 )
-from ddpcall.verdicts import Verdicts, explain_crash, judge, judge_skipped
+from ddpcall.verdicts import Verdicts, explain_crash, judge, judge_skipped, list_untimed
 from ddpcall.wrappers import Wrapper
 
 MODES_BY_STEP = (
@@ -417,21 +417,23 @@ def step_records(cell: Cell, reports: list[RankReport]) -> list[dict[str, Any]]:
 
 def timeline_records(cell: Cell, reports: list[RankReport]) -> list[dict[str, Any]]:
     """Return one record for each rank that recorded a step: its events, and what the step went past."""
-    records = []
-    for rank, report in enumerate(reports):
-        if report.timeline is None:
-            continue
-        timeline = report.timeline
-        events = [dataclasses.asdict(event) for event in timeline.events]
-        records.append(
-            {
-                **dataclasses.asdict(cell),
-                "rank": rank,
-                "step": timeline.step,
-                "raised": timeline.raised,
-                "events": [event for event in events if event["kind"] != "collective"],
-                "collectives": [event for event in events if event["kind"] == "collective"],
-                "skipped": [dataclasses.asdict(skipped) for skipped in judge_skipped(timeline)],
-            }
-        )
-    return records
+    return [
+        {**dataclasses.asdict(cell), "rank": rank, **_timeline_record(report.timeline)}
+        for rank, report in enumerate(reports)
+        if report.timeline is not None
+    ]
+
+
+def _timeline_record(timeline: StepTimeline) -> dict[str, Any]:
+    events = [dataclasses.asdict(event) for event in timeline.events]
+    return {
+        "step": timeline.step,
+        "raised": timeline.raised,
+        "events": [event for event in events if event["kind"] != "collective"],
+        "collectives": [event for event in events if event["kind"] == "collective"],
+        "skipped": [dataclasses.asdict(skipped) for skipped in judge_skipped(timeline)],
+        "untimed": [
+            {"kind": hooks.event_kind, "name": hooks.name, "owner": hooks.owner, "fired": hooks.fired}
+            for hooks in list_untimed(timeline)
+        ],
+    }
