@@ -192,6 +192,8 @@ class ModesEvidence:
         statistics_difference: By step: largest absolute difference of batch norm's running statistics between
             two ranks, after the step; None without such statistics.
         batches_tracked: By step: the first batch norm's `num_batches_tracked` on this rank.
+        running_mean_norm: By step: L2 norm of all running means on this rank; None without such statistics.
+        running_var_norm: The same of the running variances.
         compute_dtypes: Dtypes that left linear layers and convolutions in the steps, on this rank.
         result_dtype: Dtype of what the call path handed to the loss; empty where it computed the loss itself.
         evaluation_inner: Largest absolute difference between ranks of `inner(x)` in eval mode, for one batch;
@@ -210,6 +212,101 @@ class ModesEvidence:
     result_dtype: str
     evaluation_inner: float | None = None
     evaluation_wrapped: float | None = None
+    running_mean_norm: tuple[float | None, ...] = ()
+    running_var_norm: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimelineEvent:
+    """Something that was seen to begin and to end in one step on one rank.
+
+    Attributes:
+        kind: pre_hook, forward, hook, backward, bucket, collective or optimizer.
+        name: Of a root its class, of a module below it its qualified name; a hook's kind and its module; the
+            operation of a bucket or of another collective.
+        owner: wrapped, inner or submodule; None where no module is meant.
+        start_us: Microseconds since the step began on this rank.
+        end_us: Likewise.
+        detail: A module's class, the hook's function, a collective's bytes, what was raised.
+    """
+
+    kind: str
+    name: str
+    owner: str | None
+    start_us: float
+    end_us: float
+    detail: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HooksOfStep:
+    """What the hooks of one kind on one module did in one step.
+
+    Attributes:
+        kind: forward_pre, forward or full_backward.
+        name: The name that their events have in the timeline.
+        module: The name that the module's forward has there.
+        owner: wrapped, inner or submodule.
+        functions: Names of the registered functions, in the order they run in.
+        fired: Times our witness among them fired.
+        forwards: Times the module's forward ran to its end; for backward hooks, only with an output that
+            required a gradient.
+    """
+
+    kind: str
+    name: str
+    module: str
+    owner: str
+    functions: tuple[str, ...]
+    fired: int
+    forwards: int
+
+    @property
+    def event_kind(self) -> str:
+        """Return the kind that their events have in the timeline."""
+        return "pre_hook" if self.kind == "forward_pre" else "hook"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimeline:
+    """One step of one trial on one rank: what was seen, and the counts that tell what was not.
+
+    Attributes:
+        step: The step, from 0.
+        events: In the order in which they began; a nested event lies inside its parent's span. Collectives run
+            beside the Python code and nest in nothing but the step.
+        hooks: What the witnessed hooks did in this step.
+        raised: Whether the step ended in an exception.
+        arrivals: Gradients that arrived in the step while a reducer expected them, and while none did; None
+            where the wrapper has no reducer that the taps know, or the step did not get so far.
+        compiled_runs: Compiled graphs that ran in the step; None where nothing was to be compiled.
+        with_gradient: Parameters of the optimizer that had a gradient after the backward; None: no backward.
+    """
+
+    step: int
+    events: tuple[TimelineEvent, ...]
+    hooks: tuple[HooksOfStep, ...] = ()
+    raised: bool = False
+    arrivals: tuple[int, int] | None = None
+    compiled_runs: int | None = None
+    with_gradient: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """Something that calling the wrapped object does in a step, and that this step went past.
+
+    Attributes:
+        kind: pre_hook, forward, hook, bucket or optimizer, as for `TimelineEvent`.
+        name: Likewise.
+        owner: Likewise.
+        detail: The counts that tell.
+    """
+
+    kind: str
+    name: str
+    owner: str | None
+    detail: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ddpcall.evidence import Evidence, Failure, GradientEvidence, HookCount, ModesEvidence
+from ddpcall.evidence import (
+    Evidence,
+    Failure,
+    GradientEvidence,
+    HookCount,
+    HooksOfStep,
+    ModesEvidence,
+    Skipped,
+    StepTimeline,
+)
 
 # Reductions give every rank the same bits; the tolerance only allows for backends that round per rank.
 RELATIVE_TOLERANCE = 1e-6
@@ -151,6 +161,84 @@ def _same(difference: float | None) -> str:
 
 def _judge_precision(dtypes: tuple[str, ...]) -> str:
     return "none" if not dtypes else dtypes[0] if len(dtypes) == 1 else "mixed"
+
+
+def judge_skipped(timeline: StepTimeline) -> tuple[Skipped, ...]:
+    """Say what a step went past, from its own counts: never from the name of the call path.
+
+    Forwards of the roots that did not run beside modules that did; hooks that were registered and did not fire
+    although their module, or for a root any module, ran; compiled code that did not run; gradients that
+    arrived where no reducer expected them; an optimizer none of whose parameters received a gradient. Of a step
+    that raised only what comes before the exception counts: forwards and forward-pre hooks.
+
+    Blind to: what hooks went past inside compiled code; hooks on submodules that never ran.
+    """
+    return (
+        *_skipped_forwards(timeline),
+        *_skipped_hooks(timeline),
+        *_skipped_reductions(timeline),
+    )
+
+
+def list_untimed(timeline: StepTimeline) -> tuple[HooksOfStep, ...]:
+    """Return the hooks that fired in a step without an event of their own: those of compiled models."""
+    timed = {(event.owner, event.name) for event in timeline.events}
+    return tuple(hooks for hooks in timeline.hooks if hooks.fired and (hooks.owner, hooks.name) not in timed)
+
+
+def _skipped_forwards(timeline: StepTimeline) -> Iterator[Skipped]:
+    entered = _entered(timeline)
+    for hooks in timeline.hooks:
+        if hooks.kind != "forward" or hooks.owner == "submodule" or hooks.module in entered or hooks.forwards:
+            continue
+        below = {"wrapped": ("inner", "submodule"), "inner": ("submodule",)}[hooks.owner]
+        num_below = sum(_ran(other, entered) for other in timeline.hooks if other.owner in below)
+        if num_below:
+            detail = f"its forward ran 0 times, {num_below} modules below it ran"
+            yield Skipped(kind="forward", name=hooks.module, owner=hooks.owner, detail=detail)
+    if timeline.compiled_runs == 0 and not timeline.raised:
+        yield Skipped(kind="forward", name="compiled code", owner="wrapped", detail="0 compiled graphs ran")
+
+
+def _entered(timeline: StepTimeline) -> set[str]:
+    return {event.name for event in timeline.events if event.kind == "forward"}
+
+
+def _ran(hooks: HooksOfStep, entered: set[str]) -> bool:
+    return hooks.kind == "forward" and bool(hooks.forwards or hooks.module in entered)
+
+
+def _skipped_hooks(timeline: StepTimeline) -> Iterator[Skipped]:
+    entered = _entered(timeline)
+    for hooks in timeline.hooks:
+        if not hooks.fired and _had_to_fire(hooks, timeline, entered):
+            names = ", ".join(hooks.functions)
+            detail = f"{len(hooks.functions)} registered ({names}), 0 fired"
+            yield Skipped(kind=hooks.event_kind, name=hooks.name, owner=hooks.owner, detail=detail)
+
+
+def _had_to_fire(hooks: HooksOfStep, timeline: StepTimeline, entered: set[str]) -> bool:
+    own_forwards = [other for other in timeline.hooks if other.module == hooks.module and _ran(other, entered)]
+    if timeline.raised and hooks.kind != "forward_pre":
+        return False
+    if hooks.kind == "full_backward" and own_forwards:
+        return hooks.forwards > 0
+    if own_forwards:
+        return True
+    # A root that was passed by, while what is below it ran (with gradients, for a backward hook).
+    alike = [other for other in timeline.hooks if other.kind == hooks.kind]
+    return hooks.owner != "submodule" and any(other.forwards for other in alike)
+
+
+def _skipped_reductions(timeline: StepTimeline) -> Iterator[Skipped]:
+    if timeline.arrivals is not None and timeline.arrivals[1]:
+        armed, unarmed = timeline.arrivals
+        name = f"reduction of {unarmed} gradients"
+        detail = f"{unarmed} gradients arrived while no reducer expected them, {armed} while one did"
+        yield Skipped(kind="bucket", name=name, owner=None, detail=detail)
+    if timeline.with_gradient == 0:
+        detail = "0 of its parameters had a gradient after the backward"
+        yield Skipped(kind="optimizer", name="update of the parameters", owner=None, detail=detail)
 
 
 def explain_crash(evidence: Evidence) -> str | None:

@@ -581,6 +581,17 @@ def gather_state(subject: Subject, parameters: dict[str, nn.Parameter]) -> dict[
         return {name: _whole(value).detach().cpu().clone() for name, value in state.items()}
 
 
+def local_state(subject: Subject, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return this rank's parameters and buffers as they are, without a copy and without the other ranks.
+
+    Args:
+        subject: The wrapped model; none of its parameters sharded.
+        parameters: By name, as the optimizer holds them.
+    """
+    state = {**parameters, **dict(subject.inner.named_buffers())}
+    return {name: local_part(value.detach()) for name, value in state.items()}
+
+
 def _whole(tensor: Tensor) -> Tensor:
     full_tensor: Any = getattr(tensor, "full_tensor", None)
     return tensor if full_tensor is None else full_tensor()

@@ -100,6 +100,41 @@ def test_steps_are_recorded_for_every_rank_with_the_same_losses_at_first(forward
     assert first["call", 0] != first["call", 1]
 
 
+def test_steps_tell_when_and_how_far_the_replicas_part(forward_bypass):
+    verdicts = {trial["path"]: trial["verdicts"]["gradients"] for trial in forward_bypass.summary()["trials"]}
+    for step in forward_bypass.records("steps.jsonl"):
+        apart = verdicts[step["path"]] == "local" and step["rank"] == 1
+        assert (step["distance_to_rank0"] > 0) == apart
+
+
+def test_accuracy_is_measured_every_tenth_step_and_ends_at_the_consequence(forward_bypass):
+    final = {trial["path"]: trial["consequence"]["test_accuracy"] for trial in forward_bypass.summary()["trials"]}
+    for path, accuracies in final.items():
+        steps = [step for step in forward_bypass.records("steps.jsonl") if step["path"] == path]
+        for rank, accuracy in enumerate(accuracies):
+            measured = {s["step"]: s["accuracy"] for s in steps if s["rank"] == rank and s["accuracy"] is not None}
+            assert list(measured) == [0, 10, 20, 30, 40, 50, 59]
+            assert measured[59] == accuracy
+
+
+def test_each_trial_and_rank_has_a_timeline_of_the_third_step_and_buckets_where_gradients_are_synced(
+    forward_bypass,
+):
+    verdicts = {trial["path"]: trial["verdicts"]["gradients"] for trial in forward_bypass.summary()["trials"]}
+    timelines = forward_bypass.records("timeline.jsonl")
+    assert [(line["path"], line["rank"]) for line in timelines] == [
+        (path, rank) for path in verdicts for rank in (0, 1)
+    ]
+    for line in timelines:
+        synced = verdicts[line["path"]] == "synced"
+        assert (line["step"], line["raised"], line["untimed"]) == (2, False, [])
+        assert [event["kind"] for event in line["events"]].count("bucket") == (1 if synced else 0)
+        assert ("bucket" in [skipped["kind"] for skipped in line["skipped"]]) != synced
+        assert (line["skipped"] == []) == (line["path"] == "call")
+        starts = [event["start_us"] for event in line["events"]]
+        assert starts == sorted(starts)
+
+
 def test_one_run_directory_holds_all_that_was_promised(forward_bypass):
     names = {path.name for path in forward_bypass.only_run().iterdir()}
     assert names == {
@@ -111,6 +146,7 @@ def test_one_run_directory_holds_all_that_was_promised(forward_bypass):
         "summary.json",
         "table.txt",
         "tensorboard",
+        "timeline.jsonl",
     }
     environment = json.loads((forward_bypass.only_run() / "environment.json").read_text())
     assert (environment["backend"], environment["world_size"]) == ("gloo", 2)

@@ -131,6 +131,11 @@ def test_a_model_that_raises_everywhere_is_evidence_and_the_next_trial_runs(tmp_
     assert working["verdicts"]["gradients"] == "synced"
     (failures,) = [record["failures"] for record in run.records("evidence.jsonl") if record["failures"]]
     assert sorted(failure["rank"] for failure in failures) == [0, 1]
+    timelines = [line for line in run.records("timeline.jsonl") if line["raised"]]
+    assert [(line["model"], line["rank"], line["step"]) for line in timelines] == [
+        ("tests.ranks.user_models.Raising", rank, 0) for rank in (0, 1)
+    ]
+    assert [event["detail"] for event in timelines[0]["events"]][1::2] == ["raised ValueError"] * 2
 
 
 def test_a_rank_that_raises_alone_ends_the_run_with_its_own_traceback(tmp_path):

@@ -61,12 +61,15 @@ def test_eval_mode_drops_nothing_and_leaves_the_statistics(rank):
     assert evidence.dropout_kept == (1.0, 1.0, 1.0)
     assert evidence.statistics_difference == (0.0, 0.0, 0.0)
     assert evidence.batches_tracked == (0, 0, 0)
+    assert evidence.running_mean_norm == (0.0, 0.0, 0.0)
+    assert evidence.running_var_norm == pytest.approx((8**0.5,) * 3)
 
 
 def test_statistics_of_different_data_part_and_are_counted(rank):
     evidence = run_steps(rank, Net())
     assert all(difference > 0 for difference in evidence.statistics_difference if difference is not None)
     assert evidence.batches_tracked == (1, 2, 3)
+    assert len(set(evidence.running_mean_norm)) == len(set(evidence.running_var_norm)) == 3
     assert evidence.evaluation_inner is not None
     assert evidence.evaluation_inner > 0
     verdicts = judge_modes(evidence)
@@ -76,6 +79,7 @@ def test_statistics_of_different_data_part_and_are_counted(rank):
 def test_a_model_without_statistics_has_nothing_to_compare(rank):
     evidence = run_steps(rank, nn.Sequential(nn.Linear(4, 2)))
     assert evidence.statistics_difference == (None, None, None)
+    assert evidence.running_mean_norm == evidence.running_var_norm == (None, None, None)
     assert (evidence.evaluation_inner, evidence.evaluation_wrapped) == (None, None)
 
 

@@ -14,7 +14,14 @@ def test_a_run_directory_starts_as_running_and_leaves_no_temporary_files(tmp_pat
     directory = make_directory(tmp_path)
     assert directory.read_summary() == {"schema": 1, "outcome": "running", "trials": []}
     names = {path.name for path in directory.path.iterdir()}
-    assert names == {"config.yaml", "environment.json", "evidence.jsonl", "steps.jsonl", "summary.json"}
+    assert names == {
+        "config.yaml",
+        "environment.json",
+        "evidence.jsonl",
+        "steps.jsonl",
+        "timeline.jsonl",
+        "summary.json",
+    }
 
 
 def test_failing_keeps_the_trials_and_says_who_failed_first(tmp_path):

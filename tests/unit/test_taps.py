@@ -6,7 +6,16 @@ from torch import nn
 
 from ddpcall.lab.models import Mlp
 from ddpcall.probes.hooks import observe_hooks
-from ddpcall.taps import ReducerLog, count_forwards, requires_gradient, tap_gradient_arrivals, wrap_method
+from ddpcall.taps import (
+    ReducerLog,
+    SpanLog,
+    SpanPlace,
+    count_forwards,
+    requires_gradient,
+    tap_gradient_arrivals,
+    time_hooks,
+    wrap_method,
+)
 
 
 def counter() -> torch.Tensor:
@@ -119,3 +128,56 @@ def test_hooks_fire_on_call_and_not_on_forward():
     }
     head = {count.kind: count.fired for count in observer.evidence() if count.module == "head"}
     assert set(head.values()) == {2}
+
+
+def spans_of(log):
+    return [(span.kind, span.name, span.detail, span.raised) for span in log.spans]
+
+
+def test_a_span_is_logged_while_the_log_records_also_when_its_body_raises():
+    log = SpanLog()
+    with log.span("forward", "before"):
+        pass
+    log.recording = True
+    with pytest.raises(KeyError), log.span("forward", "outer"), log.span("forward", "inner", detail="x"):
+        raise KeyError
+    assert spans_of(log) == [("forward", "inner", "x", "KeyError"), ("forward", "outer", None, "KeyError")]
+    inner, outer = log.spans
+    assert outer.begin_ns <= inner.begin_ns <= inner.end_ns <= outer.end_ns
+
+
+def test_hooks_are_timed_in_their_places_once_and_are_put_back():
+    model, log, calls = nn.Linear(2, 2), SpanLog(recording=True), []
+    handles = [model.register_forward_hook(lambda *_, name=name: calls.append(name)) for name in ("a", "b")]
+    model.register_forward_hook(lambda *_, **__: calls.append("kwargs"), with_kwargs=True, prepend=True)
+    hooks = dict(model._forward_hooks)
+    place = SpanPlace(log, "hooks", "inner")
+    undo, undo_again = time_hooks(model, "forward", place), time_hooks(model, "forward", place)
+    model(torch.zeros(1, 2))
+    assert calls == ["kwargs", "a", "b"]
+    assert [span.kind for span in log.spans] == ["hook"] * 3
+    handles[0].remove()
+    model(torch.zeros(1, 2))
+    assert calls[3:] == ["kwargs", "b"]
+    undo()
+    undo_again()
+    model(torch.zeros(1, 2))
+    assert len(log.spans) == 5
+    assert list(model._forward_hooks.values()) == [hooks[key] for key in model._forward_hooks]
+    handles[1].remove()
+    assert len(model._forward_hooks) == 1
+
+
+def test_a_forward_logs_spans_only_while_recording_and_not_in_compiled_code():
+    model, log = nn.Linear(2, 2), SpanLog()
+    counter = torch.zeros((), dtype=torch.int64)
+    undo = count_forwards(model, counter, torch.zeros(()), SpanPlace(log, "Linear", "inner"))
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    model(torch.zeros(1, 2))
+    log.recording = True
+    compiled(torch.zeros(1, 2))
+    assert (int(counter), spans_of(log)) == (2, [])
+    model.forward(torch.zeros(1, 2))
+    assert (int(counter), spans_of(log)) == (3, [("forward", "Linear", None, None)])
+    undo()
+    torch.compiler.reset()

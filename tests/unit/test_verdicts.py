@@ -2,8 +2,17 @@ import dataclasses
 
 import pytest
 
-from ddpcall.evidence import CompiledEvidence, ModesEvidence
-from ddpcall.verdicts import explain_crash, judge, judge_compiled, judge_gradients, judge_hooks, skipped_kinds
+from ddpcall.evidence import CompiledEvidence, HooksOfStep, ModesEvidence, StepTimeline, TimelineEvent
+from ddpcall.verdicts import (
+    explain_crash,
+    judge,
+    judge_compiled,
+    judge_gradients,
+    judge_hooks,
+    judge_skipped,
+    list_untimed,
+    skipped_kinds,
+)
 from tests.unit.records import ENVIRONMENT, FAILURE, make_evidence, make_gradients, make_hook
 
 
@@ -135,3 +144,96 @@ def test_a_backward_hook_has_nothing_to_fire_for_without_gradients():
     assert judge(make_evidence(hooks=hooks)).hooks_wrapped == "fired"
     hooks = (make_hook("wrapped"), make_hook("wrapped", "full_backward", fired=0, forwards=2))
     assert judge(make_evidence(hooks=hooks)).hooks_wrapped == "skipped"
+
+
+NAMES = {"wrapped": "DDP", "inner": "Net", "submodule": "head"}
+
+
+def make_hooks_of_step(owner, kind, fired=1, forwards=1):
+    name = NAMES[owner]
+    return HooksOfStep(
+        kind=kind,
+        name=f"{kind} of {name}",
+        module=name,
+        owner=owner,
+        functions=("f",),
+        fired=fired,
+        forwards=forwards,
+    )
+
+
+def make_timeline(wrapped=(1, 1), inner=(1, 1), submodule=(1, 1), backward=True, **changes):
+    """Return a step of a model with all three kinds of hooks; (fired, forwards) by owner."""
+    counts = {"wrapped": wrapped, "inner": inner, "submodule": submodule}
+    hooks = []
+    for kind in ("forward_pre", "forward", "full_backward"):
+        on = kind != "full_backward" or backward
+        hooks += [
+            make_hooks_of_step(owner, kind, fired * on, forwards * on)
+            for owner, (fired, forwards) in counts.items()
+        ]
+    return StepTimeline(**{"step": 2, "events": (), "hooks": tuple(hooks), **changes})
+
+
+def skipped_of(timeline):
+    return [(skipped.kind, skipped.owner, skipped.name) for skipped in judge_skipped(timeline)]
+
+
+HOOKS_OF_DDP = [
+    ("pre_hook", "wrapped", "forward_pre of DDP"),
+    ("hook", "wrapped", "forward of DDP"),
+    ("hook", "wrapped", "full_backward of DDP"),
+]
+HOOKS_OF_BOTH = [
+    ("pre_hook", "wrapped", "forward_pre of DDP"),
+    ("pre_hook", "inner", "forward_pre of Net"),
+    ("hook", "wrapped", "forward of DDP"),
+    ("hook", "inner", "forward of Net"),
+    ("hook", "wrapped", "full_backward of DDP"),
+    ("hook", "inner", "full_backward of Net"),
+]
+FORWARD_OF_DDP = ("forward", "wrapped", "DDP")
+ENTERED_INNER = TimelineEvent(kind="forward", name="Net", owner="inner", start_us=0, end_us=1)
+
+
+@pytest.mark.parametrize(
+    ("timeline", "skipped"),
+    [
+        (make_timeline(), []),
+        (make_timeline(wrapped=(0, 1)), HOOKS_OF_DDP),
+        (make_timeline(wrapped=(0, 0)), [FORWARD_OF_DDP, *HOOKS_OF_DDP]),
+        (
+            make_timeline(wrapped=(0, 0), inner=(0, 0)),
+            [FORWARD_OF_DDP, ("forward", "inner", "Net"), *HOOKS_OF_BOTH],
+        ),
+        (make_timeline(submodule=(0, 0)), []),  # nobody says that it should have run
+        (make_timeline(wrapped=(0, 0), inner=(0, 0), submodule=(0, 0)), []),  # nothing ran at all
+        (make_timeline(wrapped=(0, 1), backward=False), HOOKS_OF_DDP[:2]),
+        (make_timeline(arrivals=(6, 0)), []),
+        (make_timeline(arrivals=(2, 4)), [("bucket", None, "reduction of 4 gradients")]),
+        (make_timeline(compiled_runs=3), []),
+        (make_timeline(compiled_runs=0), [("forward", "wrapped", "compiled code")]),
+        (make_timeline(with_gradient=2), []),
+        (make_timeline(with_gradient=0), [("optimizer", None, "update of the parameters")]),
+        (
+            make_timeline(wrapped=(0, 0), inner=(0, 0), raised=True, compiled_runs=0, events=(ENTERED_INNER,)),
+            [FORWARD_OF_DDP, HOOKS_OF_BOTH[0], HOOKS_OF_BOTH[1]],
+        ),
+    ],
+)
+def test_a_step_went_past_what_its_counts_show(timeline, skipped):
+    assert skipped_of(timeline) == skipped
+
+
+def test_hooks_that_fired_without_an_event_are_listed_and_no_others():
+    seen = TimelineEvent(kind="hook", name="forward of Net", owner="inner", start_us=0, end_us=1)
+    timeline = StepTimeline(
+        step=0,
+        events=(seen,),
+        hooks=(
+            make_hooks_of_step("inner", "forward"),
+            make_hooks_of_step("wrapped", "forward"),
+            make_hooks_of_step("submodule", "forward", fired=0),
+        ),
+    )
+    assert [hooks.name for hooks in list_untimed(timeline)] == ["forward of DDP"]

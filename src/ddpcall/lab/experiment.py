@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Failure, to_json
+from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Failure, StepTimeline, to_json
 from ddpcall.lab.console import Progress, print_result, say, warn
 from ddpcall.lab.data import Split, check_batch_size, load_split
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
@@ -32,10 +32,17 @@ from ddpcall.lab.world import (
     choose_accelerator,
     open_world,
 )
-from ddpcall.verdicts import Verdicts, explain_crash, judge
+from ddpcall.verdicts import Verdicts, explain_crash, judge, judge_skipped, list_untimed
 from ddpcall.wrappers import Wrapper
 
-MODES_BY_STEP = ("dropout_kept", "masks_identical", "statistics_difference", "batches_tracked")
+MODES_BY_STEP = (
+    "dropout_kept",
+    "masks_identical",
+    "statistics_difference",
+    "batches_tracked",
+    "running_mean_norm",
+    "running_var_norm",
+)
 # What a rank raises because another one failed first.
 CONSEQUENCES = ("connection reset", "connection closed", "closed by peer", "timed out", "timeout", "broken pipe")
 GATHER_SECONDS = 30.0
@@ -253,6 +260,7 @@ class _Run:
         }
         self._directory.append("evidence.jsonl", [record])
         self._directory.append("steps.jsonl", step_records(cell, reports))
+        self._directory.append("timeline.jsonl", timeline_records(cell, reports))
         if self._config.tensorboard:
             write_events(self._directory.path / "tensorboard", result.evidence, reports)
 
@@ -389,12 +397,14 @@ def _first_line(failures: tuple[Failure, ...]) -> str | None:
 
 
 def step_records(cell: Cell, reports: list[RankReport]) -> list[dict[str, Any]]:
-    """Return one record for each step and rank: loss, time, and what the reducer saw."""
+    """Return one record for each finished step and rank: loss, time, how far from rank 0, what the reducer saw."""
     records = []
     for rank, report in enumerate(reports):
         for step, loss in enumerate(report.losses):
             record = {**dataclasses.asdict(cell), "rank": rank, "step": step, "loss": loss}
             record["step_ms"] = report.step_ms[step]
+            record["accuracy"] = report.accuracies[step]
+            record["distance_to_rank0"] = report.distances[step] if report.distances else None
             if report.reducer is not None:
                 record["armings"] = report.reducer.armings[step]
                 record["arrivals_armed"] = report.reducer.arrivals_armed[step]
@@ -407,3 +417,27 @@ def step_records(cell: Cell, reports: list[RankReport]) -> list[dict[str, Any]]:
                     record[name] = getattr(report.modes, name)[step]
             records.append(record)
     return records
+
+
+def timeline_records(cell: Cell, reports: list[RankReport]) -> list[dict[str, Any]]:
+    """Return one record for each rank that recorded a step: its events, and what the step went past."""
+    return [
+        {**dataclasses.asdict(cell), "rank": rank, **_timeline_record(report.timeline)}
+        for rank, report in enumerate(reports)
+        if report.timeline is not None
+    ]
+
+
+def _timeline_record(timeline: StepTimeline) -> dict[str, Any]:
+    events = [dataclasses.asdict(event) for event in timeline.events]
+    return {
+        "step": timeline.step,
+        "raised": timeline.raised,
+        "events": [event for event in events if event["kind"] != "collective"],
+        "collectives": [event for event in events if event["kind"] == "collective"],
+        "skipped": [dataclasses.asdict(skipped) for skipped in judge_skipped(timeline)],
+        "untimed": [
+            {"kind": hooks.event_kind, "name": hooks.name, "owner": hooks.owner, "fired": hooks.fired}
+            for hooks in list_untimed(timeline)
+        ],
+    }

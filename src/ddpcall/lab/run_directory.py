@@ -23,7 +23,8 @@ class RunDirectory:
     """Writes and reads the files of one run.
 
     `config.yaml` (resolved), `environment.json`, `evidence.jsonl` (one record a trial), `steps.jsonl` (one a step
-    and rank), `summary.json` (the contract; see docs/run_directory.md), `tensorboard/`.
+    and rank), `timeline.jsonl` (one a trial and rank), `summary.json` (the contract; see docs/run_directory.md),
+    `tensorboard/`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +39,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._replace("config.yaml", config_yaml)
         self._replace("environment.json", json.dumps(environment, indent=2) + "\n")
-        for name in ("evidence.jsonl", "steps.jsonl"):
+        for name in ("evidence.jsonl", "steps.jsonl", "timeline.jsonl"):
             self._replace(name, "")
         self.write_summary(summary)
 

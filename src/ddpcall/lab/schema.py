@@ -91,12 +91,16 @@ class ProbesConfig:
             On compiled models it always stays: leaving would recompile them.
         global_hooks: Also witness hooks registered for all modules at once.
         modes: Also watch training flags, dropout, batch norm and precision; not on compiled models.
+        timeline: Record what happens when in one step, after warm-up.
+        accuracy_every: Test each rank's model after every so many steps, the first and the last; 0: never.
     """
 
     enabled: bool = True
     hook_steps: int = 20
     global_hooks: bool = False
     modes: bool = False
+    timeline: bool = True
+    accuracy_every: int = 10
 
 
 @dataclass(kw_only=True)

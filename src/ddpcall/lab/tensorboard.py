@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ddpcall.lab.trial import RankReport
 
 
 def write_events(directory: Path, evidence: Evidence, reports: list[RankReport]) -> None:
-    """Write by step: the losses and modes of every rank, and how far the ranks' gradients lay apart.
+    """Write by step: every rank's loss, accuracy, distance to rank 0 and modes, and how far gradients lay apart.
 
     Args:
         directory: TensorBoard's log directory; the cell gets a folder of its own below it.
@@ -25,21 +26,27 @@ def write_events(directory: Path, evidence: Evidence, reports: list[RankReport])
         for rank, report in enumerate(reports):
             for step, loss in enumerate(report.losses):
                 writer.add_scalar(f"loss/rank{rank}", loss, step)
+            _write_by_step(writer, f"test_accuracy/rank{rank}", report.accuracies)
+            _write_by_step(writer, f"distance_to_rank0/rank{rank}", report.distances)
             _write_modes(writer, rank, report)
-            if report.test_accuracy is not None:
+            if report.test_accuracy is not None and not any(report.accuracies):
                 writer.add_scalar(f"test_accuracy/rank{rank}", report.test_accuracy, len(report.losses))
         if evidence.gradients is not None:
             for step, difference in enumerate(evidence.gradients.max_difference):
                 writer.add_scalar("gradients/max_difference", difference, step)
 
 
+def _write_by_step(writer: Any, tag: str, values: Sequence[float | None]) -> None:
+    for step, value in enumerate(values):
+        if value is not None:
+            writer.add_scalar(tag, value, step)
+
+
 def _write_modes(writer: Any, rank: int, report: RankReport) -> None:
     if report.modes is None:
         return
     for name in ("dropout_kept", "statistics_difference", "batches_tracked"):
-        for step, value in enumerate(getattr(report.modes, name)):
-            if value is not None:
-                writer.add_scalar(f"modes/{name}/rank{rank}", value, step)
+        _write_by_step(writer, f"modes/{name}/rank{rank}", getattr(report.modes, name))
     writer.add_scalar(
         f"modes/training_modules/rank{rank}", report.modes.training_modules[rank], len(report.losses)
     )

@@ -6,7 +6,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +24,11 @@ from ddpcall.evidence import (
     ModesEvidence,
     ReducerEvidence,
     ReplicaEvidence,
+    StepTimeline,
 )
 from ddpcall.lab.data import Split, iterate_batches
 from ddpcall.lab.errors import WrongUse
+from ddpcall.lab.held_out import Examiner
 from ddpcall.lab.models import build_model, default_loss
 from ddpcall.lab.schema import OptimizerConfig, TrainConfig
 from ddpcall.lab.world import Accelerator, World, process_group
@@ -48,6 +50,8 @@ from ddpcall.probes.hooks import HooksObserver, observe_hooks
 from ddpcall.probes.modes import ModesObserver, observe_modes
 from ddpcall.probes.reducer import ReducerObserver, observe_reducer
 from ddpcall.probes.replicas import ReplicasObserver, observe_replicas
+from ddpcall.probes.timeline import Counters, TimelineObserver, observe_timeline
+from ddpcall.taps import SpanLog
 from ddpcall.wrappers import (
     COMPILING,
     OWN_REDUCER,
@@ -59,9 +63,11 @@ from ddpcall.wrappers import (
     choose_compile_backend,
     gather_state,
     is_sharded,
+    local_state,
 )
 
 NUM_EVALUATED = 64  # test samples for the comparison of the ranks' outputs in eval mode
+WARM_UP_STEPS = 2  # before the step whose timeline is kept: they build buckets, compile and allocate
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
 
@@ -72,7 +78,12 @@ class RankReport:
     Attributes:
         failure: What this rank raised.
         losses: Loss of each finished step.
-        step_ms: Wall-clock time of each finished step, milliseconds.
+        step_ms: Wall-clock time of each finished step, milliseconds, without the tests between the steps.
+        accuracies: After each finished step: share of the test set that this rank's model classified correctly;
+            None where it was not tested.
+        distances: After each step: L2 distance of this rank's trainable parameters from rank 0's, relative to
+            the norm of the latter; None where it cannot be told. Empty where the trial did not run to its end.
+        timeline: What happened when in one step.
         parameters: The trained parameters, flat, float32, on the CPU; only kept on its own rank.
         test_loss: Mean loss of this rank's model on the test set.
         test_accuracy: Share classified correctly; None for regression.
@@ -83,6 +94,9 @@ class RankReport:
     failure: Failure | None = None
     losses: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
+    accuracies: list[float | None] = field(default_factory=list)
+    distances: list[float | None] = field(default_factory=list)
+    timeline: StepTimeline | None = None
     hooks: tuple[HookCount, ...] | None = None
     reducer: ReducerEvidence | None = None
     collectives: CollectiveEvidence | None = None
@@ -106,6 +120,7 @@ class _Probes:
     replicas: ReplicasObserver | None = None
     compiled: CompiledObserver | None = None
     modes: ModesObserver | None = None
+    timeline: TimelineObserver | None = None
 
 
 class Trial:
@@ -133,6 +148,8 @@ class Trial:
         self._window = SyncWindow(cell.window)
         self._step = -1
         self._probes = _Probes()
+        self._span_log = SpanLog()
+        self._examiner: Examiner | None = None
         self._began = time.monotonic()
         self.report = RankReport()
 
@@ -158,6 +175,7 @@ class Trial:
                 # The traceback's frames hold the DDP object, which must be gone before the group is.
                 traceback.clear_frames(error.__traceback__)
             self._probes = _Probes()
+            self._examiner = None
         return self.report
 
     def _describe(self, error: Exception) -> Failure:
@@ -171,6 +189,7 @@ class Trial:
         )
 
     def _run_observed(self, probe_group: dist.ProcessGroup | None, reference: Tensor | None) -> None:
+        self._examiner = Examiner(self._build, self._split.test, self._accelerator.device)
         torch.manual_seed(self._config.seed)
         model = self._build_model()
         with ExitStack() as compiling:
@@ -184,16 +203,17 @@ class Trial:
                 self._enter_probes(stack, subject, probe_group)
                 try:
                     with subject.session():
-                        self._train(subject, optimizer)
+                        self._train(subject, parameters, optimizer)
                 finally:
                     self._take_local_evidence()
                 self._take_shared_evidence()
                 state = gather_state(subject, parameters)
                 flat = torch.cat([state[name].reshape(-1).float() for name in parameters])
                 self._compare_parameters(flat, probe_group, reference)
-                self._evaluate(state)
+                score = self._examiner.examine(state)
+                self.report.test_loss, self.report.test_accuracy = score.loss, score.accuracy
                 self._take_modes_evidence()
-            self._probes.replicas = self._probes.gradients = self._probes.modes = None
+            self._probes.replicas = self._probes.gradients = self._probes.modes = self._probes.timeline = None
         if self._probes.compiled is not None:
             self.report.compiled = self._probes.compiled.evidence()
 
@@ -217,7 +237,7 @@ class Trial:
     def _wrap(self, stack: ExitStack, model: nn.Module) -> Subject:
         backend: Any = choose_compile_backend(self._wrapper, self._config.wrapper.compile_backend)
         if self._observe:
-            observer = stack.enter_context(observe_compiled(self._wrapper in COMPILING, backend))
+            observer = stack.enter_context(observe_compiled(self._wrapper in COMPILING, backend, self._span_log))
             self._probes.compiled = observer
             backend = observer.backend
         device = self._accelerator.device
@@ -247,6 +267,8 @@ class Trial:
         if self._config.probes.modes and self._wrapper not in COMPILING:
             probes.modes = stack.enter_context(observe_modes(subject, group))
         self._enter_hooks_probe(stack, subject)
+        if self._config.probes.timeline:
+            self._enter_timeline_probe(stack, subject)
         probes.collectives.begin_steps()
 
     def _enter_hooks_probe(self, stack: ExitStack, subject: Subject) -> None:
@@ -256,12 +278,27 @@ class Trial:
                 subject.inner,
                 device=self._accelerator.device,
                 global_hooks=self._config.probes.global_hooks,
+                log=self._span_log,
             )
         )
         if self.cell.hooks == "early":
             self._probes.hooks.register()
 
-    def _train(self, subject: Subject, optimizer: torch.optim.Optimizer) -> None:
+    def _enter_timeline_probe(self, stack: ExitStack, subject: Subject) -> None:
+        probes = self._probes
+        assert probes.hooks is not None
+        assert probes.gradients is not None
+        assert probes.compiled is not None
+        counters = Counters(probes.hooks, probes.gradients, probes.compiled, probes.reducer)
+        observed = min(self._config.steps, self._hook_steps() or self._config.steps)
+        measured = min(WARM_UP_STEPS, observed - 1)
+        probes.timeline = stack.enter_context(
+            observe_timeline(subject, counters, log=self._span_log, measured_step=measured)
+        )
+
+    def _train(
+        self, subject: Subject, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> None:
         batches = iterate_batches(
             self._split,
             batch_size=self._config.data.batch_size,
@@ -275,9 +312,11 @@ class Trial:
             began = time.perf_counter()
             if self._step == 1 and self._probes.hooks is not None and self.cell.hooks == "late":
                 self._probes.hooks.register()
-            loss = self._train_step(subject, optimizer, batch)
+            with self._timeline_step():
+                loss = self._train_step(subject, optimizer, batch)
             self.report.losses.append(loss)
             self.report.step_ms.append((time.perf_counter() - began) * 1000)
+            self.report.accuracies.append(self._test_accuracy(subject, parameters))
             if self._probes.hooks is not None and self._step + 1 == self._hook_steps():
                 self._probes.hooks.retire()
 
@@ -293,16 +332,35 @@ class Trial:
         with enter_forward_window(self._window, subject.wrapped, batch), self._enter_mode():
             loss = invoke(self._path, subject.wrapped, subject.inner, batch, self._loss)
         if loss.requires_grad:
-            with enter_backward_window(self._window, subject.wrapped):
+            with enter_backward_window(self._window, subject.wrapped), self._span("backward"):
                 loss.backward()
         if self._observe:
             self._observe_backward(batch)
-        optimizer.step()
+        with self._span("optimizer"):
+            optimizer.step()
         if self._probes.replicas is not None:
             self._probes.replicas.end_step()
         if self._probes.modes is not None:
             self._probes.modes.end_step()
         return loss.item()
+
+    def _timeline_step(self) -> AbstractContextManager[None]:
+        timeline = self._probes.timeline
+        return nullcontext() if timeline is None else timeline.step(self._step)
+
+    def _span(self, kind: str) -> AbstractContextManager[None]:
+        timeline = self._probes.timeline
+        return nullcontext() if timeline is None else timeline.span(kind, kind)
+
+    def _test_accuracy(self, subject: Subject, parameters: dict[str, nn.Parameter]) -> float | None:
+        """Test this rank's model after some steps; None after the others, and where it holds no whole model."""
+        every = self._config.probes.accuracy_every
+        if not self._observe or every == 0 or (self._step % every and self._step + 1 < self._config.steps):
+            return None
+        if any(is_sharded(subject, parameter) for parameter in parameters.values()):
+            return None
+        assert self._examiner is not None
+        return self._examiner.examine(local_state(subject, parameters)).accuracy
 
     def _enter_mode(self) -> AbstractContextManager[Any]:
         return enter_mode(self._mode, self._accelerator.device)
@@ -327,6 +385,8 @@ class Trial:
         """Keep what needs no other rank, also when the trial raised."""
         if self._probes.hooks is not None:
             self.report.hooks = self._probes.hooks.evidence()
+        if self._probes.timeline is not None:
+            self.report.timeline = self._probes.timeline.latest
 
     def _take_shared_evidence(self) -> None:
         """Compare with the other ranks; only reached when the training ran to its end."""
@@ -335,6 +395,7 @@ class Trial:
             return
         self.report.gradients = probes.gradients.evidence()
         self.report.replicas = probes.replicas.evidence()
+        self.report.distances = probes.replicas.distances()
         if probes.reducer is not None:
             probes.reducer.read_logger()
             self.report.reducer = probes.reducer.evidence()
@@ -347,21 +408,6 @@ class Trial:
         if self._probes.modes is not None:
             inputs = self._split.test.inputs[:NUM_EVALUATED].to(self._accelerator.device)
             self.report.modes = self._probes.modes.evidence(self._probes.modes.evaluate(inputs))
-
-    def _evaluate(self, state: dict[str, Tensor]) -> None:
-        """Test a fresh copy: calling the trained one would run its wrapper's hooks, which may change it.
-
-        (`replicate` broadcasts rank 0's parameters in its first call, whenever that is.)
-        """
-        test, device = self._split.test, self._accelerator.device
-        fresh = self._build()
-        fresh.load_state_dict({name: state[name] for name in fresh.state_dict()})
-        fresh.to(device).eval()
-        with torch.no_grad():
-            outputs = fresh(test.inputs.to(device)).cpu()
-        self.report.test_loss = default_loss(outputs, test.targets).item()
-        if not test.targets.is_floating_point():
-            self.report.test_accuracy = (outputs.argmax(dim=1) == test.targets).float().mean().item()
 
     def _compare_parameters(self, flat: Tensor, group: dist.ProcessGroup | None, reference: Tensor | None) -> None:
         of_rank_0 = flat.clone()

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 
 from ddpcall.evidence import CompiledEvidence
+from ddpcall.taps import SpanLog
 
 
 class CompiledObserver:
     """Hands out a compile backend that counts the graphs it made and each time one ran."""
 
-    def __init__(self, requested: bool, backend: str) -> None:
-        self._requested = requested
+    def __init__(self, requested: bool, backend: str, log: SpanLog) -> None:
+        self.requested = requested
+        self.graph_runs = 0
         self._backend = backend
-        self._graph_runs = 0
+        self._log = log
+        self._graphs = 0
         self._runs_before_step = 0
         self._frames = 0
         self._calls_compiled = 0
@@ -28,25 +31,28 @@ class CompiledObserver:
         from torch._dynamo.backends.registry import lookup_backend
 
         compiled = lookup_backend(self._backend)(graph_module, example_inputs)
+        name = f"compiled graph {self._graphs}"
+        self._graphs += 1
 
         def run(*args: Any) -> Any:
-            self._graph_runs += 1
-            return compiled(*args)
+            self.graph_runs += 1
+            with self._log.span("forward", name, None, self._backend):
+                return compiled(*args)
 
         return run
 
     def end_step(self) -> None:
         """Close the step: it ran compiled if any compiled graph ran since the last call."""
-        if self._graph_runs > self._runs_before_step:
+        if self.graph_runs > self._runs_before_step:
             self._calls_compiled += 1
         else:
             self._calls_eager += 1
-        self._runs_before_step = self._graph_runs
+        self._runs_before_step = self.graph_runs
 
     def evidence(self) -> CompiledEvidence:
         """Return what was counted."""
         return CompiledEvidence(
-            requested=self._requested,
+            requested=self.requested,
             frames=self._frames,
             calls_compiled=self._calls_compiled,
             calls_eager=self._calls_eager,
@@ -54,12 +60,13 @@ class CompiledObserver:
 
 
 @contextmanager
-def observe_compiled(requested: bool, backend: str) -> Iterator[CompiledObserver]:
+def observe_compiled(requested: bool, backend: str, log: SpanLog | None = None) -> Iterator[CompiledObserver]:
     """Count compiled frames, and the steps that ran compiled code. Enter it before the model is wrapped.
 
     Args:
         requested: Whether the wrapper compiles at all; if not, dynamo is not even imported.
         backend: The name of the backend that does the work: eager, aot_eager, inductor …
+        log: Gets a span for each run of a graph, while it records.
 
     Yields:
         The observer; give its `backend` to the wrapper. Dynamo's caches are emptied on entry and exit.
@@ -68,7 +75,7 @@ def observe_compiled(requested: bool, backend: str) -> Iterator[CompiledObserver
 
     Source: `torch/_dynamo/utils.py` (`counters["frames"]`).
     """
-    observer = CompiledObserver(requested, backend)
+    observer = CompiledObserver(requested, backend, log or SpanLog())
     if not requested:
         yield observer
         return

@@ -53,6 +53,10 @@ class GradientsObserver:
         if sum(flat.numel() * flat.element_size() for flat in self._pending) >= BUFFER_BYTES:
             self.flush()
 
+    def with_gradient(self) -> int:
+        """Return how many parameters had a gradient in the last closed step."""
+        return len(self._all) - len(self._without_gradient)
+
     def flush(self) -> None:
         """Compare what was kept. A collective: every rank must call it after the same step."""
         if not self._pending:
@@ -89,7 +93,7 @@ class GradientsObserver:
             max_difference=tuple(self._max_difference),
             max_magnitude=tuple(self._max_magnitude),
             parameters=dict(self._parameters),
-            with_gradient=len(self._all) - len(self._without_gradient),
+            with_gradient=self.with_gradient(),
             without_gradient=tuple(self._without_gradient),
             batches_differ=batches_differ,
             sharded=tuple(self._with_shards),

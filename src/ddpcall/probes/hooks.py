@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ddpcall.evidence import HookCount
 from ddpcall.taps import (
     HOOK_DICTS,
+    SpanLog,
+    SpanPlace,
     count_forwards,
     count_global_hook,
     count_hook,
@@ -103,7 +105,12 @@ class HooksObserver:
 
 @contextmanager
 def observe_hooks(
-    wrapped: nn.Module, inner: nn.Module, *, device: torch.device, global_hooks: bool = False
+    wrapped: nn.Module,
+    inner: nn.Module,
+    *,
+    device: torch.device,
+    global_hooks: bool = False,
+    log: SpanLog | None = None,
 ) -> Iterator[HooksObserver]:
     """Witness forward-pre, forward and full-backward hooks on the wrapped, the inner and its submodules.
 
@@ -112,6 +119,7 @@ def observe_hooks(
         inner: The user's own module under it.
         device: Where the counters live, and the model: compiled graphs take them as inputs.
         global_hooks: Also register the three kinds for all modules (`register_module_forward_hook` …).
+        log: Gets a span for each forward outside compiled code, while it records.
 
     Yields:
         The observer; no hook is there before its `register()`. "fired" stands beside "forwards": a hook that
@@ -133,10 +141,11 @@ def observe_hooks(
         for message in OUR_OWN_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         watched = []
-        for module, roles, name in _roles(wrapped, inner):
+        for module, roles, name in list_roles(wrapped, inner):
             runs = {"forward": _counter(device), "full_backward": _counter(device)}
             runs["forward_pre"] = runs["forward"]
-            stack.callback(count_forwards(module, runs["forward"], runs["full_backward"]))
+            place = None if log is None else place_of(module, roles, name, log)
+            stack.callback(count_forwards(module, runs["forward"], runs["full_backward"], place))
             watched.append(_Watched(module, roles, name, runs))
         yield HooksObserver(watched, stack, device, global_hooks)
 
@@ -145,7 +154,14 @@ def _takes_hooks(module: nn.Module) -> bool:
     return not isinstance(module, torch.jit.ScriptModule)
 
 
-def _roles(wrapped: nn.Module, inner: nn.Module) -> list[tuple[nn.Module, tuple[str, ...], str]]:
+def place_of(module: nn.Module, roles: tuple[str, ...], name: str, log: SpanLog) -> SpanPlace:
+    """Return what a module's spans are called: a root by its class, a module below it by its qualified name."""
+    kind = type(module).__name__
+    return SpanPlace(log, name or kind, roles[0].removesuffix("s"), kind if name else None)
+
+
+def list_roles(wrapped: nn.Module, inner: nn.Module) -> list[tuple[nn.Module, tuple[str, ...], str]]:
+    """List the wrapped, the inner and its submodules, each once: module, roles, qualified name below the inner."""
     roots: list[tuple[nn.Module, tuple[str, ...], str]]
     if wrapped is inner:
         roots = [(inner, ("wrapped", "inner"), "")]

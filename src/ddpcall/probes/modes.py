@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -35,6 +35,8 @@ class ModesObserver:
         self._flags: list[Tensor] = []
         self._statistics: list[Tensor] = []
         self._tracked: list[int | None] = []
+        self._mean_norms: list[float | None] = []
+        self._var_norms: list[float | None] = []
         self._dtypes: set[str] = set()
         self._result_dtype = ""
 
@@ -62,6 +64,8 @@ class ModesObserver:
         told = int((codes != ZERO_BEFORE).sum())
         self._kept.append(int((codes == KEPT).sum()) / told if told else None)
         norms: list[Any] = [module for module in modules if isinstance(module, _NormBase)]
+        self._mean_norms.append(_joint_norm([norm.running_mean for norm in norms]))
+        self._var_norms.append(_joint_norm([norm.running_var for norm in norms]))
         buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
         self._statistics.append(
             torch.cat([local_part(b).detach().float().cpu().reshape(-1) for b in buffers or [_NONE]])
@@ -114,6 +118,8 @@ class ModesObserver:
             masks_identical=tuple(self._compare_masks(codes) for codes in self._masks),
             statistics_difference=tuple(self._compare_statistics(values) for values in self._statistics),
             batches_tracked=tuple(self._tracked),
+            running_mean_norm=tuple(self._mean_norms),
+            running_var_norm=tuple(self._var_norms),
             compute_dtypes=tuple(sorted(self._dtypes)),
             result_dtype=self._result_dtype,
             evaluation_inner=evaluation[0],
@@ -143,6 +149,12 @@ _NONE = torch.zeros(0)
 
 def _largest_difference(gathered: Tensor) -> float:
     return (gathered - gathered[0]).abs().max().item()
+
+
+def _joint_norm(tensors: Sequence[Tensor | None]) -> float | None:
+    """Return the L2 norm of all tensors taken together; None where there is none."""
+    parts = [local_part(tensor).detach().float().reshape(-1) for tensor in tensors if tensor is not None]
+    return torch.cat(parts).norm().item() if parts else None
 
 
 def _name(dtype: torch.dtype) -> str:

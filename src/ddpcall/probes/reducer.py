@@ -25,6 +25,10 @@ class ReducerObserver:
         """Close the step: what was counted since the last call belongs to it."""
         self._steps.append(self.log.take())
 
+    def arrivals(self, step: int) -> tuple[int, int] | None:
+        """Return how many gradients arrived armed and unarmed in a closed step; None before it was closed."""
+        return self._steps[step][1:] if step < len(self._steps) else None
+
     def read_logger(self) -> None:
         """Read DDP's own counters, while its instances are alive."""
         reducers = find_reducers(self._subject)
