@@ -32,10 +32,13 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser(
         "claims", add_help=False, help="put on trial what people say about forward: every claim an experiment"
     )
+    commands.add_parser(
+        "lab", add_help=False, help="learn: lessons that predict, run and explain, and exercises that are graded"
+    )
     commands.add_parser("watch", add_help=False, help="run a training script unchanged and say what it does wrong")
     commands.add_parser("explain", add_help=False, help="print the page of a finding, such as DC101")
     parsed, rest = parser.parse_known_args(arguments[:1])
-    command = {"train": train, "claims": claims, "watch": watch, "explain": explain}[parsed.command]
+    command = {"train": train, "claims": claims, "lab": lab, "watch": watch, "explain": explain}[parsed.command]
     command([*rest, *arguments[1:]])
 
 
@@ -125,6 +128,15 @@ def _claims_parser() -> argparse.ArgumentParser:
     instead.add_argument("--list", action="store_true", help="list them instead")
     instead.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts to a file too")
     return parser
+
+
+def lab(arguments: list[str]) -> None:
+    """List or run lessons, write or grade exercises."""
+    try:
+        from ddpcall.course.command import main as lab_main
+    except ModuleNotFoundError as error:
+        _exit_without_lab("lab", error)
+    sys.exit(lab_main(arguments))
 
 
 def _exit_without_lab(command: str, error: ModuleNotFoundError) -> NoReturn:

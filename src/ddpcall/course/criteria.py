@@ -170,11 +170,16 @@ def judge_trains(case: Case) -> Judgement:
         steps = max((len(records) for records in series.values()), default=0)
         if steps < needed:
             return Judgement(False, f"Rank {testimony.rank} makes {steps} optimizer steps, not {needed}.")
-        before, after = _model_state(case, testimony, testimony.begin), _model_state(case, testimony, testimony.end)
+        before, after = (
+            _model_state(case, testimony, testimony.begin),
+            _model_state(case, testimony, testimony.end),
+        )
         still = [name for name in case.reference.parameters if np.array_equal(before[name], after[name])]
         if still:
             return Judgement(False, f"On rank {testimony.rank}, {_some(still)} ended as it began.")
-    return Judgement(bool(case.testimonies), f"Every rank makes {needed} optimizer steps or more and trains it all.")
+    return Judgement(
+        bool(case.testimonies), f"Every rank makes {needed} optimizer steps or more and trains it all."
+    )
 
 
 def judge_parallel(case: Case) -> Judgement:
@@ -197,7 +202,9 @@ def judge_parallel(case: Case) -> Judgement:
     aligned = list(align(case))
     equal = sum(_is_close(one["local"], ranks[0]["local"]) for _, _, ranks in aligned for one in ranks[1:])
     if not aligned or equal > (1 - COVERAGE) * len(aligned) * (case.ranks - 1):
-        return Judgement(False, f"In {equal} of {len(aligned)} cases the ranks computed the same gradient: same data.")
+        return Judgement(
+            False, f"In {equal} of {len(aligned)} cases the ranks computed the same gradient: same data."
+        )
     return Judgement(True, "Every gradient goes through DDP, and every rank has data of its own.")
 
 
@@ -224,7 +231,9 @@ def judge_synchronised(case: Case) -> Judgement:
         return Judgement(False, f"The ranks' parameters differ from step {first + 1} on.")
     if differing or not aligned:
         return Judgement(False, f"At the end the ranks hold different values of {_some(differing)}.")
-    return Judgement(True, "In every step the ranks' mean gradient was used, and all ranks end with the same model.")
+    return Judgement(
+        True, "In every step the ranks' mean gradient was used, and all ranks end with the same model."
+    )
 
 
 def judge_alike(case: Case) -> Judgement:
@@ -259,7 +268,9 @@ def judge_findings(case: Case) -> Judgement:
         return Judgement(False, "The watch's findings are gone.")
     bad = [finding for finding in case.findings if finding["severity"] in ("error", "warning")]
     if bad:
-        places = [f"{one['code']} {one['name']}" + (f" (line {one['line']})" if one["line"] else "") for one in bad]
+        places = [
+            f"{one['code']} {one['name']}" + (f" (line {one['line']})" if one["line"] else "") for one in bad
+        ]
         return Judgement(False, f"ddpcall watch finds {', '.join(places)}.")
     return Judgement(True, "ddpcall watch finds nothing.")
 
@@ -285,7 +296,8 @@ def judge_accumulates(micro_batches: int) -> Callable[[Case], Judgement]:
         counts = {record["armed"] + record["unarmed"] for _, _, ranks in align(case) for record in ranks}
         return Judgement(
             counts == {micro_batches},
-            f"Backwards for each step: {', '.join(map(str, sorted(counts))) or 'none'}; {micro_batches} are asked for.",
+            f"Backwards for each step: {', '.join(map(str, sorted(counts))) or 'none'}; {micro_batches} are "
+            f"asked for.",
         )
 
     return judge
@@ -295,7 +307,8 @@ def judge_reduces_once(case: Case) -> Judgement:
     """Do gradients travel once a step?"""
     counts = {record["armed"] for _, _, ranks in align(case) for record in ranks}
     return Judgement(
-        counts == {1}, f"Reductions for each step: {', '.join(map(str, sorted(counts))) or 'none'}; once is enough."
+        counts == {1},
+        f"Reductions for each step: {', '.join(map(str, sorted(counts))) or 'none'}; once is enough.",
     )
 
 
@@ -310,7 +323,9 @@ def judge_unfreezes(name: str, frozen_steps: int, trained_steps: int) -> Callabl
                     False, f"The {name} is trained from step {before + 1} on; stage 1 trains the head alone."
                 )
             if moved < case.scale(trained_steps):
-                return Judgement(False, f"The {name} is trained in {moved} steps; stage 2 trains it with the head.")
+                return Judgement(
+                    False, f"The {name} is trained in {moved} steps; stage 2 trains it with the head."
+                )
         return Judgement(bool(case.testimonies), f"The {name} is frozen in stage 1 and trained in stage 2.")
 
     return judge
@@ -338,7 +353,9 @@ def judge_train_mode(case: Case) -> Judgement:
     for testimony in case.testimonies:
         for index, step in enumerate(testimony.steps):
             if step["evaluating"]:
-                return Judgement(False, f"Rank {testimony.rank} makes step {index + 1} in eval mode: dropout is off.")
+                return Judgement(
+                    False, f"Rank {testimony.rank} makes step {index + 1} in eval mode: dropout is off."
+                )
     return Judgement(bool(case.testimonies), "Every step is made in train mode, with dropout.")
 
 
@@ -350,7 +367,9 @@ def judge_two_rates(slow: str, fast: str) -> Callable[[Case], Judgement]:
         for name, _, ranks in align(case):
             rates.setdefault(name.split(".")[0], set()).update(record["lr"] for record in ranks)
         kept = bool(rates[slow] and rates[fast]) and max(rates[slow]) < min(rates[fast])
-        shown = {part: ", ".join(f"{rate:g}" for rate in sorted(values)) or "none" for part, values in rates.items()}
+        shown = {
+            part: ", ".join(f"{rate:g}" for rate in sorted(values)) or "none" for part, values in rates.items()
+        }
         return Judgement(kept, f"Learning rates: {slow} {shown[slow]}; {fast} {shown[fast]}.")
 
     return judge
@@ -366,7 +385,8 @@ def judge_gets_gradient(name: str, why: str) -> Callable[[Case], Judgement]:
             taught = max((_count_nonzero(series[key]) for key in series if key.startswith(f"{name}.")), default=0)
             if taught < steps or not steps:
                 return Judgement(
-                    False, f"On rank {testimony.rank} the {name} got a gradient in {taught} of {steps} steps: {why}."
+                    False,
+                    f"On rank {testimony.rank} the {name} got a gradient in {taught} of {steps} steps: {why}.",
                 )
         return Judgement(bool(case.testimonies), f"The {name} learns in every step.")
 
@@ -391,7 +411,8 @@ def judge_covers(case: Case) -> Judgement:
         share = len(set(rows)) / len(case.reference.training_rows)
         if share < COVERAGE:
             return Judgement(
-                False, f"In the first {len(rows)} samples of epoch {number + 1} the ranks saw {share:.0%} of the data."
+                False,
+                f"In the first {len(rows)} samples of epoch {number + 1} the ranks saw {share:.0%} of the data.",
             )
     return Judgement(bool(epochs), "The ranks divide every epoch's samples between them.")
 
@@ -474,7 +495,8 @@ def _epochs(case: Case) -> list[list[list[str]]]:
     """Return the samples trained on, by epoch and rank; an epoch ends when each rank has had its share."""
     share = len(case.reference.training_rows) // case.ranks
     by_rank = [
-        [row for forward in _trained_forwards(testimony) for row in forward["rows"]] for testimony in case.testimonies
+        [row for forward in _trained_forwards(testimony) for row in forward["rows"]]
+        for testimony in case.testimonies
     ]
     count = min((len(rows) // share for rows in by_rank), default=0)
     return [[rows[epoch * share : (epoch + 1) * share] for rows in by_rank] for epoch in range(count)]

@@ -110,7 +110,8 @@ EXERCISES = (
     Exercise(
         name="late_unfreeze",
         title="An encoder unfrozen after the model was wrapped",
-        task="Train the head alone in stage 1 (24 steps on two ranks) and everything in stage 2, in step on all ranks.",
+        task="Train the head alone in stage 1 (24 steps on two ranks) and everything in stage 2, in step on all "
+        "ranks.",
         hint="`ddpcall explain DC102`: who knows which parameters are to be reduced, and since when?",
         min_steps=48,
         min_accuracy=0.87,
@@ -119,7 +120,8 @@ EXERCISES = (
     Exercise(
         name="rank0_eval",
         title="Evaluation on rank 0 that never returns to training",
-        task="Evaluate on rank 0 after every epoch, in eval mode, and train every step in train mode, dropout included.",
+        task="Evaluate on rank 0 after every epoch, in eval mode, and train every step in train mode, dropout "
+        "included.",
         hint="`ddpcall explain DC204`, `ddpcall lab run batchnorm_dropout`",
         min_steps=36,
         min_accuracy=0.87,

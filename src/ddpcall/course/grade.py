@@ -1,4 +1,5 @@
-"""Grade a script: run it on its ranks under witness and watch, judge what was seen, write the gradebook's record."""
+"""Grade a script: run it on its ranks under witness and watch, judge what was seen, write the gradebook's "
+"record."""
 
 from __future__ import annotations
 
@@ -24,7 +25,15 @@ from ddpcall.course.testimony import Hearing, Testimony
 SCHEMA = 1
 LONGEST_SOCKET_PATH = 100  # bytes; the system's limit is 108, on macOS 104
 SOCKET, FINDINGS = "DDPCALL_GRADE_SOCKET", "DDPCALL_GRADE_FINDINGS"
-_OUTER_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+_OUTER_LAUNCH = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,9 @@ def grade(exercise: Exercise, script: Path, ranks: int, limit_s: float) -> Repor
         OSError: The script cannot be read.
     """
     source = script.read_bytes()
-    with tempfile.TemporaryDirectory(prefix="ddpcall-", dir=_short_directory(), ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(
+        prefix="ddpcall-", dir=_short_directory(), ignore_cleanup_errors=True
+    ) as name:
         ended, testimonies, findings = _run(script.absolute(), ranks, limit_s, Path(name))
     from ddpcall.course.reference import Reference
 

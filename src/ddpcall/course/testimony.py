@@ -1,7 +1,7 @@
 """What the ranks of a graded run told, received by the grading process. Nothing that comes in is believed to be whole.
 
-Facts come over a Unix socket. No rank's script starts before all ranks have said hello; from then on nobody else is
-let in.
+Facts come over a Unix socket. No rank's script starts before all ranks have said hello; from then on nobody else
+is let in.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Hearing:
         """Let a rank in; when all are there, nobody else is, and their scripts may start."""
         rank = hello.get("rank")
         with self._lock:
-            if rank not in range(self._num_ranks) or rank in self._heard:
+            if not isinstance(rank, int) or rank not in range(self._num_ranks) or rank in self._heard:
                 return None
             self._connections[rank] = connection
             testimony = self._heard[rank] = Testimony(rank)

@@ -4,13 +4,14 @@ The witness sits on torch, not on the script: on DDP's constructor, on gradients
 optimizer steps, on forwards of wrapped models and on hooks as they are registered. Each fact goes at once to the
 grading process, so that a rank that leaves early has said what it did, and nothing more.
 
-Blind to: updates without a torch optimizer, gradients taken with `torch.autograd.grad`, `type(m).forward(m, x)`, and
-code that means to deceive it from inside the same process (docs/teaching.md).
+Blind to: updates without a torch optimizer, gradients taken with `torch.autograd.grad`, `type(m).forward(m, x)`,
+and code that means to deceive it from inside the same process (docs/teaching.md).
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import json
 import socket
@@ -57,10 +58,8 @@ class Line:
 
     def say(self, kind: str, **facts: Any) -> None:
         """Send one fact; where nobody listens any more, nothing happens."""
-        try:
+        with contextlib.suppress(OSError):
             self._socket.sendall(json.dumps({"kind": kind, **facts}).encode() + b"\n")
-        except OSError:
-            pass  # the grader has heard enough, or is gone
 
 
 @dataclass
@@ -281,4 +280,6 @@ def snapshot_functions() -> dict[tuple[str, str], Any]:
 def changed_functions(before: dict[tuple[str, str], Any]) -> list[str]:
     """Return the names of what is no longer what it was."""
     now = snapshot_functions()
-    return sorted(f"{module}.{name}" for (module, name), value in before.items() if now.get((module, name)) is not value)
+    return sorted(
+        f"{module}.{name}" for (module, name), value in before.items() if now.get((module, name)) is not value
+    )

@@ -66,7 +66,9 @@ def main(device):
             loss.backward()
             optimizer.step()
         if rank == 0:
-            print(f"epoch {epoch} loss {loss.item():.3f} accuracy {evaluate(model.module, device):.1%}", flush=True)
+            print(
+                f"epoch {epoch} loss {loss.item():.3f} accuracy {evaluate(model.module, device):.1%}", flush=True
+            )
 
 
 if __name__ == "__main__":
