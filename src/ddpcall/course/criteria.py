@@ -116,7 +116,7 @@ def _judge(criterion: Criterion, case: Case) -> Judgement:
         return Judgement(False, f"What the ranks told about it cannot be read ({type(error).__name__}: {error}).")
 
 
-# ---- common to all exercises ---------------------------------------------------------------------------------------
+# ---- common to all exercises ----------------------------------------------------------------------------------
 
 
 def judge_fair_play(case: Case) -> Judgement:
@@ -275,7 +275,7 @@ def judge_findings(case: Case) -> Judgement:
     return Judgement(True, "ddpcall watch finds nothing.")
 
 
-# ---- the intent of single exercises --------------------------------------------------------------------------------
+# ---- the intent of single exercises ---------------------------------------------------------------------------
 
 
 def judge_hook_fires(case: Case) -> Judgement:
@@ -426,7 +426,7 @@ def judge_shuffles(case: Case) -> Judgement:
     return Judgement(True, "Every epoch has an order of its own.")
 
 
-# ---- reading testimonies -------------------------------------------------------------------------------------------
+# ---- reading testimonies --------------------------------------------------------------------------------------
 
 
 def align(case: Case) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:

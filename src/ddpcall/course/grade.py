@@ -1,5 +1,4 @@
-"""Grade a script: run it on its ranks under witness and watch, judge what was seen, write the gradebook's "
-"record."""
+"""Grade a script: run it on its ranks under witness and watch, judge what was seen, make the gradebook's record."""
 
 from __future__ import annotations
 
@@ -181,12 +180,17 @@ def _run(
         SOCKET: str(directory / "line"),
         FINDINGS: str(findings),
     }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     try:
-        ended = run_limited([*launcher, "-m", "ddpcall.course.rank", str(script)], work, environment, limit_s)
+        ended = run_limited(launch_command(script, ranks), work, environment, limit_s)
     finally:
         testimonies = hearing.close()
     return ended, testimonies, _read_findings(findings)
+
+
+def launch_command(script: Path, ranks: int) -> list[str]:
+    """Return the command that runs a script on ranks, each under `ddpcall.course.rank`."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*torchrun, "-m", "ddpcall.course.rank", str(script)]
 
 
 def _is_of_an_outer_launch(name: str) -> bool:

@@ -1,7 +1,7 @@
 """One rank of a graded run: `python -m ddpcall.course.rank SCRIPT`, under torchrun.
 
-The witness is put on before the watch, the watch before the script; the script finds neither in its arguments or its
-environment, and runs as it would under `ddpcall watch`.
+The witness is put on before the watch, the watch before the script; the script finds neither in its arguments or
+its environment, and runs as it would under `ddpcall watch`.
 """
 
 from __future__ import annotations

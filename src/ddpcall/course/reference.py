@@ -1,4 +1,4 @@
-"""An exercise as it was handed out: its model, its data and its checkpoint, by the grader's own copy of the script."""
+"""An exercise as it was handed out: its model, data and checkpoint, by the grader's own copy of the script."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddpcall.course.witness import digest_rows
 
 
 class Reference:
-    """What a solution is compared with. The script is imported, never run: it defines `make_model` and `make_data`."""
+    """What a solution is compared with. The script is imported, not run: it defines `make_model`, `make_data`."""
 
     def __init__(self, script: Path) -> None:
         """Import the script as handed out."""

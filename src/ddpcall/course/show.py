@@ -27,15 +27,17 @@ TEXT_WIDTH = 100
 OUTPUT_LINES = 12
 _GOOD = {"synced", "fired", "compiled", "train", "same", "different", "sharded", "bfloat16"}
 _BAD = {"local", "crashed", "differs"}
-_CODE = re.compile(r"`([^`]+)`")
+_MARKED = re.compile(r"`([^`]+)`|\*([^*]+)\*")
 
 
 def styled(text: str) -> Text:
-    """Return a sentence with its `code` set apart."""
-    shown = Text()
-    for index, part in enumerate(_CODE.split(text)):
-        shown.append(part, style="bold cyan" if index % 2 else "")
-    return shown
+    """Return a sentence with its `code` and *stress* set apart."""
+    shown, end = Text(), 0
+    for mark in _MARKED.finditer(text):
+        shown.append(text[end : mark.start()])
+        shown.append(mark[1] or mark[2], style="bold cyan" if mark[1] else "italic")
+        end = mark.end()
+    return shown.append(text[end:])
 
 
 def dimmed(text: str) -> Text:
@@ -67,7 +69,7 @@ def _plain_table(*columns: str) -> Table:
     return table
 
 
-# ---- lessons -------------------------------------------------------------------------------------------------------
+# ---- lessons --------------------------------------------------------------------------------------------------
 
 
 def show_opening(console: Console, lesson: Lesson) -> None:
@@ -233,7 +235,7 @@ def _width(console: Console) -> int:
     return min(console.width, TEXT_WIDTH)
 
 
-# ---- exercises -----------------------------------------------------------------------------------------------------
+# ---- exercises ------------------------------------------------------------------------------------------------
 
 
 def show_task(console: Console, exercise: Exercise, file: str) -> None:

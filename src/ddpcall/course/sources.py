@@ -1,4 +1,4 @@
-"""Where a behaviour stands in the source of what is installed: file, line and function, looked up, never written down."""
+"""Where a behaviour stands in the source of what is installed: file, line and function, looked up each time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks of a graded run told, received by the grading process. Nothing that comes in is believed to be whole.
+"""What the ranks of a graded run told, received by the grading process, which trusts none of it to be whole.
 
 Facts come over a Unix socket. No rank's script starts before all ranks have said hello; from then on nobody else
 is let in.

@@ -1,4 +1,4 @@
-"""Memory-saving training: every parameter is stepped in its gradient hook, so that its gradient can be freed at once.
+"""Memory-saving training: every parameter is stepped in its gradient hook, and its gradient is freed at once.
 
 The encoder learns more slowly than the head, as planned. On one GPU it works; on two, the replicas drift apart.
 
