@@ -98,9 +98,7 @@ _BY_HAND = (
 
 CHEATS: dict[str, Cheat] = {
     "averages by hand": Cheat("module_bypass", (_BY_HAND,), ("parallel",), mended=False),
-    "deletes the hook": Cheat(
-        "module_bypass", (("    model.register_forward_hook(", "    str("),), ("hook",)
-    ),
+    "deletes the hook": Cheat("module_bypass", (("    model.register_forward_hook(", "    str("),), ("hook",)),
     "leaves the reconstruction out": Cheat(
         "custom_method",
         (
@@ -138,14 +136,20 @@ CHEATS: dict[str, Cheat] = {
                 'dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)',
             ),
         ),
-        ("parallel", "synchronised"),
+        ("parallel",),
     ),
     "trains everything from the start": Cheat(
         "late_unfreeze",
         (
             ("    net.encoder.requires_grad_(False)  # stage 1: the head alone\n", ""),
-            ("optimizer = torch.optim.Adam(net.head.parameters()", "optimizer = torch.optim.Adam(net.parameters()"),
-            ('            optimizer.add_param_group({"params": list(net.encoder.parameters()), "lr": 5e-3})\n', ""),
+            (
+                "optimizer = torch.optim.Adam(net.head.parameters()",
+                "optimizer = torch.optim.Adam(net.parameters()",
+            ),
+            (
+                '            optimizer.add_param_group({"params": list(net.encoder.parameters()), "lr": 5e-3})\n',
+                "",
+            ),
         ),
         ("stages",),
     ),
@@ -177,9 +181,7 @@ CHEATS: dict[str, Cheat] = {
     ),
     "trains on all the data without DDP": Cheat(
         "shared_data",
-        (
-            ("model = DDP(make_model().to(device))", "model = make_model().to(device)"),
-        ),
+        (("model = DDP(make_model().to(device))", "model = make_model().to(device)"),),
         ("task", "parallel", "covers"),
         mended=False,
     ),
@@ -218,7 +220,9 @@ CHEATS: dict[str, Cheat] = {
         ("fair_play", "parallel", "synchronised"),
         mended=False,
     ),
-    "imports ddpcall": Cheat("module_bypass", (("import gc\n", "import gc\nimport ddpcall.watch\n"),), ("fair_play",)),
+    "imports ddpcall": Cheat(
+        "module_bypass", (("import gc\n", "import gc\nimport ddpcall.watch\n"),), ("fair_play",)
+    ),
 }
 
 

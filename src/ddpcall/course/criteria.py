@@ -49,6 +49,10 @@ class Case:
         return steps * RANKS_OF_THE_PLAN // self.ranks
 
 
+class NotSeen(Exception):
+    """What a criterion needs was never told by a rank."""
+
+
 @dataclass(frozen=True)
 class Judgement:
     """Whether a criterion is met, and what was measured, in a sentence."""
@@ -112,6 +116,8 @@ def judge_all(criteria: Sequence[Criterion], case: Case) -> list[Score]:
 def _judge(criterion: Criterion, case: Case) -> Judgement:
     try:
         return criterion.judge(case)
+    except NotSeen as absence:
+        return Judgement(False, str(absence))
     except (KeyError, TypeError, ValueError, IndexError) as error:  # facts come from a process we do not trust
         return Judgement(False, f"What the ranks told about it cannot be read ({type(error).__name__}: {error}).")
 
@@ -145,7 +151,9 @@ def judge_runs(case: Case) -> Judgement:
         if testimony.end["code"] != 0:
             how = f"raised {testimony.end['error']}" if testimony.end["error"] else "left with an error"
             return Judgement(False, f"Rank {rank} {how} (exit code {testimony.end['code']}).")
-    return Judgement(ended.code == 0, f"It came to its end on {case.ranks} ranks in {ended.seconds:.0f} s.")
+    if ended.code != 0:
+        return Judgement(False, f"Every rank came to its end, and the launch failed with exit code {ended.code}.")
+    return Judgement(True, f"It came to its end on {case.ranks} ranks in {ended.seconds:.0f} s.")
 
 
 def judge_task(case: Case) -> Judgement:
@@ -199,9 +207,9 @@ def judge_parallel(case: Case) -> Judgement:
                 f"On rank {testimony.rank}, {len(unarmed)} of {total} gradients used never reached a reducer of "
                 f"DDP's that expected them ({_some(unarmed)}).",
             )
-    aligned = list(align(case))
+    aligned = _align_all(case)
     equal = sum(_is_close(one["local"], ranks[0]["local"]) for _, _, ranks in aligned for one in ranks[1:])
-    if not aligned or equal > (1 - COVERAGE) * len(aligned) * (case.ranks - 1):
+    if equal > (1 - COVERAGE) * len(aligned) * (case.ranks - 1):
         return Judgement(
             False, f"In {equal} of {len(aligned)} cases the ranks computed the same gradient: same data."
         )
@@ -210,7 +218,7 @@ def judge_parallel(case: Case) -> Judgement:
 
 def judge_synchronised(case: Case) -> Judgement:
     """Is what the optimizer uses the mean over the ranks, and do the replicas stay one model?"""
-    aligned = list(align(case))
+    aligned = _align_all(case)
     wrong = [(name, step) for name, step, ranks in aligned if not _used_the_mean(ranks)]
     parted = [(name, step) for name, step, ranks in aligned if len({one["after"] for one in ranks}) > 1]
     states = [_model_state(case, testimony, testimony.end) for testimony in case.testimonies]
@@ -229,7 +237,7 @@ def judge_synchronised(case: Case) -> Judgement:
     if parted:
         first = min(step for _, step in parted)
         return Judgement(False, f"The ranks' parameters differ from step {first + 1} on.")
-    if differing or not aligned:
+    if differing:
         return Judgement(False, f"At the end the ranks hold different values of {_some(differing)}.")
     return Judgement(
         True, "In every step the ranks' mean gradient was used, and all ranks end with the same model."
@@ -238,8 +246,9 @@ def judge_synchronised(case: Case) -> Judgement:
 
 def judge_alike(case: Case) -> Judgement:
     """Do the ranks run the same program: as many steps, same learning rates, same modes?"""
+    _align_all(case)
     steps = [len(testimony.steps) for testimony in case.testimonies]
-    if len(steps) != case.ranks or len(set(steps)) > 1:
+    if len(set(steps)) > 1:
         return Judgement(False, f"The ranks make different numbers of optimizer steps: {steps}.")
     for index, records in enumerate(zip(*(testimony.steps for testimony in case.testimonies), strict=True)):
         rates = [[record["lr"] for record in step["parameters"]] for step in records]
@@ -249,7 +258,7 @@ def judge_alike(case: Case) -> Judgement:
         if any(other != modes[0] for other in modes):
             in_eval = [rank for rank, names in enumerate(modes) if names]
             return Judgement(False, f"In step {index + 1} rank {in_eval[0]} is in eval mode while others train.")
-    return Judgement(bool(steps[0]), "All ranks make the same steps in the same modes.")
+    return Judgement(True, "All ranks make the same steps in the same modes.")
 
 
 def judge_accuracy(case: Case) -> Judgement:
@@ -440,6 +449,18 @@ def align(case: Case) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
             yield name, step, list(records)
 
 
+def _align_all(case: Case) -> list[tuple[str, int, list[dict[str, Any]]]]:
+    """Return what `align` yields.
+
+    Raises:
+        NotSeen: It is nothing.
+    """
+    aligned = list(align(case))
+    if not aligned:
+        raise NotSeen("No optimizer step was seen on all ranks.")
+    return aligned
+
+
 def series_by_name(case: Case, testimony: Testimony) -> dict[str, list[dict[str, Any]]]:
     """Return a rank's records of each parameter, in order of steps; names as in the exercise's Net."""
     prefix = _prefix(case, testimony) or ""
@@ -475,16 +496,18 @@ def _model_state(case: Case, testimony: Testimony, fact: dict[str, Any] | None) 
     """Return the Net's parameters and buffers from a `begin` or `end` fact.
 
     Raises:
-        ValueError: They are not in it.
+        NotSeen: They are not in it.
     """
     prefix = _prefix(case, testimony)
+    when = "before the first step" if fact is testimony.begin else "at the end"
+    absence = NotSeen(f"Of rank {testimony.rank}'s model in DDP nothing was seen {when}.")
     if fact is None or prefix is None:
-        raise ValueError("the model was not seen")
+        raise absence
     names = case.reference.state_names
     for packed in reversed(fact["state"]):
         if all(f"{prefix}{name}" in packed for name in names):
             return {name: unpack(packed[f"{prefix}{name}"]) for name in names}
-    raise ValueError("the model was not seen")
+    raise absence
 
 
 def _trained_forwards(testimony: Testimony) -> list[dict[str, Any]]:

@@ -58,9 +58,9 @@ class Exercise:
                 criteria.judge_synchronised,
                 (*trained, *intent, "parallel"),
             ),
-            Criterion("alike", "ranks run alike", 10, criteria.judge_alike, trained),
+            Criterion("alike", "ranks run alike", 10, criteria.judge_alike, (*trained, "parallel")),
             Criterion("findings", "the watch is silent", 5, criteria.judge_findings, (*trained, "parallel")),
-            Criterion("accuracy", "accuracy on every rank", 10, criteria.judge_accuracy, trained),
+            Criterion("accuracy", "accuracy on every rank", 10, criteria.judge_accuracy, (*trained, "parallel")),
         )
 
 
