@@ -1,8 +1,8 @@
-"""Starts graded ranks by forking a process that has imported torch already, instead of by torchrun: seconds less a run.
+"""Starts graded ranks by forking a process that has imported torch already: seconds less a run than torchrun.
 
-What runs in a rank is the same, `ddpcall.course.rank`, with the environment that torchrun gives. The real launch is
-tested beside it. `python -m tests.labs.quick_launch SOCKET` is the process that is forked; with arguments behind it,
-the command that takes torchrun's place.
+What runs in a rank is the same, `ddpcall.course.rank`, in the environment that torchrun makes. The real launch is
+tested beside it. `python -m tests.labs.quick_launch SOCKET` is the process that is forked; with arguments behind
+it, the command that takes torchrun's place.
 """
 
 import atexit
@@ -16,7 +16,6 @@ import traceback
 
 def serve(path: str) -> None:
     """Fork an agent for every request, until the pipe on stdin closes."""
-    import torch  # noqa: F401
     import torch._dynamo
     import torch.utils.data.distributed  # noqa: F401
     from torch.distributed.elastic.multiprocessing import errors  # noqa: F401

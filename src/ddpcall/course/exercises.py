@@ -120,8 +120,8 @@ EXERCISES = (
     Exercise(
         name="rank0_eval",
         title="Evaluation on rank 0 that never returns to training",
-        task="Evaluate after every epoch, in eval mode, with the running statistics that all ranks agree on; train "
-        "every step in train mode, dropout included.",
+        task="Evaluate after every epoch, in eval mode, with the running statistics that all ranks agree on; "
+        "train every step in train mode, dropout included.",
         hint="`ddpcall explain DC204`, `ddpcall lab run batchnorm_dropout`",
         min_steps=36,
         min_accuracy=0.87,

@@ -1,4 +1,4 @@
-"""Grade a script: run it on its ranks under witness and watch, judge what was seen, make the gradebook's record."""
+"""Grade a script: run it on ranks under witness and watch, judge what was seen, make the gradebook's entry."""
 
 from __future__ import annotations
 

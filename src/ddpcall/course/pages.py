@@ -31,10 +31,10 @@ PAGE = """# {number}. {title}
 $ ddpcall lab run {name}
 ```
 
-The command asks for your predictions, runs the experiment on this machine's CPU or GPUs, and compares. The experiment
-alone is `{command}` ([{experiment}.yaml](../../conf/experiment/{experiment}.yaml)).
+The command asks for your predictions, runs the experiment on this machine's CPU or GPUs, and compares. The
+experiment alone is `{command}`, a few lines in `conf/experiment/{experiment}.yaml`.
 
-<details>
+<details markdown="1">
 <summary>What was measured here. Predict first.</summary>
 
 <!-- table {experiment} -->
@@ -70,8 +70,9 @@ Where it stands in the source (`ddpcall lab run {name}` prints the line, for the
 
 INDEX = """# The labs
 
-Predict, run, explain: a lesson asks for your prediction, runs its experiment on two or more ranks of your machine, CPU
-or GPU, and shows where measurement and prediction part, and why. How to teach with them: [teaching.md](../teaching.md).
+Predict, run, explain: a lesson asks for your prediction, runs its experiment on two or more ranks of your machine,
+CPU or GPU, and shows where measurement and prediction part, and why. How to teach with them:
+[teaching.md](../teaching.md).
 
 ```console
 $ pip install 'ddpcall[lab]'
@@ -85,8 +86,8 @@ $ ddpcall lab run 1                 # by number or name
 
 ## Exercises
 
-A script as people write it, with one thing wrong. Mend it; `ddpcall lab grade` runs it on two ranks and says what each
-criterion measured.
+A script as people write it, with one thing wrong. Mend it; `ddpcall lab grade` runs it on two ranks and says what
+each criterion measured.
 
 ```console
 $ ddpcall lab start module_bypass               # writes module_bypass.py
