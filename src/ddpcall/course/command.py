@@ -90,7 +90,7 @@ def _list(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from ddpcall.course import run as lesson_run
-    from ddpcall.course import show
+    from ddpcall.course import show_lesson as show
 
     lesson = _find_lesson(options.name)
     _check_ranks(lesson, options.ranks)

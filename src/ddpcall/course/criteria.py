@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ddpcall.course.processes import Ended
-from ddpcall.course.reference import Reference
 from ddpcall.course.testimony import Testimony, unpack
+
+if TYPE_CHECKING:
+    from ddpcall.course.reference import Reference  # imports torch, which the command line does without
 
 TOLERANCE = 1e-4  # relative; reductions round, and a gradient that is not the mean is far from it
 COVERAGE = 0.95

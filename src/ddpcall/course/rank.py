@@ -51,6 +51,7 @@ def main() -> None:
     else:
         code = 0
     witness.testify(code, error)
+    line.close()
     sys.exit(code)
 
 

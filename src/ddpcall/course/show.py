@@ -1,32 +1,22 @@
-"""What the course shows in the terminal."""
+"""What the course shows in the terminal: its list, an exercise's task, a graded script."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from ddpcall.course.exercises import EXERCISES, Exercise
 from ddpcall.course.grade import Report
-from ddpcall.course.lesson import Lesson, Question
-from ddpcall.course.lessons import LESSONS, number_of
-from ddpcall.course.run import Answer, Run, list_contradictions, train_command
-from ddpcall.course.sources import Source, locate
-from ddpcall.lab.truth_table import COLUMNS
-from ddpcall.paths import SPELLING, CallPath
+from ddpcall.course.lessons import LESSONS
 
 TEXT_WIDTH = 100
 OUTPUT_LINES = 12
-_GOOD = {"synced", "fired", "compiled", "train", "same", "different", "sharded", "bfloat16"}
-_BAD = {"local", "crashed", "differs"}
 _MARKED = re.compile(r"`([^`]+)`|\*([^*]+)\*")
 
 
@@ -69,172 +59,6 @@ def _plain_table(*columns: str) -> Table:
     return table
 
 
-# ---- lessons --------------------------------------------------------------------------------------------------
-
-
-def show_opening(console: Console, lesson: Lesson) -> None:
-    """Show what the lesson asks."""
-    title = f"lesson {number_of(lesson)}: {lesson.name}"
-    heading = styled(lesson.title)
-    heading.stylize("bold")
-    console.print(
-        Panel(Group(heading, styled(lesson.question)), title=title, title_align="left", width=_width(console))
-    )
-
-
-def show_question(console: Console, number: int, question: Question) -> None:
-    """Show one question and its choices."""
-    console.print(Text(f"\n{number}. ").append_text(styled(question.text)), width=_width(console))
-    for index, choice in enumerate(question.choices, 1):
-        line = Text(f"   {index}  ", style="dim").append(choice.word, style="bold").append("  ")
-        console.print(line.append_text(styled(choice.meaning)))
-
-
-def show_evidence(console: Console, lesson: Lesson, run: Run) -> None:
-    """Show the measured verdicts, one row a trial."""
-    _headline(console, "measured")
-    environment = run.summary["environment"]
-    axes = [axis for axis in ("model", "wrapper", "window", "hooks", "mode") if _varies(run.trials, axis)]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for axis in axes:
-        table.add_column(axis, overflow="fold")
-    table.add_column("path", overflow="fold", ratio=None)
-    for column in lesson.columns:
-        table.add_column(_header(column), no_wrap=column not in ("accuracy",))
-    for trial in run.trials:
-        cells = [trial[axis].rsplit(".", 1)[-1] for axis in axes]
-        table.add_row(*cells, _path(trial["path"]), *(_cell(trial, column) for column in lesson.columns))
-    console.print(table)
-    ranks = environment["world_size"]
-    console.print(
-        f"[dim]{ranks} rank{'s' * (ranks != 1)}, {environment['backend']} on {environment['device']}, "
-        f"torch {environment['torch']}; evidence: [/]{escape(_relative(run))}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    crashes = {trial["error"].split(": ", 1)[-1]: trial for trial in run.trials if trial["error"]}
-    for message, trial in crashes.items():
-        short = message if len(message) <= 160 else message[:160] + " …"
-        cause = f"\n  cause: {trial['cause']}" if trial["cause"] else ""
-        console.print(f"[magenta]crashed:[/] {escape(short)}{cause}", highlight=False, width=_width(console))
-
-
-def _varies(trials: Sequence[dict[str, Any]], axis: str) -> bool:
-    return len({trial[axis] for trial in trials}) > 1
-
-
-def _header(column: str) -> str:
-    if column in COLUMNS:
-        return (
-            COLUMNS[column]
-            .replace("hooks on ", "hooks on\n")
-            .replace("hooks below", "hooks\nbelow")
-            .replace("eval of ", "eval of\n")
-            .replace("dropout ", "dropout\n")
-            .replace("running ", "running\n")
-        )
-    return {"accuracy": "accuracy\nby rank", "distance": "distance\nfrom synced"}[column]
-
-
-def _path(path: str) -> Text:
-    spelling = SPELLING[CallPath(path)]
-    return Text(path if len(spelling) > 28 else spelling, style="cyan")
-
-
-def _cell(trial: dict[str, Any], column: str) -> Text:
-    consequence = trial["consequence"]
-    if column == "accuracy":
-        shown = consequence and consequence["test_accuracy"]
-        return Text(" ".join(f"{one:.1%}" for one in shown[:4]) if shown else "-")
-    if column == "distance":
-        shown = consequence and consequence["distance"]
-        return Text(f"{max(shown):.2g}" if shown else "-")
-    word = trial["verdicts"][column]
-    return Text(word, style="green" if word in _GOOD else "bold red" if word in _BAD else "yellow")
-
-
-def _relative(run: Run) -> str:
-    parts = run.directory.parts
-    return "/".join(parts[parts.index("runs") :]) if "runs" in parts else str(run.directory)
-
-
-def show_comparison(console: Console, answers: Sequence[Answer]) -> None:
-    """Show the predictions beside what was measured."""
-    _headline(console, "your predictions")
-    for number, answer in enumerate(answers, 1):
-        mark = "[bold green]✓[/]" if answer.is_right else "[bold yellow]✗[/]"
-        console.print(
-            Text.from_markup(f"{mark} {number}. ").append_text(styled(answer.question.text)), width=_width(console)
-        )
-        said = f"   you said [bold]{answer.predicted}[/]"
-        console.print(f"{said}, measured: [bold]{answer.measured}[/]", highlight=False)
-    right = sum(answer.is_right for answer in answers)
-    console.print(f"{right} of {len(answers)} as measured", highlight=False, style="bold")
-
-
-def show_why(console: Console, lesson: Lesson) -> None:
-    """Show the explanation, where it stands in the source, and what to go on with."""
-    _headline(console, "look at")
-    for line in lesson.look:
-        _bullet(console, styled(line))
-    _headline(console, "why")
-    for paragraph in lesson.why:
-        console.print(Padding(styled(paragraph), (0, 0, 1, 0)), width=_width(console))
-    for source in lesson.sources:
-        _bullet(console, describe_source(source))
-    _headline(console, "go further")
-    _bullet(
-        console,
-        Text("ddpcall train ", style="cyan")
-        .append(" ".join(train_command(lesson)[2:]))
-        .append("  this run, on its own", style="dim"),
-    )
-    for command, purpose in lesson.further:
-        _bullet(console, Text(command, style="cyan").append("  ").append_text(dimmed(purpose)))
-    _headline(console, "discuss")
-    for line in lesson.discuss:
-        _bullet(console, styled(line))
-
-
-def describe_source(source: Source) -> Text:
-    """Return file, line and function of a source as installed; without a line where this version has no such "
-    "name."""
-    try:
-        place = f"{source.file}:{locate(source).line}"
-    except (ImportError, AttributeError, OSError, TypeError):
-        place = f"{source.file} (not found in this version)"
-    return Text(place, style="cyan").append(f" {source.name}: ").append_text(styled(source.says))
-
-
-def show_contradictions(console: Console, run: Run) -> None:
-    """Show what was measured otherwise than expected: the lesson, or this machine, is wrong."""
-    lines = list_contradictions(run)
-    body = "\n".join(lines) if lines else f"{run.summary.get('outcome', 'failed')}: {run.summary.get('reason')}"
-    console.print(
-        Panel(
-            escape(body),
-            title="what was measured contradicts the lesson",
-            border_style="red",
-            title_align="left",
-            width=_width(console),
-        )
-    )
-
-
-def _bullet(console: Console, text: Text) -> None:
-    grid = Table.grid(padding=(0, 1))
-    grid.add_row("[dim]•[/]", text)
-    console.print(grid, width=_width(console))
-
-
-def _headline(console: Console, text: str) -> None:
-    console.print(f"\n[bold]── {text} [/]" + "[dim]" + "─" * max(0, _width(console) - len(text) - 4) + "[/]")
-
-
-def _width(console: Console) -> int:
-    return min(console.width, TEXT_WIDTH)
-
-
 # ---- exercises ------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +69,7 @@ def show_task(console: Console, exercise: Exercise, file: str) -> None:
     heading.stylize("bold")
     body.append_text(heading).append("\n\n").append_text(styled(exercise.task))
     body.append("\n\nhint  ", style="dim").append_text(styled(exercise.hint))
-    console.print(Panel(body, title=exercise.name, title_align="left", width=_width(console)))
+    console.print(Panel(body, title=exercise.name, title_align="left", width=text_width(console)))
     commands = (
         ("torchrun --standalone --nproc-per-node 2 " + file, "run it"),
         (f"torchrun --standalone --nproc-per-node 2 -m ddpcall watch {file}", "ask what is wrong"),
@@ -253,7 +77,7 @@ def show_task(console: Console, exercise: Exercise, file: str) -> None:
     )
     console.print(f"written: [bold]{escape(file)}[/]. Mend it, then:", highlight=False)
     for command, purpose in commands:
-        _bullet(console, Text(command, style="cyan").append(f"  {purpose}", style="dim"))
+        show_bullet(console, Text(command, style="cyan").append(f"  {purpose}", style="dim"))
 
 
 def show_report(console: Console, report: Report) -> None:
@@ -288,3 +112,15 @@ def show_report(console: Console, report: Report) -> None:
         f"{report.ranks} ranks" + ("" if report.is_full else f"; hint: {escape(report.exercise.hint)}"),
         highlight=False,
     )
+
+
+def show_bullet(console: Console, text: Text) -> None:
+    """Show a line of a list."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_row("[dim]•[/]", text)
+    console.print(grid, width=text_width(console))
+
+
+def text_width(console: Console) -> int:
+    """Return how wide running text is shown: as the terminal, but no wider than one reads with ease."""
+    return min(console.width, TEXT_WIDTH)

@@ -52,6 +52,10 @@ class Line:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(path)
 
+    def close(self) -> None:
+        """Hang up."""
+        self._socket.close()
+
     def wait_for_go(self) -> None:
         """Wait until all ranks have connected, or the grader is gone."""
         self._socket.recv(len(GO))
