@@ -71,7 +71,7 @@ def _intent(key: str, title: str, points: int, judge: criteria.Callable[..., cri
 EXERCISES = (
     Exercise(
         name="module_bypass",
-        title="`model.module(x)`: two GPUs, two models, and a hook that never fires",
+        title="`model.module(x)`: two models, and a hook that never fires",
         task="Make the two ranks train one model, and make the hook on the model fire in every step.",
         hint="`ddpcall explain DC101`, `ddpcall lab run who_synchronises`",
         min_steps=36,
@@ -80,7 +80,7 @@ EXERCISES = (
     ),
     Exercise(
         name="custom_method",
-        title="A loss method that DDP does not have, called on the model inside",
+        title="A loss method that DDP does not have, called past it",
         task="Train with `compute_loss`, reconstruction and all, and through DDP.",
         hint="DDP runs `forward`. Let `forward` dispatch, or wrap a small module whose forward computes the loss; "
         "the class Net itself stays as it is.",
@@ -97,7 +97,7 @@ EXERCISES = (
     ),
     Exercise(
         name="no_sync_window",
-        title="Gradient accumulation that synchronises the wrong micro-batch",
+        title="Accumulation that synchronises the wrong micro-batch",
         task="Accumulate four micro-batches a step, and let gradients travel once a step, at the right moment.",
         hint="`ddpcall explain DC104`, `ddpcall lab run arming`",
         min_steps=36,
@@ -132,7 +132,7 @@ EXERCISES = (
     ),
     Exercise(
         name="early_step",
-        title="An optimizer that steps inside the gradient hook, before anything is averaged",
+        title="An optimizer that steps before anything is averaged",
         task="Step with averaged gradients; the encoder still learns more slowly than the head.",
         hint="`ddpcall explain DC105`: when does a parameter's hook run, and when does DDP reduce its bucket?",
         min_steps=36,

@@ -41,8 +41,7 @@ def show_list(console: Console) -> None:
     """Show the lessons in order, then the exercises."""
     lessons = _plain_table("lesson", "what it is about")
     for number, lesson in enumerate(LESSONS, 1):
-        about = styled(lesson.title).append("\n").append_text(dimmed(lesson.question))
-        lessons.add_row(f"[dim]{number}[/] [bold]{lesson.name}[/]", about)
+        lessons.add_row(f"[dim]{number}[/] [bold]{lesson.name}[/]", styled(lesson.title))
     exercises = _plain_table("exercise", "a script to mend")
     for exercise in EXERCISES:
         exercises.add_row(f"[bold]{exercise.name}[/]", styled(exercise.title))
@@ -81,8 +80,7 @@ def show_task(console: Console, exercise: Exercise, file: str) -> None:
 
 
 def show_report(console: Console, report: Report) -> None:
-    """Show a graded script: each criterion with its points and a sentence, and the end of its output where it "
-    "failed."""
+    """Show a graded script: each criterion with points and a sentence, and its last output where it failed."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     for name, justify in (("", "left"), ("criterion", "left"), ("points", "right"), ("what was measured", "left")):
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name == "points")  # pyright: ignore[reportArgumentType]

@@ -39,8 +39,9 @@ def show_opening(console: Console, lesson: Lesson) -> None:
 def show_question(console: Console, number: int, question: Question) -> None:
     """Show one question and its choices."""
     console.print(Text(f"\n{number}. ").append_text(styled(question.text)), width=text_width(console))
+    width = max(len(choice.word) for choice in question.choices)
     for index, choice in enumerate(question.choices, 1):
-        line = Text(f"   {index}  ", style="dim").append(choice.word, style="bold").append("  ")
+        line = Text(f"   {index}  ", style="dim").append(choice.word.ljust(width), style="bold").append("  ")
         console.print(line.append_text(styled(choice.meaning)))
 
 
@@ -52,13 +53,18 @@ def show_evidence(console: Console, lesson: Lesson, run: Run) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for axis in axes:
         table.add_column(axis, overflow="fold")
-    table.add_column("path", overflow="fold", ratio=None)
+    table.add_column("path", no_wrap=True, style="cyan")
     for column in lesson.columns:
         table.add_column(_header(column), no_wrap=column not in ("accuracy",))
     for trial in run.trials:
         cells = [trial[axis].rsplit(".", 1)[-1] for axis in axes]
-        table.add_row(*cells, _path(trial["path"]), *(_cell(trial, column) for column in lesson.columns))
+        table.add_row(*cells, trial["path"], *(_cell(trial, column) for column in lesson.columns))
     console.print(table)
+    paths = dict.fromkeys(trial["path"] for trial in run.trials)
+    legend = Text(" · ", style="dim").join(
+        Text(path, style="cyan").append(f" {SPELLING[CallPath(path)]}", style="dim") for path in paths
+    )
+    console.print(legend, width=text_width(console))
     ranks = environment["world_size"]
     console.print(
         f"[dim]{ranks} rank{'s' * (ranks != 1)}, {environment['backend']} on {environment['device']}, "
@@ -88,11 +94,6 @@ def _header(column: str) -> str:
             .replace("running ", "running\n")
         )
     return {"accuracy": "accuracy\nby rank", "distance": "distance\nfrom synced"}[column]
-
-
-def _path(path: str) -> Text:
-    spelling = SPELLING[CallPath(path)]
-    return Text(path if len(spelling) > 28 else spelling, style="cyan")
 
 
 def _cell(trial: dict[str, Any], column: str) -> Text:
