@@ -441,14 +441,14 @@ def judge_shuffles(case: Case) -> Judgement:
 
 
 def align(case: Case) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
-    """Yield (parameter, number of its step, its record on each rank), as far as all ranks went."""
+    """Yield (parameter, number of the step from 0, its record on each rank), as far as all ranks went."""
     if len(case.testimonies) < case.ranks:
         return
     series = [series_by_name(case, testimony) for testimony in case.testimonies]
     for name in series[0]:
         columns = [one.get(name, []) for one in series]
-        for step, records in enumerate(zip(*columns, strict=False)):
-            yield name, step, list(records)
+        for records in zip(*columns, strict=False):
+            yield name, records[0]["number"], list(records)
 
 
 def _align_all(case: Case) -> list[tuple[str, int, list[dict[str, Any]]]]:
@@ -464,12 +464,21 @@ def _align_all(case: Case) -> list[tuple[str, int, list[dict[str, Any]]]]:
 
 
 def series_by_name(case: Case, testimony: Testimony) -> dict[str, list[dict[str, Any]]]:
-    """Return a rank's records of each parameter, in order of steps; names as in the exercise's Net."""
+    """Return a rank's records of each parameter, in order of steps; names as in the exercise's Net.
+
+    Each record gets the `number` of its step, from 0. Where every parameter has an optimizer of its own, a step is
+    done when one of them comes round again.
+    """
     prefix = _prefix(case, testimony) or ""
     series: dict[str, list[dict[str, Any]]] = {}
+    number, stepped = 0, set()
     for step in testimony.steps:
+        names = {record["name"] for record in step["parameters"]}
+        if stepped & names:
+            number, stepped = number + 1, set()
+        stepped |= names
         for record in step["parameters"]:
-            series.setdefault(record["name"].removeprefix(prefix), []).append(record)
+            series.setdefault(record["name"].removeprefix(prefix), []).append({**record, "number": number})
     return series
 
 

@@ -105,11 +105,12 @@ def show_report(console: Console, report: Report) -> None:
         console.print(Text("the last it printed:", style="dim"))
         console.print(Text("\n".join(tail), style="dim"), soft_wrap=True)
     colour = "green" if report.is_full else "yellow"
-    console.print(
-        f"[bold {colour}]{report.points} of {report.of} points[/] in {report.ended.seconds:.0f} s on "
-        f"{report.ranks} ranks" + ("" if report.is_full else f"; hint: {escape(report.exercise.hint)}"),
-        highlight=False,
-    )
+    total = Text().append(f"{report.points} of {report.of} points", style=f"bold {colour}")
+    console.print(total.append(f" in {report.ended.seconds:.0f} s on {report.ranks} ranks"))
+    if not report.is_full:
+        console.print(
+            Text("hint  ", style="dim").append_text(styled(report.exercise.hint)), width=text_width(console)
+        )
 
 
 def show_bullet(console: Console, text: Text) -> None:
