@@ -6,8 +6,11 @@ RANKS ?= 2
 IN_DOCS := replicate_bypass compile_bypass hooks_bypass sharded_bypass precision_bypass batchnorm_modes \
   sync_batchnorm dropout_modes mode_mismatch jit_hooks checkpointing
 
+IN_LESSONS := hooks_bypass forward_bypass arming replicas_parting batchnorm_dropout compiled_calls sharded_calls \
+  accelerate_unwrap mode_mismatch
+
 .DEFAULT_GOAL := help
-.PHONY: help lab test browser corpus check bench tables semantics claims screenshot docs wheel clean
+.PHONY: help lab test browser corpus check bench tables lessons semantics claims screenshot docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -50,6 +53,11 @@ tables: $(VENV)/.lab  ## rewrite the tables of README and docs from fresh runs
 	$(BIN)/python -m ddpcall.lab.truth_table docs/index.md runs/tables/forward_bypass
 	$(BIN)/python -m ddpcall.lab.truth_table docs/experiments.md \
 	  $(IN_DOCS:%=runs/tables/%)
+
+lessons: $(VENV)/.lab  ## write the pages of docs/labs from fresh runs
+	for name in $(IN_LESSONS); do \
+	  $(BIN)/python launch/train.py experiment=$$name device=cpu hydra.run.dir=runs/lessons/$$name || exit 1; done
+	$(BIN)/python -m ddpcall.course.pages docs/labs $(IN_LESSONS:%=runs/lessons/%)
 
 semantics: $(VENV)/.lab  ## write docs/semantics.md from a run of the whole truth table
 	$(BIN)/python launch/train.py experiment=truth_table device=cpu hydra.run.dir=runs/tables/truth_table

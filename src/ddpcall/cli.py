@@ -32,13 +32,15 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser(
         "claims", add_help=False, help="put on trial what people say about forward: every claim an experiment"
     )
+    commands.add_parser(
+        "lab", add_help=False, help="learn: lessons that predict, run and explain, and exercises that are graded"
+    )
     commands.add_parser("watch", add_help=False, help="run a training script unchanged and say what it does wrong")
     commands.add_parser("explain", add_help=False, help="print the page of a finding, such as DC101")
     commands.add_parser("report", add_help=False, help="make a page of what a run or a watch left behind")
     parsed, rest = parser.parse_known_args(arguments[:1])
-    command = {"train": train, "claims": claims, "watch": watch, "explain": explain, "report": report}[
-        parsed.command
-    ]
+    named = {"train": train, "claims": claims, "lab": lab, "watch": watch, "explain": explain, "report": report}
+    command = named[parsed.command]
     command([*rest, *arguments[1:]])
 
 
@@ -167,6 +169,15 @@ def _report_parser() -> argparse.ArgumentParser:
         help="a page; Markdown or JSON, to standard output; or a trace of the measured step (RUN_DIR/trace.json)",
     )
     return parser
+
+
+def lab(arguments: list[str]) -> None:
+    """List or run lessons, write or grade exercises."""
+    try:
+        from ddpcall.course.command import main as lab_main
+    except ModuleNotFoundError as error:
+        _exit_without_lab("lab", error)
+    sys.exit(lab_main(arguments))
 
 
 def _exit_without_lab(command: str, error: ModuleNotFoundError) -> NoReturn:

@@ -23,16 +23,19 @@ MAY_IMPORT = {
     "probes": MIDDLE,
     "lab": MIDDLE | {"lab"},
     "watch": MIDDLE | {"watch"},
+    "course": MIDDLE | {"lab", "watch", "course", "ddpcall"},
     "asserts": MIDDLE,
     "pytest_plugin": MIDDLE | {"asserts"},
-    "cli": MIDDLE | {"lab", "watch", "ddpcall"},
+    "cli": MIDDLE | {"lab", "watch", "course", "ddpcall"},
     "__main__": {"cli"},
     "__init__": set(),
 }
 ONLY_IN_LAB = {"hydra", "omegaconf", "sklearn", "jinja2", "markupsafe", "yaml"}
 # Claims are experiments that a learner reads and copies, so they spell out what `paths` and `wrappers` are for.
-MAY_SPELL_FORWARD = {"paths.py", "lab/claims"}
-MAY_WRAP = {"wrappers.py", "lab/claims", "taps.py", "watch"}  # the last two look at what users have wrapped
+# Exercises are scripts as users write them; they are handed out, never imported.
+MAY_SPELL_FORWARD = {"paths.py", "lab/claims", "course/exercises"}
+# taps, watch and the course's witness look at what users have wrapped.
+MAY_WRAP = {"wrappers.py", "lab/claims", "course/exercises", "course/witness.py", "taps.py", "watch"}
 WRAPPING = ("torch.nn.parallel", "torch.distributed._composable", "torch.distributed.fsdp")
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable import replicate
-from torch.distributed.fsdp import fully_shard
 from torch.distributed._functional_collectives import all_reduce as functional_all_reduce
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 

@@ -1,0 +1,72 @@
+"""Fine-tuning in two stages: first the new head alone, then the encoder with it.
+
+In the first stage all GPUs agree. After the second, checkpoints written by different ranks score differently.
+
+    torchrun --standalone --nproc-per-node 2 late_unfreeze.py
+"""
+
+import gc
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+EPOCHS, BATCH_SIZE, UNFREEZE_AT = 4, 32, 2
+
+
+class Net(nn.Module):
+    def __init__(self, features=8, classes=4, width=32):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(features, width), nn.ReLU())
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+def make_data(split, samples=768):
+    generator = torch.Generator().manual_seed({"train": 1, "test": 2}[split])
+    centers = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)) * 1.5
+    labels = torch.randint(0, 4, (samples,), generator=generator)
+    return TensorDataset(centers[labels] + torch.randn(samples, 8, generator=generator), labels)
+
+
+def make_model():
+    torch.manual_seed(0)
+    return Net()
+
+
+def main(device):
+    rank = dist.get_rank()
+    data = make_data("train")
+    sampler = DistributedSampler(data, seed=0)
+    loader = DataLoader(data, BATCH_SIZE, sampler=sampler)
+
+    net = make_model().to(device)
+    net.encoder.requires_grad_(False)  # stage 1: the head alone
+    model = DDP(net)
+    optimizer = torch.optim.Adam(net.head.parameters(), lr=1e-2)
+
+    for epoch in range(EPOCHS):
+        sampler.set_epoch(epoch)
+        if epoch == UNFREEZE_AT:  # stage 2: everything, the encoder more slowly
+            net.encoder.requires_grad_(True)
+            optimizer.add_param_group({"params": list(net.encoder.parameters()), "lr": 5e-3})
+        for x, y in loader:
+            loss = F.cross_entropy(model(x.to(device)), y.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        print(f"rank {rank} epoch {epoch} loss {loss.item():.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    use_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    dist.init_process_group("nccl" if use_gpu else "gloo")
+    main(torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_gpu else torch.device("cpu"))
+    gc.collect()
+    dist.destroy_process_group()

@@ -1,0 +1,59 @@
+"""One rank of a graded run: `python -m ddpcall.course.rank SCRIPT`, under torchrun.
+
+The witness is put on before the watch, the watch before the script; the script finds neither in its arguments or
+its environment, and runs as it would under `ddpcall watch`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from ddpcall.course.witness import FINDINGS, SOCKET, Line, Witness
+from ddpcall.findings import Finding
+from ddpcall.watch import session
+from ddpcall.watch.options import Options
+from ddpcall.watch.script import load_script, run_program
+
+__all__ = ["main", "session"]
+
+
+class GradingOptions(Options):
+    """A watch's options under which a comment in the script silences nothing."""
+
+    def wants(self, finding: Finding) -> bool:
+        """Say yes to every finding."""
+        return True
+
+
+def main() -> None:
+    """Run the script under witness and watch, tell how it ended, and leave as it left."""
+    script = sys.argv[1]
+    findings = Path(os.environ.pop(FINDINGS))
+    line = Line(os.environ.pop(SOCKET))
+    line.say("hello", rank=int(os.environ["RANK"]))
+    line.wait_for_go()
+    witness = Witness(line.say)
+    witness.put_on()
+    error = None
+    try:
+        program = load_script(script)
+        # Findings are read by the grader; the exit code stays the script's own. Ranks are compared at every step.
+        run_program(program, [], GradingOptions(json=findings, every=1, fail_on="never"))
+    except SystemExit as stop:
+        code = stop.code
+        uncaught = getattr(sys, "last_value", None)
+        if code == 1 and uncaught is not None:
+            error = f"{type(uncaught).__name__}: {uncaught}"
+    except SyntaxError as wrong:
+        code, error = 1, f"SyntaxError: {wrong}"
+    else:
+        code = 0
+    witness.testify(code, error)
+    line.close()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

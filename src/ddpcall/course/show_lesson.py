@@ -1,0 +1,180 @@
+"""What a lesson shows in the terminal: questions, evidence, comparison, explanation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ddpcall.course.lesson import Lesson, Question
+from ddpcall.course.lessons import number_of
+from ddpcall.course.run import Answer, Run, list_contradictions, train_command
+from ddpcall.course.show import dimmed, show_bullet, styled, text_width
+from ddpcall.course.sources import Source, locate
+from ddpcall.lab.truth_table import COLUMNS
+from ddpcall.paths import SPELLING, CallPath
+
+_GOOD = {"synced", "fired", "compiled", "train", "same", "different", "sharded", "bfloat16"}
+_BAD = {"local", "crashed", "differs"}
+MOST_MESSAGE = 160  # characters of a crash's message
+
+
+def show_opening(console: Console, lesson: Lesson) -> None:
+    """Show what the lesson asks."""
+    title = f"lesson {number_of(lesson)}: {lesson.name}"
+    heading = styled(lesson.title)
+    heading.stylize("bold")
+    console.print(
+        Panel(Group(heading, styled(lesson.question)), title=title, title_align="left", width=text_width(console))
+    )
+
+
+def show_question(console: Console, number: int, question: Question) -> None:
+    """Show one question and its choices."""
+    console.print(Text(f"\n{number}. ").append_text(styled(question.text)), width=text_width(console))
+    width = max(len(choice.word) for choice in question.choices)
+    for index, choice in enumerate(question.choices, 1):
+        line = Text(f"   {index}  ", style="dim").append(choice.word.ljust(width), style="bold").append("  ")
+        console.print(line.append_text(styled(choice.meaning)))
+
+
+def show_evidence(console: Console, lesson: Lesson, run: Run) -> None:
+    """Show the measured verdicts, one row a trial."""
+    _headline(console, "measured")
+    environment = run.summary["environment"]
+    axes = [axis for axis in ("model", "wrapper", "window", "hooks", "mode") if _varies(run.trials, axis)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for axis in axes:
+        table.add_column(axis, overflow="fold")
+    table.add_column("path", no_wrap=True, style="cyan")
+    for column in lesson.columns:
+        table.add_column(_header(column), no_wrap=column not in ("accuracy",))
+    for trial in run.trials:
+        cells = [trial[axis].rsplit(".", 1)[-1] for axis in axes]
+        table.add_row(*cells, trial["path"], *(_cell(trial, column) for column in lesson.columns))
+    console.print(table)
+    paths = dict.fromkeys(trial["path"] for trial in run.trials)
+    legend = Text(" · ", style="dim").join(
+        Text(path, style="cyan").append(f" {SPELLING[CallPath(path)]}", style="dim") for path in paths
+    )
+    console.print(legend, width=text_width(console))
+    ranks = environment["world_size"]
+    console.print(
+        f"[dim]{ranks} rank{'s' * (ranks != 1)}, {environment['backend']} on {environment['device']}, "
+        f"torch {environment['torch']}; evidence: [/]{escape(_relative(run))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    crashes = {trial["error"].split(": ", 1)[-1]: trial for trial in run.trials if trial["error"]}
+    for message, trial in crashes.items():
+        short = message if len(message) <= MOST_MESSAGE else message[:MOST_MESSAGE] + " …"
+        cause = f"\n  cause: {trial['cause']}" if trial["cause"] else ""
+        console.print(f"[magenta]crashed:[/] {escape(short)}{cause}", highlight=False, width=text_width(console))
+
+
+def _varies(trials: Sequence[dict[str, Any]], axis: str) -> bool:
+    return len({trial[axis] for trial in trials}) > 1
+
+
+def _header(column: str) -> str:
+    if column in COLUMNS:
+        return (
+            COLUMNS[column]
+            .replace("hooks on ", "hooks on\n")
+            .replace("hooks below", "hooks\nbelow")
+            .replace("eval of ", "eval of\n")
+            .replace("dropout ", "dropout\n")
+            .replace("running ", "running\n")
+        )
+    return {"accuracy": "accuracy\nby rank", "distance": "distance\nfrom synced"}[column]
+
+
+def _cell(trial: dict[str, Any], column: str) -> Text:
+    consequence = trial["consequence"]
+    if column == "accuracy":
+        shown = consequence and consequence["test_accuracy"]
+        return Text(" ".join(f"{one:.1%}" for one in shown[:4]) if shown else "-")
+    if column == "distance":
+        shown = consequence and consequence["distance"]
+        return Text(f"{max(shown):.2g}" if shown else "-")
+    word = trial["verdicts"][column]
+    return Text(word, style="green" if word in _GOOD else "bold red" if word in _BAD else "yellow")
+
+
+def _relative(run: Run) -> str:
+    parts = run.directory.parts
+    return "/".join(parts[parts.index("runs") :]) if "runs" in parts else str(run.directory)
+
+
+def show_comparison(console: Console, answers: Sequence[Answer]) -> None:
+    """Show the predictions beside what was measured."""
+    _headline(console, "your predictions")
+    for number, answer in enumerate(answers, 1):
+        mark = "[bold green]✓[/]" if answer.is_right else "[bold yellow]✗[/]"
+        console.print(
+            Text.from_markup(f"{mark} {number}. ").append_text(styled(answer.question.text)),
+            width=text_width(console),
+        )
+        said = f"   you said [bold]{answer.predicted}[/]"
+        console.print(f"{said}, measured: [bold]{answer.measured}[/]", highlight=False)
+    right = sum(answer.is_right for answer in answers)
+    console.print(f"{right} of {len(answers)} as measured", highlight=False, style="bold")
+
+
+def show_why(console: Console, lesson: Lesson) -> None:
+    """Show the explanation, where it stands in the source, and what to go on with."""
+    _headline(console, "look at")
+    for line in lesson.look:
+        show_bullet(console, styled(line))
+    _headline(console, "why")
+    for paragraph in lesson.why:
+        console.print(Padding(styled(paragraph), (0, 0, 1, 0)), width=text_width(console))
+    for source in lesson.sources:
+        show_bullet(console, describe_source(source))
+    _headline(console, "go further")
+    show_bullet(
+        console,
+        Text("ddpcall train ", style="cyan")
+        .append(" ".join(train_command(lesson)[2:]))
+        .append("  this run, on its own", style="dim"),
+    )
+    for command, purpose in lesson.further:
+        show_bullet(console, Text(command, style="cyan").append("  ").append_text(dimmed(purpose)))
+    _headline(console, "discuss")
+    for line in lesson.discuss:
+        show_bullet(console, styled(line))
+
+
+def describe_source(source: Source) -> Text:
+    """Return file, line and function of a source as installed; no line where this version has no such name."""
+    try:
+        place = f"{source.file}:{locate(source).line}"
+    except (ImportError, AttributeError, OSError, TypeError):
+        place = f"{source.file} (not found in this version)"
+    return Text(place, style="cyan").append(f" {source.name}: ").append_text(styled(source.says))
+
+
+def show_contradictions(console: Console, run: Run) -> None:
+    """Show what was measured otherwise than expected: the lesson, or this machine, is wrong."""
+    lines = list_contradictions(run)
+    body = "\n".join(lines) if lines else f"{run.summary.get('outcome', 'failed')}: {run.summary.get('reason')}"
+    console.print(
+        Panel(
+            escape(body),
+            title="what was measured contradicts the lesson",
+            border_style="red",
+            title_align="left",
+            width=text_width(console),
+        )
+    )
+
+
+def _headline(console: Console, text: str) -> None:
+    console.print(f"\n[bold]── {text} [/]" + "[dim]" + "─" * max(0, text_width(console) - len(text) - 4) + "[/]")
