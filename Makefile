@@ -49,9 +49,9 @@ tables: $(VENV)/.lab  ## rewrite the tables of README and docs from fresh runs
 	mkdir -p runs
 	for name in forward_bypass arming $(IN_DOCS); do \
 	  $(BIN)/python launch/train.py experiment=$$name device=cpu hydra.run.dir=runs/tables/$$name > runs/$$name.txt || exit 1; done
-	$(BIN)/python -m ddpcall.lab.truth_table README.md runs/tables/forward_bypass runs/tables/arming
+	$(BIN)/python -m ddpcall.lab.truth_table README.md runs/tables/forward_bypass
 	$(BIN)/python -m ddpcall.lab.truth_table docs/index.md runs/tables/forward_bypass
-	$(BIN)/python -m ddpcall.lab.truth_table docs/experiments.md \
+	$(BIN)/python -m ddpcall.lab.truth_table docs/experiments.md runs/tables/arming \
 	  $(IN_DOCS:%=runs/tables/%)
 
 lessons: $(VENV)/.lab  ## write the pages of docs/labs from fresh runs

@@ -163,7 +163,7 @@ def test_the_table_shows_each_cell_and_no_progress_bar_when_piped(forward_bypass
 def test_arming_decides_not_the_attribute(tmp_path):
     run = run_lab(tmp_path, "experiment=arming", "steps=6", "tensorboard=false", ranks=2)
     assert run.code == 0, run.err
-    assert_documented(run, "README.md")
+    assert_documented(run, "docs/experiments.md")
     gradients = {key: row[0] for key, row in verdict_rows(run, "path", "window").items()}
     assert gradients == {
         ("call", "plain"): "synced",
