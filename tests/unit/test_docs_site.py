@@ -1,4 +1,4 @@
-"""The documentation site: it builds strictly (no broken link, no page outside the navigation) and loads nothing."""
+"""The documentation site: it builds strictly (no broken link, no page left out of the navigation), loads nothing."""
 
 import os
 import re
