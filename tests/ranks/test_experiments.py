@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ddpcall.lab.perfetto import write_trace
 from ddpcall.lab.truth_table import replace_table, verdict_table
 from tests.ranks.lab_process import ROOT, Run, run_lab
 
@@ -133,6 +134,19 @@ def test_each_trial_and_rank_has_a_timeline_of_the_third_step_and_buckets_where_
         assert (line["skipped"] == []) == (line["path"] == "call")
         starts = [event["start_us"] for event in line["events"]]
         assert starts == sorted(starts)
+
+
+def test_the_trace_of_a_run_nests_in_every_thread(forward_bypass, tmp_path):
+    write_trace(forward_bypass.records("timeline.jsonl"), tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    threads = {(event["pid"], event["tid"]) for event in events if event["ph"] == "X"}
+    assert threads == {(rank, thread) for rank in (0, 1) for thread in range(1, 8)}
+    for thread in threads:
+        spans = [
+            (e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X" and (e["pid"], e["tid"]) == thread
+        ]
+        crossing = [(a, b) for a in spans for b in spans if a[0] < b[0] < a[1] < b[1]]
+        assert crossing == []
 
 
 def test_one_run_directory_holds_all_that_was_promised(forward_bypass):

@@ -1,4 +1,4 @@
-"""The documentation site: it builds strictly (no broken link, no page left out of the navigation), loads nothing."""
+"""The documentation site: it builds strictly (no broken link, no page left out), and loads nothing."""
 
 import os
 import re
