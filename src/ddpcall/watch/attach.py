@@ -226,6 +226,17 @@ class Attachment:
             stack.callback(replace_attribute(DistributedDataParallel, name, property(get_sync, set_sync)))
             return stack.pop_all().close
 
+    def adopt_wrapped(self, module: nn.Module) -> None:
+        """Watch a module that was wrapped before the watch began, however it was."""
+        if isinstance(module, DistributedDataParallel):
+            self.adopt(module)
+        for hook in list(module._forward_pre_hooks.values()):
+            state = getattr(hook, "__self__", None)
+            if isinstance(state, _ReplicateState) and hasattr(state, "_ddp"):
+                self.adopt(state._ddp)
+            else:
+                self._hook_registered(module, "forward_pre", hook)
+
     def adopt(self, ddp: DistributedDataParallel) -> None:
         """Watch one DDP: arrivals of the gradients its reducer owns, forwards of the modules under it.
 

@@ -145,7 +145,7 @@ def _show(error: BaseException) -> Any:
         trace = trace.tb_next
     error.__traceback__ = trace  # the default hook prints this one, whatever it is handed
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
-    vars(sys)["last_exc"] = error  # from Python 3.12 on
+    setattr(sys, "last_exc", error)  # noqa: B010 (from Python 3.12 on)
     try:
         sys.excepthook(type(error), error, trace)
     except SystemExit as exit_:
