@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed._composable import replicate
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -83,6 +85,7 @@ def test_a_bypass_is_said_raised_or_kept(rank, capsys, on_finding):
     assert (finding.code, finding.step) == ("DC101", 1)
     said = capsys.readouterr().err.count("ddpcall: DC101")
     if on_finding == "raise":
+        assert caught is not None
         assert (training.done, said) == (0, 0)
         assert torch.equal(before, training.net.weight), "raised before the step that would do the harm"
         assert caught is not None
@@ -144,6 +147,25 @@ def test_one_model_is_watched_from_now_on(rank):
     assert [(finding.code, finding.step) for finding in session.findings] == [("DC101", 2)]
     training.run(training.ddp.module)
     assert session.findings[0].count == 1, "nothing is seen after the end"
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(("apply", "code"), [(fully_shard, "DC306"), (replicate, "DC101")])
+@pytest.mark.parametrize("called_before", [True, False])
+def test_a_model_that_was_wrapped_before_is_watched_however_it_was(rank, apply, code, called_before):
+    training = Training(rank, steps=1)
+    training.net = net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    apply(net)
+    training.optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    if called_before:
+        training.run(net)
+    with ddpcall.watch(net, on_finding="record", every=0) as session:
+        training.run(net)
+        assert session.findings == []
+        with torch.no_grad():
+            net(torch.ones(1, 4))  # gathers a sharded model's parameters
+        training.run(net.forward)
+    assert [finding.code for finding in session.findings] == [code]
 
 
 @pytest.mark.ranks(2)

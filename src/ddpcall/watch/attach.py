@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.distributed._composable.replicate import _ReplicateState
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpcall.findings import Finding
@@ -144,9 +145,16 @@ class Attachment:
                 return done
         return None
 
-    def adopt(self, ddp: DistributedDataParallel) -> None:
-        """Watch a model that was wrapped before the watch began."""
-        self._wraps.adopt(ddp)
+    def adopt(self, module: nn.Module) -> None:
+        """Watch a module that was wrapped before the watch began, however it was."""
+        if isinstance(module, DistributedDataParallel):
+            self._wraps.adopt(module)
+        for hook in list(module._forward_pre_hooks.values()):
+            state = getattr(hook, "__self__", None)
+            if isinstance(state, _ReplicateState) and hasattr(state, "_ddp"):
+                self._wraps.adopt(state._ddp)
+            else:
+                self._hook_registered(module, "forward_pre", hook)
 
     def explain_crash(self, error: BaseException) -> None:
         """Emit an event if a bypass caused the exception that ends the script."""

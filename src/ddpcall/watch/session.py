@@ -98,12 +98,9 @@ class Session:
 
     def adopt(self, model: nn.Module) -> None:
         """Watch a model that was wrapped before the watch began."""
-        from torch.nn.parallel import DistributedDataParallel
-
         assert self._attachment is not None, "start() comes first"
         for module in model.modules():
-            if isinstance(module, DistributedDataParallel):
-                self._attachment.adopt(module)
+            self._attachment.adopt(module)
 
     @property
     def findings(self) -> list[Finding]:
