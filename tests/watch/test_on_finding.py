@@ -154,7 +154,7 @@ def test_one_model_is_watched_from_now_on(rank):
 @pytest.mark.parametrize("called_before", [True, False])
 def test_a_model_that_was_wrapped_before_is_watched_however_it_was(rank, apply, code, called_before):
     training = Training(rank, steps=1)
-    training.net = net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     apply(net)
     training.optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     if called_before:
