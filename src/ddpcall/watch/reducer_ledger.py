@@ -116,7 +116,7 @@ class ReducerLedger:
     sync_off_reduced: int = 0
     backward: int = 0
     owned: list[weakref.ref[nn.Parameter]] = field(default_factory=list)
-    _is_tapped: bool = False
+    _untapped: list[weakref.ref[nn.Parameter]] | None = None
     _is_taking: bool = False
     _stats: list[int] = field(default_factory=list)
     _task: int = -1
@@ -182,14 +182,20 @@ class ReducerLedger:
             return
         if not self.dirty:
             self.unarmed_since = self.mark()
-        if self._is_tapped:
-            return
-        self._is_tapped = True
-        for reference in self.owned:
-            parameter = reference()
-            if parameter is not None:
-                handle: Any = parameter.register_post_accumulate_grad_hook(self.arrive)
-                self.undo.append(remove_arrival_hook(handle, reference))
+        if self._untapped is None:
+            self._untapped = list(self.owned)
+        if self._untapped:
+            self._untapped = [reference for reference in self._untapped if not self._tap(reference)]
+
+    def _tap(self, reference: weakref.ref[nn.Parameter]) -> bool:
+        """Put a hook on a parameter; false for one that is frozen now, as a discriminator is in its turn."""
+        parameter = reference()
+        if parameter is None:
+            return True
+        if parameter.requires_grad:
+            handle: Any = parameter.register_post_accumulate_grad_hook(self.arrive)
+            self.undo.append(remove_arrival_hook(handle, reference))
+        return parameter.requires_grad
 
     def begin_taking(self) -> None:
         """Note that `torch.autograd.grad` begins: no gradient arrives anywhere."""
@@ -278,7 +284,7 @@ class ReducerLedger:
 
     def close(self) -> None:
         """Take the hooks off the parameters; there will be none again."""
-        self._is_tapped = True
+        self._untapped = []
         while self.undo:
             self.undo.pop()()
 
