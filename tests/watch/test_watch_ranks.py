@@ -7,7 +7,7 @@ import pickle
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -196,6 +196,16 @@ def test_a_shared_trunk_is_found_when_neither_wrapper_is_called(rank, session):
     }
 
 
+def test_a_model_that_was_frozen_in_the_first_backward_is_still_watched(rank, session, capsys):
+    setup, frozen = Setup(rank), Setup(rank)
+    frozen.ddp.requires_grad_(False)
+    setup.step(frozen.ddp.module(setup.ddp(setup.batch()).repeat(1, 2)).mean())
+    frozen.ddp.requires_grad_(True)
+    frozen.step(frozen.ddp.module(frozen.batch()).mean())  # here
+    only(session, "DC101", test_a_model_that_was_frozen_in_the_first_backward_is_still_watched)
+    assert "error of its own" not in capsys.readouterr().err
+
+
 class SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -363,7 +373,7 @@ def harmless(rank, name, setup):
         case "reduced_functionally":
             ddp.module(x).mean().backward()
             for parameter in ddp.parameters():
-                parameter.grad = functional_all_reduce(parameter.grad, "sum", [0, 1])
+                parameter.grad = functional_all_reduce(parameter.grad, "sum", cast(Any, dist.group.WORLD))
             setup.optimizer.step()
         case "reduced_by_a_step_hook":
             setup.optimizer.register_step_pre_hook(lambda optimizer, *_: reduce_gradients(optimizer))

@@ -119,7 +119,7 @@ class ReducerLedger:
     sync_off_reduced: int = 0
     backward: int = 0
     owned: list[weakref.ref[nn.Parameter]] = field(default_factory=list)
-    _is_tapped: bool = False
+    _untapped: list[weakref.ref[nn.Parameter]] | None = None
     _is_taking: bool = False
     _stats: list[int] = field(default_factory=list)
     _task: int = -1
@@ -133,6 +133,7 @@ class ReducerLedger:
 
     def __post_init__(self) -> None:
         """Make the callbacks that the autograd engine runs."""
+        self._arrive_eagerly = outside_dynamo(self.arrive)
         self._note_reached = outside_dynamo(self._reach)
         self._settle_later = outside_dynamo(self._settle)
 
@@ -190,15 +191,20 @@ class ReducerLedger:
             return
         if not self.dirty:
             self.unarmed_since = self.mark()
-        if self._is_tapped:
-            return
-        self._is_tapped = True
-        arrive = outside_dynamo(self.arrive)
-        for reference in self.owned:
-            parameter = reference()
-            if parameter is not None:
-                handle: Any = parameter.register_post_accumulate_grad_hook(arrive)
-                self.undo.append(remove_arrival_hook(handle, reference))
+        if self._untapped is None:
+            self._untapped = list(self.owned)
+        if self._untapped:
+            self._untapped = [reference for reference in self._untapped if not self._tap(reference)]
+
+    def _tap(self, reference: weakref.ref[nn.Parameter]) -> bool:
+        """Put a hook on a parameter; false for one that is frozen now, as a discriminator is in its turn."""
+        parameter = reference()
+        if parameter is None:
+            return True
+        if parameter.requires_grad:
+            handle: Any = parameter.register_post_accumulate_grad_hook(self._arrive_eagerly)
+            self.undo.append(remove_arrival_hook(handle, reference))
+        return parameter.requires_grad
 
     def begin_taking(self) -> None:
         """Note that `torch.autograd.grad` begins: no gradient arrives anywhere."""
@@ -287,7 +293,7 @@ class ReducerLedger:
 
     def close(self) -> None:
         """Take the hooks off the parameters; there will be none again."""
-        self._is_tapped = True
+        self._untapped = []
         while self.undo:
             self.undo.pop()()
 
