@@ -109,7 +109,7 @@ def time_collectives() -> Iterator[list[TimedCollective]]:
     Blind to: which process group a collective ran on; gloo's device beneath it. On CUDA the times are those of
     the host's call, not of the kernels.
 
-    Changes: torch's profiler records every operator meanwhile, which makes the body slower (measured: 2 to 5 ms
+    Changes: torch's profiler records every operator meanwhile, which makes the body slower (measured: 2 to 10 ms
     for starting and stopping). No number that is computed changes.
 
     Source: `torch/csrc/distributed/c10d/ProcessGroupGloo.cpp` (`AsyncWork::recordAsyncWorkProfilingInfo`).
