@@ -156,6 +156,7 @@ def test_one_run_directory_holds_all_that_was_promised(forward_bypass):
         "config.yaml",
         "environment.json",
         "evidence.jsonl",
+        "report.html",
         "steps.jsonl",
         "summary.json",
         "table.txt",
