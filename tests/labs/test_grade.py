@@ -16,7 +16,7 @@ from tests.ranks.lab_process import clean_environment
 NAME = "module_bypass"
 
 
-def lab(directory, *arguments: str, timeout_s: float = 300):
+def lab(directory, *arguments: str, timeout_s: float = 480):
     return subprocess.run(
         [sys.executable, "-m", "ddpcall", "lab", *arguments],
         cwd=directory,

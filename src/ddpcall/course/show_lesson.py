@@ -18,8 +18,6 @@ from ddpcall.course.lessons import number_of
 from ddpcall.course.run import Answer, Run, list_contradictions, train_command
 from ddpcall.course.show import dimmed, show_bullet, styled, text_width
 from ddpcall.course.sources import Source, locate
-from ddpcall.lab.truth_table import COLUMNS
-from ddpcall.paths import SPELLING, CallPath
 
 _GOOD = {"synced", "fired", "compiled", "train", "same", "different", "sharded", "bfloat16"}
 _BAD = {"local", "crashed", "differs"}
@@ -47,6 +45,8 @@ def show_question(console: Console, number: int, question: Question) -> None:
 
 def show_evidence(console: Console, lesson: Lesson, run: Run) -> None:
     """Show the measured verdicts, one row a trial."""
+    from ddpcall.paths import SPELLING, CallPath  # imports torch: after the questions were asked
+
     _headline(console, "measured")
     environment = run.summary["environment"]
     axes = [axis for axis in ("model", "wrapper", "window", "hooks", "mode") if _varies(run.trials, axis)]
@@ -84,6 +84,8 @@ def _varies(trials: Sequence[dict[str, Any]], axis: str) -> bool:
 
 
 def _header(column: str) -> str:
+    from ddpcall.lab.truth_table import COLUMNS
+
     if column in COLUMNS:
         return (
             COLUMNS[column]
