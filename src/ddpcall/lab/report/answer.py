@@ -90,8 +90,9 @@ def _hooks_clause(trials: Sequence[TrialRecord]) -> list[str]:
     """Say through which ways every hook that was registered fired."""
     roles = ("hooks_wrapped", "hooks_inner", "hooks_submodules")
     judged = [trial for trial in trials if {trial.verdicts.get(role, "none") for role in roles} != {"none"}]
-    skipping = [trial for trial in judged if "skipped" in {trial.verdicts.get(role) for role in roles}]
-    firing = [trial for trial in judged if trial not in skipping]
+    skips = [any(trial.verdicts.get(role) == "skipped" for role in roles) for trial in judged]
+    skipping = [trial for trial, skipped in zip(judged, skips, strict=True) if skipped]
+    firing = [trial for trial, skipped in zip(judged, skips, strict=True) if not skipped]
     if not judged:
         return []
     if not skipping:

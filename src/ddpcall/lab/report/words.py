@@ -68,7 +68,8 @@ def values_that_tell(group: Sequence[Cell], cells: Sequence[Cell], most: int) ->
         most: How many coordinates may be named.
     """
     axes = varying_axes(cells)
-    others = [cell for cell in cells if cell not in set(group)]
+    in_group = set(group)
+    others = [cell for cell in cells if cell not in in_group]
     for number in range(1, len(axes) + 1):
         for chosen in itertools.combinations(axes, number):
             inside = list(dict.fromkeys(label_cell(cell, chosen) for cell in group))
