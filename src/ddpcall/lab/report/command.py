@@ -111,7 +111,7 @@ def _refuse_place(place: Path, error: OSError) -> int:
 
 
 def _write_trace(records: Sequence[RunRecord | WatchRecord], out: Path | None) -> int:
-    from ddpcall.lab.perfetto import write_trace  # pyright: ignore[reportMissingImports]
+    from ddpcall.lab.perfetto import write_trace
 
     runs = [record for record in records if isinstance(record, RunRecord) and record.timeline]
     if len(runs) != 1:
