@@ -76,8 +76,8 @@ def count_a_batch(model, optimizer, batch):
     model.norm.num_batches_tracked += 1
 
 
-def add_a_hidden_buffer(model, optimizer, batch):
-    model.register_buffer("mask", torch.ones(2), persistent=False)
+def add_a_buffer(model, optimizer, batch):
+    model.register_buffer("mask", torch.ones(2))
 
 
 def evaluate_dropout(model, optimizer, batch):
@@ -138,7 +138,7 @@ def rename_an_input(model, optimizer, batch):
 
 CHANGES = {
     "parameters": [swap_parameters, flip_a_bit, replace_a_parameter, add_a_parameter, set_data],
-    "buffers": [change_a_buffer, replace_a_buffer, count_a_batch, add_a_hidden_buffer],
+    "buffers": [change_a_buffer, replace_a_buffer, count_a_batch, add_a_buffer],
     "modes": [evaluate_dropout, evaluate_all, evaluate_the_root_alone],
     "optimizer": [
         change_learning_rate,
@@ -163,6 +163,13 @@ def test_a_change_shows_in_its_part_and_in_no_other(model, optimizer, batch, par
     assert [name for name in PARTS if before.parts[name] != after.parts[name]] == [part]
     assert after.parts == VitalsTaker(model, optimizer).take(2, batch).parts
     assert [name for name in PARTS if details[name] != taker.details(name)] == [part]
+
+
+def test_non_persistent_buffers_are_a_ranks_own(model, optimizer, batch):
+    taker = VitalsTaker(model, optimizer)
+    before = taker.take(1, batch)
+    model.register_buffer("cache", torch.ones(2), persistent=False)
+    assert taker.take(2, batch).parts == before.parts
 
 
 def test_a_new_module_with_new_weights_shows_in_parameters(model, optimizer, batch):
