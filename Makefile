@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
+WORKERS ?= 2
 IN_DOCS := replicate_bypass compile_bypass hooks_bypass sharded_bypass precision_bypass batchnorm_modes \
   sync_batchnorm dropout_modes mode_mismatch jit_hooks checkpointing
 
@@ -27,8 +28,8 @@ $(VENV)/.dev: $(VENV)/.lab
 lab: $(VENV)/.lab  ## run the main experiment on $(RANKS) ranks: what does model.forward(x) lose?
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) launch/train.py experiment=forward_bypass
 
-test: $(VENV)/.dev  ## run every test (gloo, CPU)
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## run every test (gloo, CPU), $(WORKERS) files at a time
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 browser:  ## install Chromium and its driver, for the tests of the report (Debian, as root)
 	apt-get update -qq
