@@ -5,101 +5,31 @@ No criterion is met by silence: each needs evidence from every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ddpcall.course.processes import Ended
-from ddpcall.course.testimony import Testimony, unpack
-
-if TYPE_CHECKING:
-    from ddpcall.course.reference import Reference  # imports torch, which the command line does without
-
-TOLERANCE = 1e-4  # relative; reductions round, and a gradient that is not the mean is far from it
-COVERAGE = 0.95
-RANKS_OF_THE_PLAN = 2  # the numbers of steps in the catalogue are for two ranks
-
-
-@dataclass(frozen=True)
-class Case:
-    """Everything observed of one graded run.
-
-    Attributes:
-        reference: The exercise as it was handed out.
-        ranks: How many ranks were started.
-        min_steps: Optimizer steps that every rank has to make.
-        min_accuracy: Test accuracy that every rank's model has to reach.
-        ended: How the launch ended.
-        testimonies: What the ranks told; fewer than `ranks` where some never spoke.
-        findings: What the watch found; None where its file could not be read.
-        faults: What the script's text does that no solution needs.
-    """
-
-    reference: Reference
-    ranks: int
-    min_steps: int
-    min_accuracy: float
-    ended: Ended
-    testimonies: list[Testimony]
-    findings: list[dict[str, Any]] | None
-    faults: list[str] = field(default_factory=list)
-
-    def scale(self, steps: int) -> int:
-        """Return a number of steps planned for two ranks as one for this many."""
-        return steps * RANKS_OF_THE_PLAN // self.ranks
-
-
-class NotSeen(Exception):
-    """What a criterion needs was never told by a rank."""
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Whether a criterion is met, and what was measured, in a sentence."""
-
-    passed: bool
-    sentence: str
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """One thing that is judged.
-
-    Attributes:
-        key: Its name in the gradebook.
-        title: What it asks for, in a few words.
-        points: What it is worth.
-        judge: From a case to a judgement.
-        requires: Keys of criteria without which it is worth nothing.
-    """
-
-    key: str
-    title: str
-    points: int
-    judge: Callable[[Case], Judgement]
-    requires: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Score:
-    """One criterion, judged.
-
-    Attributes:
-        criterion: The criterion.
-        judgement: How it was judged.
-        withheld_by: Titles of the criteria that keep its points back although it is met.
-    """
-
-    criterion: Criterion
-    judgement: Judgement
-    withheld_by: tuple[str, ...]
-
-    @property
-    def points(self) -> int:
-        """What it earned."""
-        return self.criterion.points if self.judgement.passed and not self.withheld_by else 0
+from ddpcall.course.case import (
+    COVERAGE,
+    Case,
+    Criterion,
+    Judgement,
+    NotSeen,
+    Score,
+    align,
+    align_all,
+    count_nonzero,
+    count_noun,
+    find_prefix,
+    is_close,
+    list_epochs,
+    name_some,
+    read_state,
+    series_by_name,
+    steps_that_move,
+    trained_forwards,
+    used_the_mean,
+)
 
 
 def judge_all(criteria: Sequence[Criterion], case: Case) -> list[Score]:
@@ -163,9 +93,9 @@ def judge_task(case: Case) -> Judgement:
     for testimony in case.testimonies:
         if not testimony.wraps:
             return Judgement(False, f"Rank {testimony.rank} wraps no model in DDP.")
-        if _prefix(case, testimony) is None:
+        if find_prefix(case, testimony) is None:
             return Judgement(False, f"The model that rank {testimony.rank} wraps is not the exercise's Net.")
-        trained = [row for forward in _trained_forwards(testimony) for row in forward["rows"]]
+        trained = [row for forward in trained_forwards(testimony) for row in forward["rows"]]
         known = sum(row in case.reference.training_rows for row in trained)
         if known < COVERAGE * len(trained):
             return Judgement(False, f"Rank {testimony.rank} trains on samples that are not in make_data('train').")
@@ -181,12 +111,12 @@ def judge_trains(case: Case) -> Judgement:
         if steps < needed:
             return Judgement(False, f"Rank {testimony.rank} makes {steps} optimizer steps, not {needed}.")
         before, after = (
-            _model_state(case, testimony, testimony.begin),
-            _model_state(case, testimony, testimony.end),
+            read_state(case, testimony, testimony.begin),
+            read_state(case, testimony, testimony.end),
         )
         still = [name for name in case.reference.parameters if np.array_equal(before[name], after[name])]
         if still:
-            return Judgement(False, f"On rank {testimony.rank}, {_some(still)} ended as it began.")
+            return Judgement(False, f"On rank {testimony.rank}, {name_some(still)} ended as it began.")
     return Judgement(
         bool(case.testimonies), f"Every rank makes {needed} optimizer steps or more and trains it all."
     )
@@ -207,10 +137,10 @@ def judge_parallel(case: Case) -> Judgement:
             return Judgement(
                 False,
                 f"On rank {testimony.rank}, {len(unarmed)} of {total} gradients used never reached a reducer of "
-                f"DDP's that expected them ({_some(unarmed)}).",
+                f"DDP's that expected them ({name_some(unarmed)}).",
             )
-    aligned = _align_all(case)
-    equal = sum(_is_close(one["local"], ranks[0]["local"]) for _, _, ranks in aligned for one in ranks[1:])
+    aligned = align_all(case)
+    equal = sum(is_close(one["local"], ranks[0]["local"]) for _, _, ranks in aligned for one in ranks[1:])
     if equal > (1 - COVERAGE) * len(aligned) * (case.ranks - 1):
         return Judgement(
             False, f"In {equal} of {len(aligned)} cases the ranks computed the same gradient: same data."
@@ -220,10 +150,10 @@ def judge_parallel(case: Case) -> Judgement:
 
 def judge_synchronised(case: Case) -> Judgement:
     """Is what the optimizer uses the mean over the ranks, and do the replicas stay one model?"""
-    aligned = _align_all(case)
-    wrong = [(name, step) for name, step, ranks in aligned if not _used_the_mean(ranks)]
+    aligned = align_all(case)
+    wrong = [(name, step) for name, step, ranks in aligned if not used_the_mean(ranks)]
     parted = [(name, step) for name, step, ranks in aligned if len({one["after"] for one in ranks}) > 1]
-    states = [_model_state(case, testimony, testimony.end) for testimony in case.testimonies]
+    states = [read_state(case, testimony, testimony.end) for testimony in case.testimonies]
     differing = [
         name
         for name in case.reference.parameters
@@ -233,14 +163,14 @@ def judge_synchronised(case: Case) -> Judgement:
         steps = {step for _, step in wrong}
         return Judgement(
             False,
-            f"In {_plural(len(steps), 'step')}, from step {min(steps) + 1} on, the optimizer used gradients that "
-            f"are not the mean over the ranks ({_some([name for name, _ in wrong])}).",
+            f"In {count_noun(len(steps), 'step')}, from step {min(steps) + 1} on, the optimizer used gradients "
+            f"that are not the mean over the ranks ({name_some([name for name, _ in wrong])}).",
         )
     if parted:
         first = min(step for _, step in parted)
         return Judgement(False, f"The ranks' parameters differ from step {first + 1} on.")
     if differing:
-        return Judgement(False, f"At the end the ranks hold different values of {_some(differing)}.")
+        return Judgement(False, f"At the end the ranks hold different values of {name_some(differing)}.")
     return Judgement(
         True, "In every step the ranks' mean gradient was used, and all ranks end with the same model."
     )
@@ -248,7 +178,7 @@ def judge_synchronised(case: Case) -> Judgement:
 
 def judge_alike(case: Case) -> Judgement:
     """Do the ranks run the same program: as many steps, same learning rates, same modes?"""
-    _align_all(case)
+    align_all(case)
     steps = [len(testimony.steps) for testimony in case.testimonies]
     if len(set(steps)) > 1:
         return Judgement(False, f"The ranks make different numbers of optimizer steps: {steps}.")
@@ -266,7 +196,7 @@ def judge_alike(case: Case) -> Judgement:
 def judge_accuracy(case: Case) -> Judgement:
     """Is every rank's final model good on test data, as the grader computes it?"""
     accuracies = [
-        case.reference.accuracy(_model_state(case, testimony, testimony.end)) for testimony in case.testimonies
+        case.reference.accuracy(read_state(case, testimony, testimony.end)) for testimony in case.testimonies
     ]
     shown = " and ".join(f"{accuracy:.1%}" for accuracy in accuracies)
     good = len(accuracies) == case.ranks and min(accuracies) >= case.min_accuracy
@@ -328,7 +258,7 @@ def judge_unfreezes(name: str, frozen_steps: int, trained_steps: int) -> Callabl
 
     def judge(case: Case) -> Judgement:
         for testimony in case.testimonies:
-            before, moved = _steps_that_move(case, testimony, name)
+            before, moved = steps_that_move(case, testimony, name)
             if before < case.scale(frozen_steps):
                 return Judgement(
                     False, f"The {name} is trained from step {before + 1} on; stage 1 trains the head alone."
@@ -393,7 +323,7 @@ def judge_gets_gradient(name: str, why: str) -> Callable[[Case], Judgement]:
         for testimony in case.testimonies:
             series = series_by_name(case, testimony)
             steps = max((len(records) for records in series.values()), default=0)
-            taught = max((_count_nonzero(series[key]) for key in series if key.startswith(f"{name}.")), default=0)
+            taught = max((count_nonzero(series[key]) for key in series if key.startswith(f"{name}.")), default=0)
             if taught < steps or not steps:
                 return Judgement(
                     False,
@@ -408,7 +338,7 @@ def judge_begins_pretrained(case: Case) -> Judgement:
     """Does every rank begin with the checkpoint's weights?"""
     expected = case.reference.call("pretrained_weights")
     for testimony in case.testimonies:
-        state = _model_state(case, testimony, testimony.begin)
+        state = read_state(case, testimony, testimony.begin)
         if any(not np.allclose(state[name], value.numpy(), atol=1e-6) for name, value in expected.items()):
             return Judgement(False, f"Rank {testimony.rank} does not begin with the pretrained weights.")
     return Judgement(bool(case.testimonies), "Every rank begins with the pretrained weights.")
@@ -416,7 +346,7 @@ def judge_begins_pretrained(case: Case) -> Judgement:
 
 def judge_covers(case: Case) -> Judgement:
     """Do the ranks together see every sample about once an epoch?"""
-    epochs = _epochs(case)
+    epochs = list_epochs(case)
     for number, by_rank in enumerate(epochs):
         rows = [row for rows in by_rank for row in rows]
         share = len(set(rows)) / len(case.reference.training_rows)
@@ -430,7 +360,7 @@ def judge_covers(case: Case) -> Judgement:
 
 def judge_shuffles(case: Case) -> Judgement:
     """Is the data shuffled anew in every epoch?"""
-    epochs = _epochs(case)
+    epochs = list_epochs(case)
     repeated = [number for number in range(1, len(epochs)) if epochs[number][0] == epochs[number - 1][0]]
     if len(epochs) < 2 or repeated:
         return Judgement(False, "Two epochs in a row had the same order: the sampler was not told the epoch.")
@@ -438,135 +368,3 @@ def judge_shuffles(case: Case) -> Judgement:
 
 
 # ---- reading testimonies --------------------------------------------------------------------------------------
-
-
-def align(case: Case) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
-    """Yield (parameter, number of the step from 0, its record on each rank), as far as all ranks went."""
-    if len(case.testimonies) < case.ranks:
-        return
-    series = [series_by_name(case, testimony) for testimony in case.testimonies]
-    for name in series[0]:
-        columns = [one.get(name, []) for one in series]
-        for records in zip(*columns, strict=False):
-            yield name, records[0]["number"], list(records)
-
-
-def _align_all(case: Case) -> list[tuple[str, int, list[dict[str, Any]]]]:
-    """Return what `align` yields.
-
-    Raises:
-        NotSeen: It is nothing.
-    """
-    aligned = list(align(case))
-    if not aligned:
-        raise NotSeen("No optimizer step was seen on all ranks.")
-    return aligned
-
-
-def series_by_name(case: Case, testimony: Testimony) -> dict[str, list[dict[str, Any]]]:
-    """Return a rank's records of each parameter, in order of steps; names as in the exercise's Net.
-
-    Each record gets the `number` of its step, from 0. Where every parameter has an optimizer of its own, a step is
-    done when one of them comes round again.
-    """
-    prefix = _prefix(case, testimony) or ""
-    series: dict[str, list[dict[str, Any]]] = {}
-    number, stepped = 0, set()
-    for step in testimony.steps:
-        names = {record["name"] for record in step["parameters"]}
-        if stepped & names:
-            number, stepped = number + 1, set()
-        stepped |= names
-        for record in step["parameters"]:
-            series.setdefault(record["name"].removeprefix(prefix), []).append({**record, "number": number})
-    return series
-
-
-def _steps_that_move(case: Case, testimony: Testimony, part: str) -> tuple[int, int]:
-    """Return (steps of the rest of the model before a part first moves, steps in which the part moves)."""
-    prefix = f"{_prefix(case, testimony) or ''}{part}."
-    before = moved = 0
-    for step in testimony.steps:
-        of_part = [record for record in step["parameters"] if record["name"].startswith(prefix)]
-        moves = any(record["before"] != record["after"] for record in of_part)
-        moved += moves
-        before += not moved and not moves
-    return before, moved
-
-
-def _prefix(case: Case, testimony: Testimony) -> str | None:
-    """Return where in the wrapped module the exercise's Net stands, as a prefix of names; None if nowhere."""
-    for wrap in reversed(testimony.wraps):
-        for name, text in wrap["modules"]:
-            if text == case.reference.model_text:
-                return f"{name}." if name else ""
-    return None
-
-
-def _model_state(case: Case, testimony: Testimony, fact: dict[str, Any] | None) -> dict[str, np.ndarray]:
-    """Return the Net's parameters and buffers from a `begin` or `end` fact.
-
-    Raises:
-        NotSeen: They are not in it.
-    """
-    prefix = _prefix(case, testimony)
-    when = "before the first step" if fact is testimony.begin else "at the end"
-    absence = NotSeen(f"Of rank {testimony.rank}'s model in DDP nothing was seen {when}.")
-    if fact is None or prefix is None:
-        raise absence
-    names = case.reference.state_names
-    for packed in reversed(fact["state"]):
-        if all(f"{prefix}{name}" in packed for name in names):
-            return {name: unpack(packed[f"{prefix}{name}"]) for name in names}
-    raise absence
-
-
-def _trained_forwards(testimony: Testimony) -> list[dict[str, Any]]:
-    return [forward for forward in testimony.forwards if forward["gradients"]]
-
-
-def _epochs(case: Case) -> list[list[list[str]]]:
-    """Return the samples trained on, by epoch and rank; an epoch ends when each rank has had its share."""
-    share = len(case.reference.training_rows) // case.ranks
-    by_rank = [
-        [row for forward in _trained_forwards(testimony) for row in forward["rows"]]
-        for testimony in case.testimonies
-    ]
-    count = min((len(rows) // share for rows in by_rank), default=0)
-    return [[rows[epoch * share : (epoch + 1) * share] for rows in by_rank] for epoch in range(count)]
-
-
-def _used_the_mean(ranks: list[dict[str, Any]]) -> bool:
-    """Say whether each rank used the mean of all ranks' gradients, or the mean made shorter, as clipping does."""
-    if any(record["local"] is None or record["used"] is None for record in ranks):
-        return False
-    mean = np.mean([record["local"] for record in ranks], axis=0)
-    allowed = TOLERANCE * max(np.linalg.norm(record["local"]) for record in ranks) + 1e-9
-    for record in ranks:
-        used = np.asarray(record["used"])
-        length = float(mean @ mean)
-        factor = min(max(float(used @ mean) / length, 0.0), 1.0) if length else 1.0
-        if np.linalg.norm(used - factor * mean) > allowed or (factor == 0.0 and length > allowed**2):
-            return False
-    return True
-
-
-def _is_close(first: list[float] | None, second: list[float] | None) -> bool:
-    if first is None or second is None:
-        return False
-    a, b = np.asarray(first), np.asarray(second)
-    return bool(np.linalg.norm(a - b) <= TOLERANCE * (np.linalg.norm(a) + np.linalg.norm(b)))
-
-
-def _count_nonzero(records: list[dict[str, Any]]) -> int:
-    return sum(record["local"] is not None and any(record["local"]) for record in records)
-
-
-def _some(names: Sequence[str]) -> str:
-    unique = list(dict.fromkeys(names))
-    shown = ", ".join(f"`{name}`" for name in unique[:2])
-    return shown + (f" and {len(unique) - 2} more" if len(unique) > 2 else "")
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
