@@ -72,17 +72,18 @@ def judge_runs(case: Case) -> Judgement:
     ended = case.ended
     if ended.timed_out:
         return Judgement(False, f"It had not ended after {ended.seconds:.0f} s and was killed.")
-    for rank in range(case.ranks):
-        testimony = next((one for one in case.testimonies if one.rank == rank), None)
-        if testimony is None:
-            return Judgement(False, f"Rank {rank} never started.")
-        if testimony.end is None:
-            others = [one.end["error"] for one in case.testimonies if one.end and one.end["error"]]
-            why = f" Another rank raised {others[0]}" if others else " It left early (os._exit?) or was killed."
-            return Judgement(False, f"Rank {rank} never came to the script's end.{why}")
-        if testimony.end["code"] != 0:
+    by_rank = {testimony.rank: testimony for testimony in case.testimonies}
+    # A rank that fails has the others killed: it is the cause, also where one of a lower number was cut short.
+    for rank, testimony in sorted(by_rank.items()):
+        if testimony.end is not None and testimony.end["code"] != 0:
             how = f"raised {testimony.end['error']}" if testimony.end["error"] else "left with an error"
             return Judgement(False, f"Rank {rank} {how} (exit code {testimony.end['code']}).")
+    for rank in range(case.ranks):
+        if rank not in by_rank:
+            return Judgement(False, f"Rank {rank} never started.")
+        if by_rank[rank].end is None:
+            why = "It left early (os._exit?) or was killed."
+            return Judgement(False, f"Rank {rank} never came to the script's end. {why}")
     if ended.code != 0:
         return Judgement(False, f"Every rank came to its end, and the launch failed with exit code {ended.code}.")
     return Judgement(True, f"It came to its end on {case.ranks} ranks in {ended.seconds:.0f} s.")
