@@ -81,7 +81,7 @@ def test_a_script_without_end_is_killed_at_the_limit(tmp_path):
     record = json.loads((tmp_path / "book.json").read_text())
     assert record["timed_out"] is True
     assert record["points"] == 0
-    assert 15 <= record["seconds"] < 30
+    assert 15 <= record["seconds"] < 60
     assert len(record["output"]) < 40_000
     assert "had not ended after 15 s" in " ".join(done.stdout.split())
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import HashStore, TCPStore
+from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from ddpcall.watch.exchange import Comparison, Exchange, find_store
+from ddpcall.watch.ledger import Ledger
 from ddpcall.watch.vitals import PARTS, Vitals, VitalsTaker
 
 HEALTHY: dict[str, int] = dict.fromkeys(PARTS, 1)
@@ -141,41 +142,59 @@ def test_the_same_batch_on_every_rank_is_told():
         assert "batch" in unlike.unlike
 
 
+def wait_for_posts(last: dict[int, int]) -> None:
+    """Wait until the comparing rank has left its state and each rank its vitals up to its last step."""
+    store = find_store()
+    assert store is not None
+    ledger = Ledger(PrefixStore("ddpcall/exchange", store), dist.get_rank(), dist.get_world_size())
+    while (state := ledger.read_state()) is None:
+        time.sleep(0.01)
+    for rank, step in last.items():
+        while rank in ledger.find_missing(state.attempt, step):
+            time.sleep(0.01)
+
+
 @pytest.mark.ranks(4)
 def test_ranks_that_take_fewer_steps_are_missing_and_waited_for_once():
-    """Rank r stops after 2 + r steps, rank 0 goes on."""
-    rank = dist.get_rank()
-    last = {0: 8, 1: 2, 2: 3, 3: 4}[rank]
-    with open_exchange(wait_s=1.0) as exchange:
-        for step in range(1, last + 1):
-            exchange.publish(Vitals(step, HEALTHY))
-        if rank == 0:
+    """Rank r stops after 1 + r steps, rank 0 goes on."""
+    wait_s = 1.5
+    last = {1: 2, 2: 3, 3: 4}
+    with open_exchange(wait_s=wait_s) as exchange:
+        wait_for_posts({})
+        if dist.get_rank() > 0:
+            for step in range(1, last[dist.get_rank()] + 1):
+                exchange.publish(Vitals(step, HEALTHY))
+        else:
+            wait_for_posts(last)
             began = time.monotonic()
-            comparisons = [exchange.compare(step, wait=True) for step in range(1, 9)]
+            comparisons: list[Comparison | None] = []
+            for step in range(1, 9):
+                exchange.publish(Vitals(step, HEALTHY))
+                comparisons.append(exchange.compare(step, wait=True))
             seconds = time.monotonic() - began
             missing = [comparison.missing for comparison in comparisons if comparison]
             assert missing == [(), (), (1,), (1, 2), (1, 2, 3), (1, 2, 3), (1, 2, 3), (1, 2, 3)]
-            assert seconds < 6  # three ranks, waited for once each; five more steps would be five more seconds
+            assert 3 * wait_s <= seconds < 6 * wait_s, "three ranks are waited for at six steps, once each"
 
 
 @pytest.mark.parametrize("tells", [True, False])
 def test_a_rank_that_says_it_has_ended_is_not_waited_for(tells):
     """Three ranks in one process; rank 2 ends after its first step."""
-    wait_s = 60.0 if tells else 0.5
+    wait_s = 60.0 if tells else 2.0
     store = HashStore()
     first, second, early = [Exchange(store, rank, 3, wait_s=wait_s) for rank in range(3)]
     for exchange in (first, second, early):
         exchange.publish(Vitals(1, HEALTHY))
     if tells:
         early.finish()
+    begun = time.monotonic()
     for step in (2, 3):
         first.publish(Vitals(step, HEALTHY))
         second.publish(Vitals(step, HEALTHY))
-    begun = time.monotonic()
     told = [first.compare(step, wait=True) for step in (1, 2, 3)]
     seconds = time.monotonic() - begun
     assert [comparison.missing for comparison in told if comparison] == [(), (2,), (2,)]
-    assert seconds < 30 if tells else seconds >= 0.5
+    assert seconds < 30 if tells else seconds >= wait_s
     if tells:
         assert early.asked(1, wait=True) == (), "nor does it wait to be asked"
         assert time.monotonic() - begun < 30
@@ -346,17 +365,17 @@ def start_world(
 
 
 def test_ranks_that_are_killed_leave_or_stop_are_missing_and_waited_for_once():
-    with start_world(("none", "kill", "leave", "stop", "none"), wait_s=5) as (processes, take_step):
+    with start_world(("none", "kill", "leave", "stop", "none"), wait_s=8) as (processes, take_step):
         steps = [take_step() for _ in range(2)]
         assert [missing for _, missing, *_ in steps] == [[], []]
         assert processes[1].wait(60) == -signal.SIGKILL
         assert processes[2].wait(60) == 0
         third = take_step()
         assert third[1] == [1, 2, 3]
-        assert 4 < third[2] < 10
+        assert 7 < third[2] < 16
         later = [take_step() for _ in range(5)]
         assert [missing for _, missing, *_ in later] == [[1, 2, 3]] * 5
-        assert max(seconds for *_, seconds, _ in later) < 4
+        assert max(seconds for *_, seconds, _ in later) < 7
         os.kill(processes[3].pid, signal.SIGCONT)
         assert any(take_step()[1] == [1, 2] for _ in range(1000))
 
@@ -382,10 +401,10 @@ def test_a_store_that_stops_answering_holds_nobody_up():
         began = time.monotonic()
         for step in range(2, 100):
             exchange.publish(Vitals(step, HEALTHY))
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 10  # asked one by one it would take 98 times 2 s
         assert exchange.compare(2, wait=True) is None
         exchange.close()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
         server.send_signal(signal.SIGCONT)
         server.kill()
         server.wait()

@@ -169,7 +169,7 @@ def test_a_rank_killed_under_plain_python_fails_the_run_too(tmp_path):
 
 
 def test_a_hang_is_cut_and_every_ranks_stack_reported(tmp_path):
-    run = run_lab(tmp_path, model("Hanging"), *QUICK, "trial_timeout_s=4", ranks=2, environment=USER_MODELS)
+    run = run_lab(tmp_path, model("Hanging"), *QUICK, "trial_timeout_s=15", ranks=2, environment=USER_MODELS)
     summary = run.summary()
     assert run.code != 0
     assert (summary["outcome"], sorted(summary["stacks"])) == ("hung", ["0", "1"])
