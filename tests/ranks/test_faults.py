@@ -32,7 +32,7 @@ def processes_in(directory) -> list[str]:
     return found
 
 
-def wait_until_gone(directory, seconds: float = 20) -> list[str]:
+def wait_until_gone(directory, seconds: float = 60) -> list[str]:
     deadline = time.monotonic() + seconds
     while (left := processes_in(directory)) and time.monotonic() < deadline:
         time.sleep(0.05)

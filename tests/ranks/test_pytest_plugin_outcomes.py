@@ -12,7 +12,7 @@ PROJECT = {
         import torch.distributed as dist
 
         on_two = pytest.mark.ranks(2)
-        quick = pytest.mark.ranks(2, timeout=10)
+        quick = pytest.mark.ranks(2, timeout=15)
 
         @on_two
         def test_passes(rank):

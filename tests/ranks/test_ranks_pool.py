@@ -273,7 +273,7 @@ def read_pids(tmp_path):
     return {int(pid) for text in texts for pid in text.split()} if len(texts) == 2 and all(texts) else set()
 
 
-def wait_until(condition, timeout_s=30.0):
+def wait_until(condition, timeout_s=120.0):
     deadline_s = time.monotonic() + timeout_s
     while not (found := condition()) and time.monotonic() < deadline_s:
         time.sleep(0.05)

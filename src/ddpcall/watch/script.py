@@ -12,12 +12,13 @@ import sys
 import threading
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 from ddpcall.imports import Undo, after_import
 from ddpcall.watch.options import Options
 from ddpcall.watch.session import Session
+from ddpcall.watch.tracebacks import drop_own_frames
 
 
 @dataclass(frozen=True)
@@ -135,15 +136,17 @@ def _make_main() -> ModuleType:
 
 
 def _show(error: BaseException) -> Any:
-    """Print an uncaught exception the way the interpreter would, without the watch's frames in front.
+    """Print an uncaught exception the way the interpreter would, without the watch's frames.
 
     Returns:
         The exit code: 1, unless a hook of the script's leaves with another.
     """
     trace = error.__traceback__
-    while trace is not None and _is_ours(trace):
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
     error.__traceback__ = trace  # the default hook prints this one, whatever it is handed
+    drop_own_frames(error)
+    trace = error.__traceback__
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
     setattr(sys, "last_exc", error)  # noqa: B010 (from Python 3.12 on)
     try:
@@ -157,10 +160,6 @@ def _show(error: BaseException) -> Any:
         print("\nOriginal exception was:", file=sys.stderr)
         sys.__excepthook__(type(error), error, trace)
     return 1
-
-
-def _is_ours(trace: TracebackType) -> bool:
-    return trace.tb_frame.f_code.co_filename == __file__
 
 
 class _Ending:
