@@ -7,7 +7,7 @@ import pytest
 from tests.watch.launched import Launched
 
 TRAINING = """
-import gc, os, signal, sys, time
+import atexit, gc, json, os, signal, sys, time
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -66,6 +66,16 @@ if not mode.endswith("alone"):
     gc.collect()
     dist.destroy_process_group()
 print(f"rank {rank} came to its end")
+
+def tidy():
+    time.sleep(2.5)
+    print("tidied up")
+
+if mode == "tidy" and rank == 1:
+    atexit.register(tidy)
+elif mode == "tidy":
+    while "0/1" not in json.load(open(".f.json.ranks"))["done"]:
+        time.sleep(0.05)
 """
 LINES = TRAINING.splitlines()
 BYPASS = 1 + LINES.index("            outputs = model.module(x)  # the bypass")
@@ -108,6 +118,14 @@ def test_a_rank_that_ends_early_is_not_waited_for(launcher, tmp_path, rank):
     assert (sorted(run.codes), run.num_ended, run.num_lists) == ([0, 1], 2, 1)
     assert run.out.count("has no more data") == 1
     assert run.found == [("DC101", BYPASS), ("DC101", ALONE)]
+
+
+def test_a_failure_of_the_watchs_own_lets_the_other_rank_run_its_exit_handlers(launcher, tmp_path):
+    """The launcher stops all ranks once one has failed."""
+    run = Launched(launcher, tmp_path, TRAINING, "tidy")
+    assert (run.codes, run.num_ended, run.num_lists) == ([1, 0], 2, 1)
+    assert run.out.count("tidied up") == 1
+    assert not list(tmp_path.glob(".f.json*"))
 
 
 @pytest.mark.parametrize(

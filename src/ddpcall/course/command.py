@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from ddpcall.course.exercises import Exercise, find_exercise
@@ -15,6 +16,7 @@ from ddpcall.lab.console import open_console, warn
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
 
 EXIT_INTERRUPTED = 130
+LEAVE_SECONDS = 20.0
 TIME_LIMIT_S = 120.0
 
 
@@ -77,6 +79,7 @@ def _refuse_launcher() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     if os.environ.get("RANK", "0") != "0":
+        time.sleep(LEAVE_SECONDS)  # the first rank that leaves makes the launcher stop rank 0 before it has spoken
         sys.exit(EXIT_WRONG_USE)
     raise WrongUse("`ddpcall lab` starts its own ranks. Write it without torchrun: ddpcall lab run NAME --ranks N")
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ddpcall.lab.errors import WrongUse
 
 CONNECT_TIMEOUT = timedelta(seconds=60)
+CONNECTED_SECONDS = 20.0
 POLL_SECONDS = 0.005
 
 
@@ -233,7 +234,12 @@ def process_group(
         probe_group: Any = None
         if world.world_size > 1:
             probe_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="probes")
-        yield probe_group
+        world.publish(f"{name}/connected", True)
+        try:
+            yield probe_group
+        finally:
+            # A trial that crashes at once would close connections that a slower rank is still making.
+            world.wait_for(f"{name}/connected", CONNECTED_SECONDS)
     finally:
         gc.collect()
         dist.destroy_process_group()

@@ -76,6 +76,7 @@ class Journal:
         self._run = run
         self._patience_s = patience_s
         self._has_written = False
+        self._presence: int | None = None
 
     def write(self, author: str, findings: Iterable[Finding], done: bool = False) -> Said:
         """Put an author's findings, all it has so far, in place of what it said before; return what that changed.
@@ -132,9 +133,36 @@ class Journal:
         merged = [dataclasses.asdict(finding) for finding in merge_findings(_findings(state))]
         _write_atomically(self.path, json.dumps({"schema": SCHEMA, "findings": merged}, indent=2) + "\n")
 
+    def stay(self) -> None:
+        """Let other ranks of the host see that this process is there: by a lock that its end releases."""
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # A bare descriptor, which nothing closes before the process is gone.
+            self._presence = os.open(self.path.with_name(f".{self.path.name}.alive"), os.O_RDWR | os.O_CREAT)
+            fcntl.lockf(self._presence, fcntl.LOCK_SH)
+
+    def outstay(self, patience_s: float) -> None:
+        """Wait until all other processes that stayed have ended.
+
+        Args:
+            patience_s: Seconds after which the wait ends all the same.
+        """
+        deadline = time.monotonic() + patience_s
+        while self._is_somebody_there() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _is_somebody_there(self) -> bool:
+        if self._presence is None:
+            return False
+        try:
+            fcntl.lockf(self._presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # held by another; which of the two, the system chooses
+            return True
+        return False
+
     def remove_state(self, keep: bool) -> None:
         """Remove what only the ranks need, once all are done; without `keep`, the JSON file too."""
-        names = [f".{self.path.name}.ranks", f".{self.path.name}.lock"]
+        names = [f".{self.path.name}.{part}" for part in ("ranks", "lock", "alive")]
         for name in names if keep else [*names, self.path.name]:
             with contextlib.suppress(OSError):
                 self.path.with_name(name).unlink()

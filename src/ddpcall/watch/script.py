@@ -20,6 +20,8 @@ from ddpcall.watch.options import Options
 from ddpcall.watch.session import Session
 from ddpcall.watch.tracebacks import drop_own_frames
 
+OTHERS_LEAVE_S = 60.0
+
 
 @dataclass(frozen=True)
 class Program:
@@ -172,8 +174,9 @@ class _Ending:
         self._process = os.getpid()
         self._leave = os._exit
         self._is_finished = False
+        self._is_failing = False
         os._exit = self._leave_at_once
-        atexit.register(self._die)
+        atexit.register(self._depart)
 
     def is_ours(self) -> bool:
         """Say whether this is the process that was started, not one it forked."""
@@ -199,11 +202,14 @@ class _Ending:
         self._is_finished = True
         succeeded = code is None or code == 0
         try:
+            if len(self._session.launch.on_host) > 1:
+                self._session.journal.stay()
             self._session.close(in_order=succeeded and in_order)
             if self._session.is_last():
                 failed = self._session.reaches_failure()
                 self._session.report()
-                return 1 if succeeded and failed else code
+                self._is_failing = succeeded and failed
+                return 1 if self._is_failing else code
         except Exception as error:
             print(f"ddpcall watch: an error of its own at the end: {error!r}", file=sys.__stderr__)
         return code
@@ -213,11 +219,23 @@ class _Ending:
         if self.is_ours() and not self._is_finished:
             status = self.finish(status, in_order=threading.current_thread() is threading.main_thread())
             sys.stderr.flush()
+            self._let_others_go_first()
         self._leave(status)
 
-    def _die(self) -> None:
-        """Die by the signal, as the interpreter does on an unhandled KeyboardInterrupt."""
-        if self.signal is not None and self.is_ours():
+    def _let_others_go_first(self) -> None:
+        """Leave with a failure of the watch's own after the other ranks: their launcher stops who is left then.
+
+        They came to their end too, and may be busy in exit handlers.
+        """
+        if self._is_failing:
+            self._session.journal.outstay(OTHERS_LEAVE_S)
+
+    def _depart(self) -> None:
+        """Die by the signal, where there was one, as the interpreter does on an unhandled KeyboardInterrupt."""
+        if not self.is_ours():
+            return
+        self._let_others_go_first()
+        if self.signal is not None:
             sys.stdout.flush()
             sys.stderr.flush()
             signal.signal(self.signal, signal.SIG_DFL)
