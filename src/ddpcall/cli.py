@@ -74,8 +74,18 @@ def watch(arguments: list[str]) -> None:
         parser.error(f"the findings cannot be written: {error}")
 
 
+class _ParserOfManyRanks(argparse.ArgumentParser):
+    """What was written wrongly is said by one rank, for all."""
+
+    def error(self, message: str) -> NoReturn:
+        from ddpcall.watch.launch import let_rank_0_speak
+
+        let_rank_0_speak()
+        super().error(message)
+
+
 def _watch_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _ParserOfManyRanks(
         prog="ddpcall watch",
         usage="%(prog)s [options] (script.py | -m module) [arguments of the script]",
         description="Run a training script unchanged and say which line bypassed what. Under torchrun: "

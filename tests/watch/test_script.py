@@ -284,3 +284,17 @@ def test_what_was_found_before_a_restart_stays(tmp_path):
     lines = [number for number, line in enumerate(RESTARTED.splitlines(), 1) if "layer.forward" in line]
     assert [finding["line"] for finding in findings] == lines, finished.stderr
     assert finished.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nonsense", "a.py"], "unrecognized arguments: --nonsense"),
+        (["no.py"], "No such file or directory: 'no.py'"),
+    ],
+)
+def test_wrong_use_on_two_ranks_is_said_once(tmp_path, arguments, message):
+    finished = run([*torchrun(2), "-m", "ddpcall", "watch", *arguments], tmp_path)
+    assert finished.returncode == 1  # torchrun's word for any failure
+    assert finished.stderr.count(message) == finished.stderr.count("usage: ddpcall watch") == 1
+    assert "exitcode  : 2" in finished.stderr

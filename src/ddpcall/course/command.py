@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 from ddpcall.course.exercises import Exercise, find_exercise
@@ -14,9 +13,9 @@ from ddpcall.course.lesson import Lesson
 from ddpcall.course.lessons import find_lesson
 from ddpcall.lab.console import open_console, warn
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
+from ddpcall.watch.launch import let_rank_0_speak
 
 EXIT_INTERRUPTED = 130
-LEAVE_SECONDS = 20.0
 TIME_LIMIT_S = 120.0
 
 
@@ -78,9 +77,7 @@ def _refuse_launcher() -> None:
     """Refuse to run once on each rank of somebody's launch; rank 0 says so."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(LEAVE_SECONDS)  # the first rank that leaves makes the launcher stop rank 0 before it has spoken
-        sys.exit(EXIT_WRONG_USE)
+    let_rank_0_speak()
     raise WrongUse("`ddpcall lab` starts its own ranks. Write it without torchrun: ddpcall lab run NAME --ranks N")
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+LEAVE_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,16 @@ def current_launch() -> Launch:
         may_restart=attempt < _number("TORCHELASTIC_MAX_RESTARTS", 0),
         file=Path(tempfile.gettempdir()) / f"ddpcall-{os.getuid()}-{unique}.json",
     )
+
+
+def let_rank_0_speak() -> None:
+    """Wait, on every other rank, to be stopped: once one rank has failed the launcher stops them all.
+
+    A rank that left at once could take rank 0 along before it has said why. Where nobody stops this one, rank 0
+    has nothing to say or is on another machine, and it may speak itself: the wait ends after 20 s.
+    """
+    if _number("RANK", 0) != 0:
+        time.sleep(LEAVE_S)
 
 
 def _number(name: str, default: int) -> int:
