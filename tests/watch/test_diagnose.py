@@ -63,6 +63,17 @@ def test_divergence_is_not_said_twice():
     assert codes(Divergence(1, parameters, load_site=SITE), explained=False) == ["DC202"]
 
 
+def test_optimizers_that_each_have_a_share_are_no_finding_where_the_replicas_are_kept_equal():
+    shares = {"group 0 parameters": {0: 2, 1: 1}}
+    groups = {"optimizer": ((0,), (1,))}
+    assert codes(Divergence(1, groups, settings=shares)) == []
+    apart = {**groups, "parameters": ((0,), (1,))}
+    assert codes(Divergence(1, apart, settings=shares)) == ["DC203"]
+    assert codes(Divergence(1, apart, settings=shares), explained=True) == []
+    rates = {**shares, "group 0 lr": {0: 0.1, 1: 0.2}}
+    assert codes(Divergence(1, groups, settings=rates), explained=True) == ["DC203"]
+
+
 def test_each_part_has_its_code_and_line():
     groups = ((0,), (1,))
     cases: tuple[tuple[str, str, dict[str, Any]], ...] = (

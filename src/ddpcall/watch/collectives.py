@@ -94,6 +94,10 @@ class CollectiveLog:
             numel += tensor.numel()
         self._now = Mark(count, numel)
 
+    def num_sent(self) -> int:
+        """Return how many elements the script has sent since the last optimizer step."""
+        return self._now.numel - self._last_step.numel
+
     def mark(self) -> Mark:
         """Return this moment, to ask later what came after it."""
         return self._now

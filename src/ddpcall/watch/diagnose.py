@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -259,7 +260,7 @@ def diagnose_divergence(divergence: Divergence, explained: bool) -> Iterator[Fin
                 yield _compared("DC202", divergence, groups, divergence.load_site, _loaded(divergence))
             elif not explained and "optimizer" not in divergence.groups:
                 yield _compared("DC201", divergence, groups, NOWHERE, _diverged(divergence, groups))
-        elif part == "optimizer":
+        elif part == "optimizer" and not _is_shared_out(divergence, explained):
             yield _compared("DC203", divergence, groups, divergence.optimizer_site, _settings(divergence))
         elif part == "modes":
             yield _compared("DC204", divergence, groups, divergence.mode_site or NOWHERE, _modes(divergence))
@@ -327,6 +328,16 @@ def _loaded(divergence: Divergence) -> str:
 def _diverged(divergence: Divergence, groups: tuple[tuple[int, ...], ...]) -> str:
     count = f"{len(divergence.parameters)} parameters" if divergence.parameters else "Parameters"
     return f"{count} differ between ranks after optimizer step {divergence.step} ({_groups(groups)})."
+
+
+def _is_shared_out(divergence: Divergence, explained: bool) -> bool:
+    """Say whether each rank's optimizer has its share of the parameters, and the script sends them to the others.
+
+    They differ in how many they have, in nothing else, and the replicas are equal or known to be made so.
+    """
+    names = divergence.settings
+    differ_in_number = bool(names) and all(re.fullmatch(r"group \d+ parameters", name) for name in names)
+    return differ_in_number and (explained or "parameters" not in divergence.groups)
 
 
 def _settings(divergence: Divergence) -> str:

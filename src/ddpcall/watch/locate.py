@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -12,6 +13,14 @@ from ddpcall.taps import CallSite, find_call_site, in_backward
 from ddpcall.watch.reducer_ledger import ReducerLedger
 
 _READS = frozenset({"__get__", "__set__", "backward", "zero_", "detach", "numel", "size", "dim", "requires_grad_"})
+
+
+def has_compiled() -> bool:
+    """Say whether dynamo has compiled anything in this process.
+
+    It would trace a mode for torch functions too: other frames, and an error where graphs must not break.
+    """
+    return getattr(sys.modules.get("torch._dynamo.convert_frame"), "FRAME_COUNTER", 0) > 0
 
 
 class WeightLocator(TorchFunctionMode):

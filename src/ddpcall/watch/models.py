@@ -38,8 +38,12 @@ class Models:
         """Add a ledger; it owns its parameters, together with earlier wrappers that are still in use."""
         for previous in self.ledgers:
             alive = {id(p) for reference in previous.owned if (p := reference()) is not None}
-            if alive and alive <= ledger.names.keys():  # wrapped again
+            if (
+                alive and alive <= ledger.names.keys()
+            ):  # wrapped again; the first may still be used in turn with it
                 previous.close()
+                previous.armed = False
+                ledger.sharing.append(previous)
             elif alive & ledger.names.keys():
                 previous.sharing.append(ledger)
                 ledger.sharing.append(previous)

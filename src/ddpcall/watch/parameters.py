@@ -95,7 +95,7 @@ class ParameterWatch:
         """See modules and parameters that are put into a wrapped model."""
 
         def registered_module(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-            ledger = next(iter(self._models.ledgers_with(parent)), None)
+            ledger = next(iter(self._models.ledgers_with(parent)), self._models.ledger_of(parent))
             if ledger is None or child is None:
                 return
             self._tap(child.modules(), ledger)

@@ -26,6 +26,7 @@ EVERY_STEP_UNTIL = 16
 LOADED = "@load_state_dict"
 GRADIENTS = "@gradients"
 SWITCHED = "@mode"
+STARTED = "@started"
 _UNHARMFUL_STEPS = 2
 
 
@@ -90,7 +91,11 @@ class ReplicaWatch:
         self._uses: list[BufferUse] = []
         self._last_buffers: tuple[int, tuple[tuple[int, ...], ...]] | None = None
         self._last_step = 0
+        self._numel: int | None = None
+        self._started: int | None = None
+        self._has_told_start = False
         self.batch: Any = None
+        self._first: Any = None
         self.sites = Sites()
 
     def is_due(self, step: int) -> bool:
@@ -98,7 +103,10 @@ class ReplicaWatch:
         return self._every > 0 and (step <= EVERY_STEP_UNTIL or step % self._every == 0)
 
     def adopt(self, models: list[nn.Module]) -> None:
-        """Take the wrapped models, those of this process that span the whole world."""
+        """Take the wrapped models, those of this process that span the whole world; none: nothing is compared."""
+        if not models:
+            self._models = self._taker = None
+            return
         self._models = models[0] if len(models) == 1 else nn.ModuleList(models)
         optimizer = None if self._taker is None else self._taker.optimizer
         self._taker = VitalsTaker(self._models, optimizer)
@@ -106,8 +114,29 @@ class ReplicaWatch:
     def note_inputs(self, step: int, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the wrapper was called with, for a step that is being prepared."""
         if torch.is_grad_enabled() and self.is_due(step):
-            self.batch = (inputs, kwargs)
+            # Of several forwards the first and the last: one of them may have the same inputs everywhere, always.
+            forward = (inputs, kwargs)
+            self.batch = forward if self._first is None else (self._first, forward)
+            self._first = self._first or forward
             self.sites = replace(self.sites, forward=find_call_site())
+
+    def starting(self, step: int, num_sent: int) -> None:
+        """Note the parameters that a step starts from, where the script may have sent them since the last.
+
+        Replicas that differ after a step and are equal when the next one starts are kept equal by the script: an
+        optimizer sharded by hand does so.
+
+        Args:
+            step: The step that begins.
+            num_sent: Elements that the script sent since the last one.
+        """
+        self._started = None
+        if self._taker is None or num_sent == 0 or not self.is_due(step):
+            return
+        if self._numel is None:
+            self._numel = self._taker.numel()
+        if num_sent >= self._numel:
+            self._started = self._taker.digest_parameters()
 
     def stepped(self, optimizer: Optimizer, step: int) -> None:
         """If they are due, take and publish the vitals of a step, and read what has come back meanwhile."""
@@ -126,7 +155,7 @@ class ReplicaWatch:
             self._exchange = Exchange(store, dist.get_rank(), dist.get_world_size(), wait_s=WAIT_S)
         self._taker.optimizer = optimizer
         self._exchange.publish(self._taker.take(step, self.batch))
-        self.batch = None
+        self.batch = self._first = None
         self._last_step = step
         parts = self._exchange.asked(step)
         if parts:
@@ -186,6 +215,9 @@ class ReplicaWatch:
         if "parameters" in details:
             details["parameters"][LOADED] = f"{times} {_write_site(site)}" if times else "0"
             details["parameters"][GRADIENTS] = self._suspects.digest() or 0
+            self._has_told_start = self._started is not None
+            if self._started is not None:
+                details["parameters"][STARTED] = self._started
         if "modes" in details and False in self._trail.modes:
             details["modes"][SWITCHED] = _write_site(self._trail.modes[False])
         return details
@@ -234,7 +266,10 @@ class ReplicaWatch:
         harmful = [name for name in modes if not name.startswith("@") and self._depends_on_mode(name)]
         if not harmful:
             differing.pop("modes", None)
-        if GRADIENTS in parameters and not load:
+        is_complete = "parameters" in details.differing and not details.missing
+        if is_complete and self._has_told_start and STARTED not in parameters:
+            differing.pop("parameters", None)
+        elif GRADIENTS in parameters and not load:
             self._suspects.convict()
         self._say(
             Divergence(

@@ -18,7 +18,7 @@ from ddpcall.watch.averaging import AveragingWatch
 from ddpcall.watch.collectives import CollectiveLog, Mark
 from ddpcall.watch.compiled import CompiledWatch
 from ddpcall.watch.events import Emit, Event, EventKind, Guard
-from ddpcall.watch.locate import WeightLocator
+from ddpcall.watch.locate import WeightLocator, has_compiled
 from ddpcall.watch.models import Models
 from ddpcall.watch.reducer_ledger import ReducerLedger, Unreduced, address_of, nonzero
 from ddpcall.watch.replica_watch import ReplicaWatch
@@ -82,6 +82,8 @@ class StepWatch:
         for event in self._sharded.before_step(self._count.of(optimizer), view.parameters.__contains__):
             self._emit(event)
         self._averaging.look()
+        if self._count.lead_done() is not None and self._count.leads(optimizer):
+            self._replicas.starting(self._count.of(optimizer), self._collectives.num_sent())
         if in_backward():
             self._stepped_in_backward(optimizer, view)
         elif not _is_judged_after(optimizer, args, kwargs):
@@ -98,7 +100,8 @@ class StepWatch:
         for ledger in view.ledgers:
             ledger.end_step()
         self._collectives.end_step()
-        self._averaging.stepped()
+        if view.ledgers:
+            self._averaging.stepped()
         # A step inside another optimizer's step is not one: ZeroRedundancyOptimizer sends parameters after it.
         if view.ledgers and not self._stepping:
             self._compare_replicas(optimizer)
@@ -230,7 +233,7 @@ class StepWatch:
         by_origin: dict[tuple[CallSite, int], list[int]] = {}
         for key, (_, ledger) in view.unowned.items():
             parameter = view.get(key)
-            if parameter is not None and parameter.grad is not None and _is_distributed(ledger):
+            if parameter is not None and nonzero([parameter.grad]) and _is_distributed(ledger):
                 by_origin.setdefault((self._models.origins.get(key, NOWHERE), id(ledger)), []).append(key)
         for (origin, _), keys in by_origin.items():
             if self._were_reduced(keys, view):
@@ -242,7 +245,7 @@ class StepWatch:
     # ---- raw weights: the line is looked for in the next step ------------------------------------------------
 
     def _emit_or_wait(self, event: Event, keys: list[int]) -> None:
-        if event.kind is not EventKind.RAW_WEIGHTS:
+        if event.kind is not EventKind.RAW_WEIGHTS or has_compiled():
             self._emit(event)
         elif event.parameters in self._located:
             self._emit(replace(event, site=self._located[event.parameters]))

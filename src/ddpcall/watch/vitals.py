@@ -82,11 +82,19 @@ class VitalsTaker:
             "parameters": structure.parameters.digest() if structure.num_parameters else None,
             "buffers": structure.buffers.digest() if structure.num_buffers else None,
             "modes": structure.digest_modes(),
-            "optimizer": _digest_details(_optimizer_settings(self.optimizer)) if self.optimizer else None,
+            "optimizer": _digest_details(self._settings(structure)) if self.optimizer else None,
             "rng": self._digest_torch_generator(structure),
             "batch": _digest_details(self._batch) if self._batch else None,
         }
         return Vitals(step, {part: digest for part, digest in parts.items() if digest is not None})
+
+    def numel(self) -> int:
+        """Return how many numbers the parameters are."""
+        return sum(parameter.numel() for parameter in self._current_structure().named_parameters.values())
+
+    def digest_parameters(self) -> int:
+        """Return one digest of all parameters, as they are now."""
+        return self._current_structure().parameters.digest()
 
     def details(self, part: str) -> Details:
         """Return what one part is made of, as it is now: what the second round compares between ranks.
@@ -110,7 +118,7 @@ class VitalsTaker:
             case "modes":
                 return structure.modes()
             case "optimizer":
-                return _optimizer_settings(self.optimizer) if self.optimizer else {}
+                return self._settings(structure)
             case "rng":
                 return _digest_generators()
             case "batch":
@@ -120,6 +128,9 @@ class VitalsTaker:
     def _digest_torch_generator(self, structure: _Structure) -> int:
         on_cuda = any(parameter.is_cuda for parameter in structure.first_parameters)
         return digest_tensor(torch.cuda.get_rng_state() if on_cuda else torch.get_rng_state())
+
+    def _settings(self, structure: _Structure) -> Details:
+        return _optimizer_settings(self.optimizer, structure.ignored) if self.optimizer else {}
 
     def _current_structure(self) -> _Structure:
         if not self._structure.is_current():
@@ -141,6 +152,7 @@ class _Structure:
         self._entries = self._read_entries()
         ignored = set(_ignored_names(named_modules))
         self.named_parameters = {n: p for n, p in model.named_parameters() if n not in ignored}
+        self.ignored = frozenset(id(p) for n, p in model.named_parameters() if n in ignored)
         ignored.update(_passing_names(named_modules))
         self.named_buffers = {n: b for n, b in model.named_buffers() if n not in ignored}
         self.first_parameters = list(self.named_parameters.values())[:1]
@@ -187,10 +199,15 @@ def _digest_details(details: Details) -> int:
     return digest_bytes(repr(list(details.items())).encode())
 
 
-def _optimizer_settings(optimizer: Optimizer) -> Details:
-    """Return the class and every hyper-parameter of every group: learning rates, betas, weight decay …"""
+def _optimizer_settings(optimizer: Optimizer, ignored: frozenset[int]) -> Details:
+    """Return the class and every hyper-parameter of every group: learning rates, betas, weight decay …
+
+    Groups of parameters that DDP was told to ignore, by id, are a rank's own.
+    """
     settings: Details = {"class": type(optimizer).__name__}
     for index, group in enumerate(optimizer.param_groups):
+        if group["params"] and all(id(parameter) in ignored for parameter in group["params"]):
+            continue
         for key, value in sorted(group.items()):  # a loaded state has its own order
             if key == "params":
                 settings[f"group {index} parameters"] = len(value)

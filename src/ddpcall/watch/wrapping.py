@@ -87,6 +87,13 @@ class WrapWatch:
             self._guard(self._passed, ddp, output)
             return output
 
+        register = ddp_class.register_comm_hook
+
+        @functools.wraps(register)
+        def register_comm_hook(ddp: Any, state: Any, hook: Any) -> None:
+            register(ddp, state, hook)
+            self._guard(self._adopt_replicas)  # local SGD is one
+
         switch = ReplicatedModule.set_requires_gradient_sync
 
         @functools.wraps(switch)
@@ -98,6 +105,7 @@ class WrapWatch:
         with ExitStack() as stack:
             stack.callback(replace_attribute(ReplicatedModule, switch.__name__, set_requires_gradient_sync))
             stack.callback(replace_attribute(ddp_class, "__init__", __init__))
+            stack.callback(replace_attribute(ddp_class, "register_comm_hook", register_comm_hook))
             for method in (__setattr__, _pre_forward, _post_forward):
                 disabled = torch._disable_dynamo(method, recursive=False)
                 stack.callback(replace_attribute(ddp_class, method.__name__, disabled))
@@ -156,8 +164,7 @@ class WrapWatch:
         """Compare the replicas of wrapped models that span the world and are meant to stay equal."""
         wrappers = [ddp for ledger in self._models.ledgers if (ddp := ledger.ddp()) is not None]
         models = [ddp.module for ddp in wrappers if _is_replicated(ddp)]
-        if models:
-            self._replicas.adopt(models)
+        self._replicas.adopt(models)
 
     # ---- forwards -------------------------------------------------------------------------------------------
 
