@@ -1,0 +1,164 @@
+"""Runs scripts with Lightning Fabric where they say DistributedDataParallel: `_fabric_launcher.py SCRIPT…`.
+
+A script stays as it is. Under the name it imports stands an object that hands the module to `Fabric.setup_module`
+with the DDP strategy and the script's own DDP options (all but `device_ids` and `output_device`, which Fabric sets).
+`isinstance` against that name is true for Fabric's wrapper and for a real DDP; a subclass of it is one of the real
+DDP, so Fabric has no part in it. `torch.distributed` finds the group that the script has made.
+
+What Fabric's wrapper has is Fabric's: `.module` (the user's module), `state_dict` (no `module.` prefix), the tracked
+methods of the user's module. What it has not and the DDP inside has is lent, for reading and for setting: `no_sync`,
+`join`, `require_backward_grad_sync`, `register_comm_hook`, `reducer`, …
+
+`--module-is-wrapper`: `.module` of the wrapper is the wrapper, as if the script said `model.method(x)` for
+`model.module.method(x)`, which is how Fabric's users write it and where Fabric looks.
+
+`_composable.replicate` keeps the real DDP.
+
+The ranks a script asks for (tests/corpus/marks.py) are forked from this process, which has imported torch once, in the
+environment that torchrun makes. Prints a JSON line a script: {script, exit_code (-1: over the time limit), output,
+seconds}; each module that was wrapped is WRAPPED in the output.
+"""
+
+import argparse
+import json
+import os
+import random
+import runpy
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed._composable.replicate
+import torch.multiprocessing as mp
+import torch.nn.parallel
+from lightning_fabric import Fabric  # pyright: ignore[reportMissingImports]
+from lightning_fabric.strategies import DDPStrategy  # pyright: ignore[reportMissingImports]
+from lightning_fabric.wrappers import _FabricModule  # pyright: ignore[reportMissingImports]
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.corpus.marks import read_marks
+
+WRAPPED = "WRAPPED BY FABRIC"
+TIMEOUT_S = 120.0
+
+
+class Lending(_FabricModule):
+    """Fabric's wrapper, with the attributes of the DDP inside where it has none of that name."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inside = nn.Module.__getattr__(self, "_forward_module")
+            if not hasattr(inside, name):
+                raise
+            return getattr(inside, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inside = self._forward_module
+        if hasattr(inside, name) and not hasattr(self._original_module, name) and name not in dir(self):
+            setattr(inside, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+class ModuleIsWrapper(Lending):
+    @property
+    def module(self) -> nn.Module:
+        return self
+
+
+class FabricInstead:
+    """Stands where DistributedDataParallel stood; called, it wraps with Fabric."""
+
+    def __init__(self, kind: type[Lending]) -> None:
+        self.kind = kind
+
+    def __call__(self, module: nn.Module, device_ids: Any = None, output_device: Any = None, **options: Any) -> Any:
+        ranks = int(os.environ["WORLD_SIZE"])
+        fabric = Fabric(accelerator="cpu", devices=ranks, strategy=DDPStrategy(**options))
+        fabric.launch()
+        wrapped = fabric.setup_module(module)
+        object.__setattr__(wrapped, "__class__", self.kind)  # its own would reach the module inside
+        print(WRAPPED, flush=True)
+        return wrapped
+
+    def __instancecheck__(self, one: object) -> bool:
+        return isinstance(one, (_FabricModule, DistributedDataParallel))
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        return (DistributedDataParallel,)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(DistributedDataParallel, name)
+
+
+def run_script(rank: int, script: str, kind: type[Lending], output: str) -> None:
+    """What a rank does: the script as `__main__`, with Fabric in DDP's place; prints to the file `output`."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    random.seed()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    instead: Any = FabricInstead(kind)
+    torch.nn.parallel.DistributedDataParallel = instead
+    torch.nn.parallel.distributed.DistributedDataParallel = instead
+    sys.argv = [script]
+    runpy.run_path(script, run_name="__main__")
+
+
+def launch_environment(ranks: int) -> dict[str, str]:
+    """The variables that torchrun sets, but for those of the single rank; the port was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    return sizes | store | {"TORCHELASTIC_RUN_ID": "fabric"}
+
+
+def launch(script: str, kind: type[Lending], output: Path) -> int:
+    """Runs a script on its ranks; returns the exit code of the first that failed, -1 over the time limit."""
+    ranks = read_marks(Path(script)).ranks
+    os.environ |= launch_environment(ranks)
+    until = time.monotonic() + TIMEOUT_S
+    arguments = (script, kind, str(output))
+    context = mp.start_processes(run_script, arguments, nprocs=ranks, join=False, start_method="fork")
+    assert context is not None
+    try:
+        while not context.join(timeout=1.0):
+            if time.monotonic() > until:
+                for process in context.processes:
+                    process.kill()
+                return -1
+    except mp.ProcessRaisedException as error:
+        with output.open("a") as file:
+            file.write(f"\n{error}\n")
+        return 1
+    except mp.ProcessExitedException as error:
+        return error.exit_code
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--module-is-wrapper", action="store_true")
+    parser.add_argument("scripts", nargs="+")
+    options = parser.parse_args()
+    kind = ModuleIsWrapper if options.module_is_wrapper else Lending
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "output"
+        for script in options.scripts:
+            output.write_text("")
+            began = time.monotonic()
+            code = launch(script, kind, output)
+            ended = {"exit_code": code, "output": output.read_text(), "seconds": time.monotonic() - began}
+            print(json.dumps({"script": script} | ended), flush=True)
+
+
+if __name__ == "__main__":
+    main()
