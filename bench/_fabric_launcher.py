@@ -1,22 +1,23 @@
 """Runs scripts with Lightning Fabric where they say DistributedDataParallel: `_fabric_launcher.py SCRIPT…`.
 
-A script stays as it is. Under the name it imports stands an object that hands the module to `Fabric.setup_module`
-with the DDP strategy and the script's own DDP options (all but `device_ids` and `output_device`, which Fabric sets).
-`isinstance` against that name is true for Fabric's wrapper and for a real DDP; a subclass of it is one of the real
-DDP, so Fabric has no part in it. `torch.distributed` finds the group that the script has made.
+A script stays as it is. Under the name it imports stands a class that hands the module to `Fabric.setup_module`
+with the DDP strategy and the script's own DDP options (all but `device_ids` and `output_device`, which Fabric
+sets). `isinstance` against that name is true for Fabric's wrapper and for a real DDP; a subclass of it is one of
+the real DDP, so Fabric has no part in it. `torch.distributed` finds the group that the script has made.
 
-What Fabric's wrapper has is Fabric's: `.module` (the user's module), `state_dict` (no `module.` prefix), the tracked
-methods of the user's module. What it has not and the DDP inside has is lent, for reading and for setting: `no_sync`,
-`join`, `require_backward_grad_sync`, `register_comm_hook`, `reducer`, …
+What Fabric's wrapper has is Fabric's: `.module` (the user's module), `state_dict` (no `module.` prefix), names of
+parameters, the tracked methods of the user's module. What it has not and the DDP inside has is lent, for reading
+and for setting: `no_sync`, `join`, `require_backward_grad_sync`, `register_comm_hook`, `reducer`, …
 
 `--module-is-wrapper`: `.module` of the wrapper is the wrapper, as if the script said `model.method(x)` for
-`model.module.method(x)`, which is how Fabric's users write it and where Fabric looks.
+`model.module.method(x)`, which is how Fabric's users write it and where Fabric looks. `isinstance` against DDP's
+name is then false for it, so that loops which unwrap end.
 
-`_composable.replicate` keeps the real DDP.
+`_composable.replicate` keeps the real DDP, Accelerate gets Fabric's.
 
-The ranks a script asks for (tests/corpus/marks.py) are forked from this process, which has imported torch once, in the
-environment that torchrun makes. Prints a JSON line a script: {script, exit_code (-1: over the time limit), output,
-seconds}; each module that was wrapped is WRAPPED in the output.
+The ranks a script asks for (tests/corpus/marks.py) are forked from this process, which has imported torch once,
+in the environment that torchrun makes. Prints a JSON line a script: {script, exit_code (-1: over the time limit),
+output, seconds}; each module that was wrapped is WRAPPED in the output.
 """
 
 import argparse
@@ -40,10 +41,10 @@ from lightning_fabric.wrappers import _FabricModule  # pyright: ignore[reportMis
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bench.peers_corpus import WRAPPED
 from tests.corpus.marks import read_marks
 
-WRAPPED = "WRAPPED BY FABRIC"
-TIMEOUT_S = 120.0
+TIMEOUT_S = 40.0
 
 
 class Lending(_FabricModule):
@@ -72,28 +73,34 @@ class ModuleIsWrapper(Lending):
         return self
 
 
-class FabricInstead:
-    """Stands where DistributedDataParallel stood; called, it wraps with Fabric."""
+class FabricInstead(type):
+    """The type of what stands where DistributedDataParallel stood: called, it wraps with Fabric as its `kind`."""
 
-    def __init__(self, kind: type[Lending]) -> None:
-        self.kind = kind
+    kind: type[Lending]
 
-    def __call__(self, module: nn.Module, device_ids: Any = None, output_device: Any = None, **options: Any) -> Any:
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> type:
+        if bases:
+            return type(DistributedDataParallel)(name, (DistributedDataParallel,), namespace)
+        return super().__new__(mcs, name, bases, namespace)
+
+    def __call__(cls, module: nn.Module, device_ids: Any = None, output_device: Any = None, **options: Any) -> Any:
         ranks = int(os.environ["WORLD_SIZE"])
         fabric = Fabric(accelerator="cpu", devices=ranks, strategy=DDPStrategy(**options))
         fabric.launch()
         wrapped = fabric.setup_module(module)
-        object.__setattr__(wrapped, "__class__", self.kind)  # its own would reach the module inside
+        object.__setattr__(wrapped, "__class__", cls.kind)  # its own would reach the module inside
         print(WRAPPED, flush=True)
         return wrapped
 
-    def __instancecheck__(self, one: object) -> bool:
-        return isinstance(one, (_FabricModule, DistributedDataParallel))
+    def __instancecheck__(cls, one: object) -> bool:
+        return cls.__subclasscheck__(type(one))
 
-    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
-        return (DistributedDataParallel,)
+    def __subclasscheck__(cls, one: type) -> bool:
+        if issubclass(cls.kind, ModuleIsWrapper):  # `while isinstance(model, DDP): model = model.module` must end
+            return issubclass(one, DistributedDataParallel)
+        return issubclass(one, (_FabricModule, DistributedDataParallel))
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(cls, name: str) -> Any:
         return getattr(DistributedDataParallel, name)
 
 
@@ -104,7 +111,7 @@ def run_script(rank: int, script: str, kind: type[Lending], output: str) -> None
     os.dup2(descriptor, 2)
     random.seed()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    instead: Any = FabricInstead(kind)
+    instead: Any = FabricInstead("DistributedDataParallel", (), {"kind": kind})
     torch.nn.parallel.DistributedDataParallel = instead
     torch.nn.parallel.distributed.DistributedDataParallel = instead
     sys.argv = [script]
