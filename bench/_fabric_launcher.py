@@ -25,10 +25,12 @@ import json
 import os
 import random
 import runpy
+import signal
 import socket
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from lightning_fabric.strategies import DDPStrategy  # pyright: ignore[reportMis
 from lightning_fabric.wrappers import _FabricModule  # pyright: ignore[reportMissingImports]
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import distributed as torch_distributed
 
 from bench.peers_corpus import WRAPPED
 from tests.corpus.marks import read_marks
@@ -80,7 +83,7 @@ class FabricInstead(type):
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> type:
         if bases:
-            return type(DistributedDataParallel)(name, (DistributedDataParallel,), namespace)
+            return types.new_class(name, (DistributedDataParallel,), exec_body=lambda body: body.update(namespace))
         return super().__new__(mcs, name, bases, namespace)
 
     def __call__(cls, module: nn.Module, device_ids: Any = None, output_device: Any = None, **options: Any) -> Any:
@@ -113,7 +116,7 @@ def run_script(rank: int, script: str, kind: type[Lending], output: str) -> None
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     instead: Any = FabricInstead("DistributedDataParallel", (), {"kind": kind})
     torch.nn.parallel.DistributedDataParallel = instead
-    torch.nn.parallel.distributed.DistributedDataParallel = instead
+    torch_distributed.DistributedDataParallel = instead
     sys.argv = [script]
     runpy.run_path(script, run_name="__main__")
 
@@ -139,8 +142,8 @@ def launch(script: str, kind: type[Lending], output: Path) -> int:
     try:
         while not context.join(timeout=1.0):
             if time.monotonic() > until:
-                for process in context.processes:
-                    process.kill()
+                for pid in context.pids():
+                    os.kill(pid, signal.SIGKILL)
                 return -1
     except mp.ProcessRaisedException as error:
         with output.open("a") as file:
