@@ -17,17 +17,16 @@ name is then false for it, so that loops which unwrap end.
 
 The ranks a script asks for (tests/corpus/marks.py) are forked from this process, which has imported torch once,
 in the environment that torchrun makes. Prints a JSON line a script: {script, exit_code (-1: over the time limit),
-output, seconds}; each module that was wrapped is WRAPPED in the output.
+output, seconds, parted}; each module that was wrapped is WRAPPED in the output, and `parted` says whether the
+ranks' parameters differed after an optimizer step, as tests/corpus/harm.py sees it.
 """
 
 import argparse
 import json
 import os
 import random
-import runpy
 import signal
 import socket
-import sys
 import tempfile
 import time
 import types
@@ -45,6 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel import distributed as torch_distributed
 
 from bench.peers_corpus import WRAPPED
+from tests.corpus.harm import WITNESS, compare, run_as_rank
 from tests.corpus.marks import read_marks
 
 TIMEOUT_S = 40.0
@@ -117,8 +117,7 @@ def run_script(rank: int, script: str, kind: type[Lending], output: str) -> None
     instead: Any = FabricInstead("DistributedDataParallel", (), {"kind": kind})
     torch.nn.parallel.DistributedDataParallel = instead
     torch_distributed.DistributedDataParallel = instead
-    sys.argv = [script]
-    runpy.run_path(script, run_name="__main__")
+    run_as_rank(script)
 
 
 def launch_environment(ranks: int) -> dict[str, str]:
@@ -154,20 +153,32 @@ def launch(script: str, kind: type[Lending], output: Path) -> int:
     return 0
 
 
+def have_parted(witnessed: Path) -> bool:
+    """Whether parameters differed between the ranks after a step; False where a rank left no record."""
+    records = [json.loads(path.read_text()) for path in witnessed.glob("*.json")]
+    return len(records) > 1 and "parameters differ from step" in compare(records)
+
+
+def run_one(script: str, kind: type[Lending]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        output = Path(name) / "output"
+        output.write_text("")
+        os.environ[WITNESS] = name
+        began = time.monotonic()
+        code = launch(script, kind, output)
+        seconds = time.monotonic() - began
+        ended = {"exit_code": code, "output": output.read_text(), "seconds": seconds}
+        return {"script": script, **ended, "parted": have_parted(Path(name))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--module-is-wrapper", action="store_true")
     parser.add_argument("scripts", nargs="+")
     options = parser.parse_args()
     kind = ModuleIsWrapper if options.module_is_wrapper else Lending
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "output"
-        for script in options.scripts:
-            output.write_text("")
-            began = time.monotonic()
-            code = launch(script, kind, output)
-            ended = {"exit_code": code, "output": output.read_text(), "seconds": time.monotonic() - began}
-            print(json.dumps({"script": script} | ended), flush=True)
+    for script in options.scripts:
+        print(json.dumps(run_one(script, kind)), flush=True)
 
 
 if __name__ == "__main__":

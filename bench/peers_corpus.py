@@ -15,7 +15,9 @@ as many wrong as right ones. `--minutes` bounds it all, COLLECT_S each trace; wh
 Of a wrong script: *found* when the peer says anything, *on the line* when what it says leads to a marked line,
 else *missed*. Of a right script: *false* when it says anything, else *silent*. *Not applicable*, with the reason:
 the script wraps nothing with DistributedDataParallel, or ends otherwise than it does alone, the peer having said
-nothing. TrainCheck says nothing that leads to a line unless a report names the script's file.
+nothing. A miss with `.module` being the wrapper can be a mistake that is gone (`model(x)` for `model.module(x)`):
+the replicas part (tests/corpus/harm.py) in the script as it is and no longer then; those are counted at the end.
+TrainCheck says nothing that leads to a line unless a report names the script's file.
 """
 
 import argparse
@@ -52,7 +54,8 @@ VERDICTS = ("found", "missed", "false", "silent", "not applicable")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a peer made of one script: one of VERDICTS, what it said, and whether that leads to a marked line."""
+    """What a peer made of one script: one of VERDICTS, what it said, whether that leads to a marked line; and
+    whether the ranks' parameters parted in that run, where that was looked at."""
 
     script: str
     wrong: bool
@@ -60,6 +63,7 @@ class Outcome:
     verdict: str
     says: str = ""
     on_line: bool = False
+    parted: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,17 +78,17 @@ class Checked:
     trouble: str = ""
 
 
-def judge_fabric(script: str, wrong: bool, marks: Marks, run: Run) -> Outcome:
+def judge_fabric(script: str, wrong: bool, marks: Marks, run: Run, parted: bool = False) -> Outcome:
     """Classifies a run under Fabric; pure. The lines are those of the script's frames in the traceback."""
     complaint = COMPLAINT.search(run.output)
     if complaint:
         lines = {int(line) for line in re.findall(rf'/{re.escape(script)}\.py", line (\d+)', run.output)}
         marked = {expected.line for expected in marks.expected} | {line for _, line in marks.accepted}
         verdict = "found" if wrong else "false"
-        return Outcome(script, wrong, marks, verdict, complaint.group(1), bool(lines & marked))
+        return Outcome(script, wrong, marks, verdict, complaint.group(1), bool(lines & marked), parted)
     if reason := why_not_applicable(marks, run):
         return Outcome(script, wrong, marks, "not applicable", reason)
-    return Outcome(script, wrong, marks, "missed" if wrong else "silent")
+    return Outcome(script, wrong, marks, "missed" if wrong else "silent", parted=parted)
 
 
 def why_not_applicable(marks: Marks, run: Run) -> str:
@@ -115,12 +119,19 @@ def sums(outcomes: Sequence[Outcome]) -> str:
     return f"{len(outcomes)} scripts: {counts.replace(',', f' ({on_line} on the line),', 1)}"
 
 
+def gone(before: Sequence[Outcome], after: Sequence[Outcome]) -> list[str]:
+    """Wrong scripts whose replicas part in one way of wrapping and stay together, unreported, in the other."""
+    parted = {one.script for one in before if one.wrong and one.parted}
+    return [one.script for one in after if one.verdict == "missed" and not one.parted and one.script in parted]
+
+
 def table_of(outcomes: Sequence[Outcome], title: str) -> Table:
     table = Table("script", "is", "marked", "verdict", "says", title=title)
     for one in outcomes:
         marked = " ".join(map(str, one.marks.expected))
         line = ", on the line" if one.on_line else ""
-        table.add_row(one.script, "wrong" if one.wrong else "right", marked, one.verdict + line, one.says)
+        says = one.says or ("(replicas part)" if one.parted else "")
+        table.add_row(one.script, "wrong" if one.wrong else "right", marked, one.verdict + line, says)
     return table
 
 
@@ -149,7 +160,7 @@ def run_fabric(
             run = Run(answer["exit_code"], answer["output"], answer["seconds"])
             if logs:
                 (logs / f"fabric{''.join(options)}_{script.stem}.log").write_text(run.output)
-            yield judge_fabric(script.stem, is_wrong(script), read_marks(script), run)
+            yield judge_fabric(script.stem, is_wrong(script), read_marks(script), run, answer["parted"])
     if process.returncode:
         raise RuntimeError(f"{LAUNCHER.name} ended with exit code {process.returncode}")
 
@@ -248,6 +259,20 @@ def run_traincheck(python: str, scripts: Sequence[Path], options: argparse.Names
             yield checked
 
 
+def print_fabric(console: Console, options: argparse.Namespace, scripts: Sequence[Path]) -> None:
+    both = []
+    for flags in ([], ["--module-is-wrapper"]):
+        title = f"Fabric on the corpus{', .module being its wrapper' if flags else ''}"
+        outcomes = list(run_fabric(options.fabric, scripts, flags, options.logs))
+        both.append(outcomes)
+        console.print(table_of(outcomes, title))
+        console.print(f"{title}: {sums(outcomes)}", soft_wrap=True)
+        parted = sum(one.verdict == "missed" and one.parted for one in outcomes)
+        console.print(f"missed, and the replicas part: {parted}")
+    names = gone(*both)
+    console.print(f"no longer wrong, .module being the wrapper: {len(names)} {' '.join(names)}", soft_wrap=True)
+
+
 def print_traincheck(console: Console, options: argparse.Namespace, scripts: Sequence[Path]) -> None:
     all_checked = list(run_traincheck(options.traincheck, scripts, options))
     outcomes = [judge_traincheck(checked, all_checked) for checked in all_checked]
@@ -278,11 +303,7 @@ def main() -> None:
         if not getattr(options, peer):
             console.print(f"{peer}: left out, no interpreter given (--{peer} PYTHON)")
     if options.fabric:
-        for flags in ([], ["--module-is-wrapper"]):
-            title = f"Fabric on the corpus{', .module being its wrapper' if flags else ''}"
-            outcomes = list(run_fabric(options.fabric, scripts, flags, options.logs))
-            console.print(table_of(outcomes, title))
-            console.print(f"{title}: {sums(outcomes)}", soft_wrap=True)
+        print_fabric(console, options, scripts)
     if options.traincheck:
         print_traincheck(console, options, scripts)
 

@@ -7,7 +7,9 @@ import pytest
 from bench.peers_corpus import (
     WRAPPED,
     Checked,
+    Outcome,
     every_nth,
+    gone,
     judge_fabric,
     judge_traincheck,
     sample_of,
@@ -72,6 +74,16 @@ def test_a_run_that_tells_nothing_about_fabric_is_not_applicable(output: str, ex
     for wrong, marks in ((True, MARKS), (False, RIGHT)):
         outcome = judge_fabric("one", wrong, marks, Run(exit_code, output, 1.0))
         assert (outcome.verdict, outcome.says) == ("not applicable", reason)
+
+
+def test_a_mistake_is_gone_when_replicas_that_parted_stay_together_and_nothing_was_said():
+    def outcomes(output: str, parted: str) -> list[Outcome]:
+        return [judge_fabric(name, True, MARKS, Run(0, output, 1.0), name in parted) for name in "abc"]
+
+    assert gone(outcomes(WRAPPED, "ab"), outcomes(WRAPPED, "b")) == ["a"]
+    assert gone(outcomes(WRAPPED, "ab"), outcomes(complaint(12), "")) == []
+    right = [judge_fabric("a", False, RIGHT, Run(0, WRAPPED, 1.0), parted) for parted in (True, False)]
+    assert gone(right[:1], right[1:]) == []
 
 
 def test_traincheck_speaks_by_violations_and_those_that_right_scripts_have_too_are_told_apart():
