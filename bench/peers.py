@@ -44,13 +44,33 @@ def torchrun(python: str, *arguments: str) -> list[str]:
     return [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), *arguments]
 
 
-def traincheck_command(python: str, tracker: str, output: Path, options: Sequence[str]) -> list[str]:
-    """A `traincheck-collect` of the workload in the current directory; it rewrites the launching shell script."""
+def traincheck_command(
+    python: str,
+    tracker: str,
+    output: Path,
+    options: Sequence[str],
+    script: str = WORKLOAD.name,
+    model: str = "model",
+) -> list[str]:
+    """A `traincheck-collect` of a script in the current directory, following its variable `model`; it rewrites the
+    launching shell script."""
     launch = output.with_suffix(".sh")
-    launch.write_text(" ".join(torchrun(python, WORKLOAD.name, *options)) + "\n")
-    collect = str(Path(python).with_name("traincheck-collect"))
-    style = ["--models-to-track", "model", "--model-tracker-style", tracker]
-    return [collect, "--pyscript", WORKLOAD.name, "--shscript", launch.name, *style, "--output-dir", str(output)]
+    launch.write_text(" ".join(torchrun(python, script, *options)) + "\n")
+    style = ["--models-to-track", model, "--model-tracker-style", tracker]
+    collect = traincheck_tool(python, "collect")
+    return [collect, "--pyscript", script, "--shscript", launch.name, *style, "--output-dir", str(output)]
+
+
+def infer_command(python: str, traces: Sequence[str], invariants: str) -> list[str]:
+    return [traincheck_tool(python, "infer"), "-f", *traces, "-o", invariants]
+
+
+def check_command(python: str, trace: str, invariants: str, output: str) -> list[str]:
+    return [traincheck_tool(python, "check"), "-f", trace, "-i", invariants, "-o", output, "--no-html-report"]
+
+
+def traincheck_tool(python: str, name: str) -> str:
+    return str(Path(python).with_name(f"traincheck-{name}"))
 
 
 def step_ms(completed: subprocess.CompletedProcess[str]) -> float:
@@ -96,14 +116,11 @@ def traincheck_reports(python: str, directory: Path, minutes: float) -> Mapping[
     for path in PATHS[:2]:
         command = traincheck_command(python, "subclass", directory / path, ["--path", path, "--steps", "6"])
         run(command, directory)
-    tool = Path(python)
-    infer = [str(tool.with_name("traincheck-infer")), "-f", "call", "-o", "invariants.json"]
     try:
-        run(infer, directory, timeout_s=60 * minutes)
+        run(infer_command(python, ["call"], "invariants.json"), directory, timeout_s=60 * minutes)
     except subprocess.TimeoutExpired:
         return {"inner_call": f"inference from 6 good steps was not done after {minutes:g} min"}
-    check = [str(tool.with_name("traincheck-check")), "-f", "inner_call", "-i", "invariants.json"]
-    done = run([*check, "-o", "checked", "--no-html-report"], directory)
+    done = run(check_command(python, "inner_call", "invariants.json", "checked"), directory)
     return {"inner_call": " ".join(done.stdout.split()[-40:])}
 
 

@@ -28,10 +28,17 @@ def run_on_ranks(
     """Runs `arguments` (a script, or `-m module …`) under torchrun; under plain python for one rank."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()} | dict(variables or {})
+    return run_bounded([sys.executable, *launcher, *arguments], environment, timeout_s)
+
+
+def run_bounded(
+    command: Sequence[str], environment: Mapping[str, str], timeout_s: float, directory: Path = ROOT
+) -> Run:
+    """Runs a command in a session of its own and ends all of that session when the time is up."""
     started = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, *launcher, *arguments],
-        cwd=ROOT,
+        command,
+        cwd=directory,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
