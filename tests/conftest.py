@@ -1,6 +1,7 @@
 """What every test of the project gets: a check that it leaves no trace, and pytest runs of a user's project."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,12 @@ import pytest
 
 # Set for good by pytest itself, by inductor at its first import and by scikit-learn's OpenMP.
 SET_BY_OTHERS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "KMP_")
+
+
+def pytest_configure() -> None:
+    """Let children be interrupted: shells start background jobs with the signal ignored, and that is inherited."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,13 @@
 """What a task does to a warm worker does not reach the next task."""
 
+import datetime
 import os
 import random
 import signal
 import sys
+import time
 import warnings
+from typing import Any
 
 import numpy
 import pytest
@@ -74,6 +77,27 @@ def test_state_is_restored(pool, name):
     before = [outcome.value for outcome in pool.run(describe_state, 2)]
     assert not any(outcome.failed for outcome in pool.run(disturb, 2, name))
     assert [outcome.value for outcome in pool.run(describe_state, 2)] == before
+
+
+def make_a_group_and_return():
+    store = dist.distributed_c10d._get_default_store()
+    group: Any = dist.new_group(timeout=datetime.timedelta(seconds=1))
+    if dist.get_rank() == 0:
+        store.set("returned", "")
+        return None
+    store.wait(["returned"])
+    time.sleep(0.5)
+    try:
+        dist.recv(torch.ones(1), 0, group)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_rank_that_returns_at_once_keeps_connections_for_the_slower_ones(pool):
+    """As in a group that is still being made there."""
+    _, told = [outcome.value for outcome in pool.run(make_a_group_and_return, 2)]
+    assert "Timed out" in told
+    assert "closed" not in told
 
 
 def count_compilations():

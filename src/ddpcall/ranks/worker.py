@@ -23,6 +23,7 @@ from typing import Any
 
 STACKS_SIGNAL = signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1
+_CONNECTING = datetime.timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _run(task: Task, seat: Seat, baseline: Any) -> Reply:
         _enter(task, seat)
         isolation.seed_everything()
         reply = _attempt(task, seat)
-        _leave_group()
+        _leave_group(task)
         baseline.restore()
         reply.leaks = isolation.find_leaks()
         sys.stdout.flush()
@@ -279,8 +280,8 @@ def _connect_store(port: int) -> Any:
     return TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
 
 
-def _leave_group() -> None:
-    """Free what the task left, then the process group.
+def _leave_group(task: Task) -> None:
+    """Free what the task left, then its process groups.
 
     The order matters: a DistributedDataParallel that outlives `destroy_process_group` can deadlock when it is
     freed (pytorch issue 56297).
@@ -290,7 +291,23 @@ def _leave_group() -> None:
     sys.last_value = sys.last_traceback = None
     gc.collect()
     if dist.is_initialized():
+        if len(dist.distributed_c10d._world.pg_map) > 1:
+            _let_others_connect(task)
         dist.destroy_process_group()
+
+
+def _let_others_connect(task: Task) -> None:
+    """Wait, for a while, until all ranks are through.
+
+    A slower one may still be connecting a group that the task made, and would find the connection closed.
+    """
+    import torch.distributed as dist
+
+    store = dist.PrefixStore(f"task{task.number}", _connect_store(task.store_port))
+    if store.add("through", 1) == task.world_size:
+        store.set("all_through", "")
+    with contextlib.suppress(dist.DistStoreError):
+        store.wait(["all_through"], _CONNECTING)
 
 
 def _adopt_main(how: str, target: str) -> None:
