@@ -184,8 +184,9 @@ _RULES = (
         why="Data parallelism keeps one model on all ranks. From the step named on, there are several.",
         wrong="if rank == 0:\n    model.reset_parameters()",
         fix="Look at what the ranks did differently up to the step named; broadcast the parameters from rank 0.",
-        silent_when="The parameters are excluded from DDP, or differ only between optimizer steps (SAM).",
-        blind_to="Parameters outside every wrapped module.",
+        silent_when="The parameters are excluded from DDP, differ only between optimizer steps (SAM), or are sent "
+        "around by the script after each step (an optimizer sharded by hand); local SGD.",
+        blind_to="Parameters outside every wrapped module; whatever comes after the script was seen to send them.",
         links=(_DDP_DOCS,),
     ),
     Rule(
@@ -208,7 +209,8 @@ _RULES = (
         why="Equal gradients with different learning rates give different models.",
         wrong="lr = base_lr * (1 + rank)",
         fix="Compute the settings from what all ranks share; step the scheduler on every rank.",
-        silent_when="Parameters excluded from DDP.",
+        silent_when="Parameters excluded from DDP; each optimizer has its share of them and the script sends the "
+        "updates around.",
         blind_to="Optimizer state.",
         links=(_DDP_DOCS,),
     ),
@@ -247,7 +249,8 @@ _RULES = (
         why="N ranks do the work of one.",
         wrong="loader = DataLoader(dataset, shuffle=True)  # same seed everywhere, no DistributedSampler",
         fix="Give the loader a `DistributedSampler(dataset)`, and call `sampler.set_epoch(epoch)`.",
-        silent_when="The model is sharded over the ranks that share a batch.",
+        silent_when="The model is sharded over the ranks that share a batch; of several forwards in a step the "
+        "first or the last has its own inputs.",
         blind_to="Batches that overlap in part.",
         links=("https://docs.pytorch.org/docs/stable/data.html#torch.utils.data.distributed.DistributedSampler",),
     ),
