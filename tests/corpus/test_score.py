@@ -184,7 +184,11 @@ def test_witness_sees_the_harm_of_a_late_bypass():
     [
         "wrong/openvla_oft_160_action_head.py",
         "wrong/nupic_50_forward_hooks_skipped.py",
+        "wrong/drift_logged_not_mended.py",
+        "wrong/compiled_loss_function.py",
         "right/bypass_reduced_by_hand.py",
+        "right/zero1_by_hand.py",
+        "right/two_wrappers_in_turn.py",
     ],
 )
 def test_watch_names_the_marked_line_and_nothing_else(name: str):
