@@ -6,7 +6,7 @@ Every record turns into plain JSON with `to_json` and back with `from_json`.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -60,6 +60,9 @@ class Cell:
         parts += [f"{self.hooks} hooks"] if self.hooks != "early" else []
         parts += [self.mode] if self.mode != "train" else []
         return " × ".join(parts)
+
+
+AXES = tuple(field.name for field in fields(Cell))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,9 +235,9 @@ class TimelineEvent:
 
     kind: str
     name: str
-    owner: str | None
     start_us: float
     end_us: float
+    owner: str | None = None
     detail: str | None = None
 
 
@@ -305,8 +308,8 @@ class Skipped:
 
     kind: str
     name: str
-    owner: str | None
-    detail: str
+    owner: str | None = None
+    detail: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from ddpcall.course.lesson import Choice, Question, find_trial
 from ddpcall.course.lessons import LESSONS, find_lesson, number_of
 from ddpcall.course.run import Run, compare, judge_run, list_contradictions
 from ddpcall.course.sources import Source, locate
+from ddpcall.lab.columns import TITLES
 from ddpcall.lab.errors import WrongUse
-from ddpcall.lab.truth_table import COLUMNS
 from tests.labs.test_grade import lab
 from tests.ranks.lab_process import ROOT, clean_environment
 
@@ -79,7 +79,7 @@ def test_the_index_is_written_from_the_catalogue():
 def test_what_a_lesson_refers_to_is_there(name):
     lesson = find_lesson(name)
     assert (ROOT / "conf" / "experiment" / f"{lesson.experiment}.yaml").exists()
-    assert set(lesson.columns) <= {*COLUMNS, "accuracy", "distance"}
+    assert set(lesson.columns) <= {*TITLES, "accuracy", "distance"}
     experiments = {path.stem for path in (ROOT / "conf" / "experiment").iterdir()}
     exercises = {exercise.name for exercise in EXERCISES}
     for text, _ in lesson.further:

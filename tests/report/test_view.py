@@ -6,15 +6,13 @@ from itertools import pairwise
 
 import pytest
 
-from ddpcall.evidence import Cell, Environment
+from ddpcall.evidence import Cell, Environment, Skipped, TimelineEvent
 from ddpcall.lab.report.compare import compare_runs, name_runs
 from ddpcall.lab.report.load import load
 from ddpcall.lab.report.page import to_json
 from ddpcall.lab.report.records import (
     RunRecord,
-    TimelineEvent,
     TimelineRecord,
-    TimelineSkip,
     TrialRecord,
     WatchRecord,
 )
@@ -136,13 +134,13 @@ def test_what_a_step_went_past_is_drawn_beside_what_happened():
             TimelineEvent(kind="backward", name="backward", start_us=600, end_us=1000),
         ),
         skipped=(
-            TimelineSkip(kind="forward", name="DistributedDataParallel", owner="wrapped"),
-            TimelineSkip(kind="pre_hook", name="forward_pre of DistributedDataParallel", owner="wrapped"),
-            TimelineSkip(kind="hook", name="forward of DistributedDataParallel", owner="wrapped"),
-            TimelineSkip(kind="hook", name="full_backward of DistributedDataParallel", owner="wrapped"),
-            TimelineSkip(kind="bucket", name="reduction of 6 gradients"),
-            TimelineSkip(kind="hook", name="forward of a", owner="submodule"),
-            TimelineSkip(kind="hook", name="forward of b", owner="submodule"),
+            Skipped(kind="forward", name="DistributedDataParallel", owner="wrapped"),
+            Skipped(kind="pre_hook", name="forward_pre of DistributedDataParallel", owner="wrapped"),
+            Skipped(kind="hook", name="forward of DistributedDataParallel", owner="wrapped"),
+            Skipped(kind="hook", name="full_backward of DistributedDataParallel", owner="wrapped"),
+            Skipped(kind="bucket", name="reduction of 6 gradients"),
+            Skipped(kind="hook", name="forward of a", owner="submodule"),
+            Skipped(kind="hook", name="forward of b", owner="submodule"),
         ),
     )
     timeline = build_timeline(record, 0, "inner_call")

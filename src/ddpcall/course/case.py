@@ -224,7 +224,3 @@ def name_some(names: Sequence[str]) -> str:
     unique = list(dict.fromkeys(names))
     shown = ", ".join(f"`{name}`" for name in unique[:2])
     return shown + (f" and {len(unique) - 2} more" if len(unique) > 2 else "")
-
-
-def count_noun(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -19,7 +19,6 @@ from ddpcall.course.case import (
     align,
     align_all,
     count_nonzero,
-    count_noun,
     find_prefix,
     is_close,
     list_epochs,
@@ -30,6 +29,7 @@ from ddpcall.course.case import (
     trained_forwards,
     used_the_mean,
 )
+from ddpcall.lab.report.words import plural
 
 
 def judge_all(criteria: Sequence[Criterion], case: Case) -> list[Score]:
@@ -164,7 +164,7 @@ def judge_synchronised(case: Case) -> Judgement:
         steps = {step for _, step in wrong}
         return Judgement(
             False,
-            f"In {count_noun(len(steps), 'step')}, from step {min(steps) + 1} on, the optimizer used gradients "
+            f"In {plural(len(steps), 'step')}, from step {min(steps) + 1} on, the optimizer used gradients "
             f"that are not the mean over the ranks ({name_some([name for name, _ in wrong])}).",
         )
     if parted:

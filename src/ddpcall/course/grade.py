@@ -20,19 +20,11 @@ from ddpcall.course.criteria import Case, Score, judge_all
 from ddpcall.course.exercises import Exercise
 from ddpcall.course.processes import Ended, run_limited
 from ddpcall.course.testimony import Hearing, Testimony
+from ddpcall.lab.launcher_variables import is_of_a_launch
 
 SCHEMA = 1
 LONGEST_SOCKET_PATH = 100  # bytes; the system's limit is 108, on macOS 104
 SOCKET, FINDINGS = "DDPCALL_GRADE_SOCKET", "DDPCALL_GRADE_FINDINGS"
-_OUTER_LAUNCH = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 
 
 @dataclass(frozen=True)
@@ -172,7 +164,7 @@ def _run(
     for path in (work, scratch, findings.parent):
         path.mkdir()
     hearing = Hearing(directory / "line", ranks)
-    kept = {name: value for name, value in os.environ.items() if not _is_of_an_outer_launch(name)}
+    kept = {name: value for name, value in os.environ.items() if not is_of_a_launch(name)}
     environment = {
         **kept,
         "OMP_NUM_THREADS": "1",
@@ -191,10 +183,6 @@ def launch_command(script: Path, ranks: int) -> list[str]:
     """Return the command that runs a script on ranks, each under `ddpcall.course.rank`."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*torchrun, "-m", "ddpcall.course.rank", str(script)]
-
-
-def _is_of_an_outer_launch(name: str) -> bool:
-    return name in _OUTER_LAUNCH or name.startswith(("TORCHELASTIC_", "ROLE_", "GROUP_"))
 
 
 def _read_findings(path: Path) -> list[dict[str, Any]] | None:

@@ -84,11 +84,11 @@ def _varies(trials: Sequence[dict[str, Any]], axis: str) -> bool:
 
 
 def _header(column: str) -> str:
-    from ddpcall.lab.truth_table import COLUMNS
+    from ddpcall.lab.columns import TITLES
 
-    if column in COLUMNS:
+    if column in TITLES:
         return (
-            COLUMNS[column]
+            TITLES[column]
             .replace("hooks on ", "hooks on\n")
             .replace("hooks below", "hooks\nbelow")
             .replace("eval of ", "eval of\n")

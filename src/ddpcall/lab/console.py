@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddpcall.evidence import Consequence, Environment, Evidence
+from ddpcall.lab.columns import is_interesting
 from ddpcall.verdicts import explain_crash, skipped_kinds
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ _OPTIONAL = {
     "evaluation_wrapped": "eval of\nwrapped",
     "precision": "precision",
 }
-_UNINTERESTING = {"precision": "float32", "modes": "train"}
 
 
 def say(message: str) -> None:
@@ -138,7 +138,9 @@ def _table(config: TrainConfig, environment: Environment, results: list[TrialRes
     )
     table = Table(title=f"{config.name}: {config.question}", caption=caption, title_justify="left")
     several_models = len({result.evidence.cell.model for result in results}) > 1
-    shown = [name for name in _OPTIONAL if _is_interesting(name, results)]
+    shown = [
+        name for name in _OPTIONAL if is_interesting(name, [getattr(result.verdicts, name) for result in results])
+    ]
     columns = ["model"] if several_models else []
     columns += ["wrapper × path", "gradients", "gradients\ndiffer by", "hooks\nwrapped", "inner", "below"]
     columns += [_OPTIONAL[name] for name in shown]
@@ -152,11 +154,6 @@ def _table(config: TrainConfig, environment: Environment, results: list[TrialRes
     for result in results:
         table.add_row(*_row(result, several_models, shown))
     return table
-
-
-def _is_interesting(name: str, results: list[TrialResult]) -> bool:
-    words = {getattr(result.verdicts, name) for result in results}
-    return bool(words - {"none", _UNINTERESTING.get(name, "none")})
 
 
 def _row(result: TrialResult, several_models: bool, shown: list[str]) -> list[str]:

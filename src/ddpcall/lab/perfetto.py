@@ -11,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpcall.evidence import Cell
-
-CELL_KEYS = ("wrapper", "path", "window", "hooks", "mode", "model")
+from ddpcall.evidence import AXES, Cell
 
 
 def write_trace(timeline_records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -35,7 +33,7 @@ def _trace_events(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]
     for rank in sorted({record["rank"] for record in records}):
         yield _metadata("process_name", f"rank {rank}", rank)
     for record in records:
-        cell = tuple(record[key] for key in CELL_KEYS)
+        cell = tuple(record[key] for key in AXES)
         place = {"pid": record["rank"], "tid": threads.setdefault(cell, len(threads) + 1)}
         yield _metadata("thread_name", _label(record), **place)
         yield _metadata("thread_sort_index", place["tid"], **place)
@@ -48,7 +46,7 @@ def _metadata(name: str, value: str | int, pid: int, tid: int = 0) -> dict[str, 
 
 
 def _label(record: dict[str, Any]) -> str:
-    label = Cell(**{key: record[key] for key in CELL_KEYS}).label()
+    label = Cell(**{key: record[key] for key in AXES}).label()
     return f"{label} ({record['model'].rpartition('.')[2]}, step {record['step']})"
 
 
@@ -59,7 +57,8 @@ def _events_of(record: dict[str, Any], place: dict[str, int]) -> Iterator[dict[s
         duration_us = event["end_us"] - event["start_us"]
         yield {**_named(event), **place, "ph": "X", "ts": event["start_us"], "dur": duration_us}
     # Collectives run beside the thread's own work, and a thread's complete events must nest.
-    beside = [event for event in record["events"] if event["kind"] == "bucket"] + record.get("collectives", [])
+    beside = [event for event in record["events"] if event["kind"] == "bucket"]
+    beside += record.get("collectives", [])
     for index, event in enumerate(beside):
         identity = f"{place['pid']}.{place['tid']}.{index}"
         yield {**_named(event), **place, "ph": "b", "id": identity, "ts": event["start_us"]}

@@ -12,26 +12,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ddpcall.lab.columns import TITLES, is_interesting
 from ddpcall.lab.run_directory import RunDirectory
 from ddpcall.paths import SPELLING, CallPath
 from ddpcall.wrappers import Wrapper, describe_wrapper
 
-COLUMNS = {
-    "gradients": "gradients",
-    "hooks_wrapped": "hooks on wrapped",
-    "hooks_inner": "hooks on inner",
-    "hooks_submodules": "hooks below",
-    "compiled": "code",
-    "modes": "mode",
-    "dropout": "dropout masks",
-    "statistics": "running statistics",
-    "evaluation_inner": "eval of inner",
-    "evaluation_wrapped": "eval of wrapped",
-    "precision": "precision",
-}
 _PLAIN = {"synced", "fired", "compiled", "none", "train", "same", "float32", "different", "sharded"}
 _ALWAYS = ("gradients", "hooks_wrapped", "hooks_inner", "hooks_submodules")
-_UNINTERESTING = {"precision": "float32", "modes": "train"}
 
 
 def verdict_table(summary: dict[str, Any]) -> str:
@@ -42,17 +29,17 @@ def verdict_table(summary: dict[str, Any]) -> str:
     """
     trials = summary["trials"]
     axes = ["wrapper", "path", *(axis for axis in ("window", "hooks", "mode", "model") if _varies(trials, axis))]
-    verdicts = [name for name in COLUMNS if _is_interesting(trials, name)]
+    verdicts = [name for name in TITLES if _tells(trials, name)]
     rows = [
         [_axis_value(trial, axis) for axis in axes] + [_word(trial["verdicts"][v]) for v in verdicts]
         for trial in trials
     ]
-    header = [*axes, *(COLUMNS[name] for name in verdicts)]
+    header = [*axes, *(TITLES[name] for name in verdicts)]
     return "\n".join(_line(cells) for cells in [header, ["---"] * len(header), *rows])
 
 
-def _is_interesting(trials: list[dict[str, Any]], name: str) -> bool:
-    return bool({trial["verdicts"][name] for trial in trials} - {"none", _UNINTERESTING.get(name, "none")})
+def _tells(trials: list[dict[str, Any]], name: str) -> bool:
+    return is_interesting(name, [trial["verdicts"][name] for trial in trials])
 
 
 def _varies(trials: list[dict[str, Any]], axis: str) -> bool:
@@ -146,8 +133,8 @@ def semantics_sections(summary: dict[str, Any]) -> str:
 
 
 def _section(wrapper: str, trials: list[dict[str, Any]]) -> str:
-    verdicts = [name for name in COLUMNS if _is_interesting(trials, name) or name in _ALWAYS]
-    header = ["path", *(COLUMNS[name] for name in verdicts)]
+    verdicts = [name for name in TITLES if _tells(trials, name) or name in _ALWAYS]
+    header = ["path", *(TITLES[name] for name in verdicts)]
     rows = [[trial["path"], *(_word(trial["verdicts"][name]) for name in verdicts)] for trial in trials]
     table = "\n".join(_line(cells) for cells in [header, ["---"] * len(header), *rows])
     crashes = [f"* `{trial['path']}` raises {_crash(trial)}" for trial in trials if trial["error"]]

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ddpcall.lab.errors import WrongUse
+from ddpcall.lab.launcher_variables import is_of_a_launch
 
 CONNECT_TIMEOUT = timedelta(seconds=60)
 CONNECTED_SECONDS = 20.0
@@ -279,12 +280,7 @@ def launch_local_ranks(function: Callable[..., int], num_ranks: int, *args: Any)
 @contextlib.contextmanager
 def _without_torchrun_variables() -> Iterator[None]:
     """Hide an outer torchrun's variables, which would reach the new ranks and mislead their rendezvous."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    hidden = {
-        name: os.environ.pop(name)
-        for name in list(os.environ)
-        if name in names or name.startswith(("TORCHELASTIC_", "ROLE_", "GROUP_"))
-    }
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if is_of_a_launch(name)}
     try:
         yield
     finally:

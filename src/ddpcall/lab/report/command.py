@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import webbrowser
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ from ddpcall.lab.report.view import ReportView, build_view
 
 REPORT = "report.html"
 TRACE = "trace.json"
-FORMATS = ("html", "md", "json", "perfetto")
 STDOUT = Path("-")
 
 
@@ -31,7 +29,7 @@ def main(paths: Sequence[Path], *, out: Path | None, open_it: bool, form: str) -
         out: Where to write; `-` is standard output. By default HTML goes beside the run (of several: into the
             working directory), a trace likewise, Markdown and JSON to standard output.
         open_it: Show the file in the browser.
-        form: One of FORMATS.
+        form: html, md, json or perfetto.
 
     Returns:
         0, or 2 when there is nothing to show or no place to write.
@@ -93,16 +91,20 @@ def _write(text: str, place: Path, open_it: bool) -> int:
         sys.stdout.write(text)
         return EXIT_OK
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.part")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(place)
+        _replace(place, text)
     except OSError as error:
         return _refuse_place(place, error)
     print(f"report: {place}")
     if open_it:
         webbrowser.open(place.resolve().as_uri())
     return EXIT_OK
+
+
+def _replace(place: Path, text: str) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f".{place.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(place)
 
 
 def _refuse_place(place: Path, error: OSError) -> int:
@@ -123,8 +125,7 @@ def _write_trace(records: Sequence[RunRecord | WatchRecord], out: Path | None) -
     place = out or runs[0].path / TRACE
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        records_of_json = json.loads(json.dumps([dataclasses.asdict(record) for record in runs[0].timeline]))
-        write_trace(records_of_json, place)
+        write_trace([dataclasses.asdict(record) for record in runs[0].timeline], place)
     except OSError as error:
         return _refuse_place(place, error)
     print(f"trace: {place} (open it at ui.perfetto.dev or chrome://tracing)")
@@ -137,9 +138,7 @@ def leave_report(directory: Path, wanted: bool) -> None:
         return
     place = directory / REPORT
     try:
-        temporary = directory / f".{REPORT}.part"
-        temporary.write_text(_render_html(build_view([load(directory)])), encoding="utf-8")
-        temporary.replace(place)
+        _replace(place, _render_html(build_view([load(directory)])))
     except Exception as error:  # the run's own result stands, whatever became of its page
         _complain(f"no {REPORT}: {type(error).__name__}: {error}")
     else:

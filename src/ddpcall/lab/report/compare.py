@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ddpcall.evidence import Cell
+from ddpcall.lab.columns import TITLES
 from ddpcall.lab.report.records import RunRecord
 from ddpcall.lab.report.truth import VerdictCell, judge_cell
-from ddpcall.lab.report.words import TITLES, label_cell, plural, varying_axes
+from ddpcall.lab.report.words import label_cell, plural, varying_axes
 
 
 @dataclass(frozen=True)

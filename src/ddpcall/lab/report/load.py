@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ddpcall.evidence import Cell, Environment, Evidence
+from ddpcall.evidence import AXES, Cell, Environment, Evidence
 from ddpcall.lab.report.load_watch import load_watch
 from ddpcall.lab.report.records import (
     RankSteps,
@@ -25,8 +25,7 @@ from ddpcall.lab.run_directory import SUMMARY, SUMMARY_SCHEMA
 from ddpcall.verdicts import explain_crash, judge
 
 FINDINGS = "findings.json"
-_AXES = tuple(field.name for field in dataclasses.fields(Cell))
-_NOT_MEASURED = {*_AXES, "rank", "step"}
+_NOT_MEASURED = {*AXES, "rank", "step"}
 
 
 def load(path: Path) -> RunRecord | WatchRecord:
@@ -139,7 +138,6 @@ def _read_evidence(path: Path, problems: list[str]) -> dict[Cell, TrialRecord]:
             unmet=_unmet(verdicts, _texts(item.get("expected"))),
             error=_first_line(evidence),
             cause=explain_crash(evidence),
-            witness_agrees=evidence.collectives.agrees if evidence.collectives else None,
             consequence=evidence.consequence,
             evidence=evidence,
         )
@@ -180,7 +178,7 @@ def _read_steps(path: Path, problems: list[str]) -> dict[Cell, dict[int, RankSte
         rank, step = _whole(item.get("rank")), _whole(item.get("step"))
         if rank is None or step is None or not isinstance(item.get("path"), str):
             continue
-        cell = Cell(**{axis: str(item[axis]) for axis in _AXES if axis in item}) if "wrapper" in item else None
+        cell = Cell(**{axis: str(item[axis]) for axis in AXES if axis in item}) if "wrapper" in item else None
         if cell is not None:
             values = {name: _measured(value) for name, value in item.items() if name not in _NOT_MEASURED}
             rows.setdefault(cell, {}).setdefault(rank, {})[step] = values

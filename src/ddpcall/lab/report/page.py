@@ -14,12 +14,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup, escape
 
 from ddpcall.findings import Severity
+from ddpcall.lab.columns import TITLES
 from ddpcall.lab.report.modes import MaskStrip
 from ddpcall.lab.report.series import Line, Plot
 from ddpcall.lab.report.timeline import Lane, Span
 from ddpcall.lab.report.truth import OverviewCell, TruthTable, VerdictCell
 from ddpcall.lab.report.view import ReportView, RunView
-from ddpcall.lab.report.words import TITLES, TONE_OF, format_number, format_share, plural
+from ddpcall.lab.report.words import TONE_OF, format_number, format_share, plural
 from ddpcall.lab.report.worth import Worth
 from ddpcall.lab.run_directory import json_safe
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ddpcall.evidence import Cell, Consequence, Environment, Evidence
+from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Skipped, TimelineEvent
 from ddpcall.findings import Finding
 
 
@@ -21,7 +21,6 @@ class TrialRecord:
         unmet: Verdicts that are not as expected: name to `{"expected", "measured"}`.
         error: The first line of a crash; None where nothing crashed.
         cause: Its true cause, where known.
-        witness_agrees: Whether the flight recorder agrees with the reducer probe; None where it cannot tell.
         consequence: What the trained models are worth.
         evidence: Everything measured; None where it could not be read.
     """
@@ -32,7 +31,6 @@ class TrialRecord:
     unmet: dict[str, dict[str, str]] = field(default_factory=dict)
     error: str | None = None
     cause: str | None = None
-    witness_agrees: bool | None = None
     consequence: Consequence | None = None
     evidence: Evidence | None = None
 
@@ -48,44 +46,6 @@ class RankSteps:
 
     steps: tuple[int, ...]
     columns: Mapping[str, tuple[float | None, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimelineEvent:
-    """Something that took time in the measured step, in microseconds from the step's start on its rank.
-
-    Attributes:
-        kind: pre_hook, forward, hook, backward, bucket, collective or optimizer.
-        name: Of the hook, module, or bucket.
-        owner: wrapped, inner, submodule, or None.
-        start_us: When it began.
-        end_us: When it ended.
-        detail: What else is known, such as a bucket's bytes.
-    """
-
-    kind: str
-    name: str
-    start_us: float
-    end_us: float
-    owner: str | None = None
-    detail: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimelineSkip:
-    """Something that the step went past: a forward, hooks, a reduction.
-
-    Attributes:
-        kind: As of an event.
-        name: What.
-        owner: Whose.
-        detail: The counts that tell.
-    """
-
-    kind: str
-    name: str
-    owner: str | None = None
-    detail: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +70,7 @@ class TimelineRecord:
     hooks: str = "early"
     mode: str = "train"
     model: str = ""
-    skipped: tuple[TimelineSkip, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
     collectives: tuple[TimelineEvent, ...] = ()
     raised: bool = False
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ddpcall.lab.report.records import RunRecord, TimelineEvent, TimelineRecord, TimelineSkip
+from ddpcall.evidence import Skipped, TimelineEvent
+from ddpcall.lab.report.records import RunRecord, TimelineRecord
 from ddpcall.lab.report.words import label_cell, plural, spell_path, varying_axes
 
 MOST_TIMELINES = 240
@@ -144,7 +145,7 @@ def build_timeline(record: TimelineRecord, number: int, label: str, in_full: boo
     )
 
 
-def _lane_of(thing: TimelineEvent | TimelineSkip) -> str:
+def _lane_of(thing: TimelineEvent | Skipped) -> str:
     if thing.kind in ("bucket", "collective"):
         return "communication"
     if thing.kind in ("backward", "optimizer"):
@@ -152,9 +153,9 @@ def _lane_of(thing: TimelineEvent | TimelineSkip) -> str:
     return thing.owner if thing.owner in ("wrapped", "inner") else "below"
 
 
-def _gather(skipped: Sequence[TimelineSkip]) -> Iterable[TimelineSkip]:
+def _gather(skipped: Sequence[Skipped]) -> Iterable[Skipped]:
     """Yield what was skipped; of the many modules below, one for each kind of thing."""
-    below: dict[str, list[TimelineSkip]] = {}
+    below: dict[str, list[Skipped]] = {}
     for skip in skipped:
         if skip.owner == "submodule":
             below.setdefault(skip.name.split(" of ")[0] if skip.kind in _SHORT_ENDS else skip.kind, []).append(
@@ -167,17 +168,17 @@ def _gather(skipped: Sequence[TimelineSkip]) -> Iterable[TimelineSkip]:
             yield group[0]
         else:
             names = ", ".join(skip.name.split(" of ")[-1] for skip in group)
-            yield TimelineSkip(
+            yield Skipped(
                 kind=group[0].kind, name=f"{kind} of {len(group)} modules", owner="submodule", detail=names
             )
 
 
-def _ghost(skip: TimelineSkip, events: Sequence[TimelineEvent], total: float) -> Span:
+def _ghost(skip: Skipped, events: Sequence[TimelineEvent], total: float) -> Span:
     start, end = _place(skip, events, total)
     return Span(skip.kind, skip.name, start, end, skip.detail or "", absent=True)
 
 
-def _place(skip: TimelineSkip, events: Sequence[TimelineEvent], total: float) -> tuple[float, float]:
+def _place(skip: Skipped, events: Sequence[TimelineEvent], total: float) -> tuple[float, float]:
     """Return where something absent would have stood: around, before or after what did happen."""
     forward = _extent(events, "forward") or (0.0, total)
     backward = _extent(events, "backward") or (forward[1], total)
@@ -200,7 +201,7 @@ def _extent(events: Sequence[TimelineEvent], kind: str) -> tuple[float, float] |
     return (min(e.start_us for e in spans), max(e.end_us for e in spans)) if spans else None
 
 
-def _name_absence(skip: TimelineSkip) -> str:
+def _name_absence(skip: Skipped) -> str:
     if skip.kind == "forward":
         return f"forward of {skip.name}"
     return skip.name.replace(" of ", " hook of ", 1) if skip.kind in _SHORT_ENDS else skip.name

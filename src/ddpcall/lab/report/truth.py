@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ddpcall.lab.columns import TITLES, is_interesting
 from ddpcall.lab.report.facts import Section, collect_sections
 from ddpcall.lab.report.records import TrialRecord
 from ddpcall.lab.report.words import (
-    TITLES,
     TONE_OF,
     axis_value,
-    is_interesting,
     label_cell,
     spell_path,
     varying_axes,

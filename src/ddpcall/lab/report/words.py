@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from ddpcall.evidence import Cell
+from ddpcall.evidence import AXES, Cell
 from ddpcall.paths import SPELLING
 
-TITLES = {
-    "gradients": "gradients",
-    "hooks_wrapped": "hooks on wrapped",
-    "hooks_inner": "hooks on inner",
-    "hooks_submodules": "hooks below",
-    "compiled": "code",
-    "modes": "mode",
-    "dropout": "dropout masks",
-    "statistics": "running statistics",
-    "evaluation_inner": "eval of inner",
-    "evaluation_wrapped": "eval of wrapped",
-    "precision": "precision",
-}
 # A verdict's tone decides its colour; the word itself is always printed too.
 _TONES = {
     "good": ("synced", "fired", "compiled", "same", "train"),
@@ -31,14 +18,7 @@ _TONES = {
     "other": ("sharded", "eval", "different", "float32", "bfloat16", "float16", "float64"),
 }
 TONE_OF = {word: tone for tone, words in _TONES.items() for word in words}
-AXES = ("wrapper", "path", "window", "hooks", "mode", "model")
 _MOST_NAMES = 5
-_UNINTERESTING = {"precision": "float32", "modes": "train"}
-
-
-def is_interesting(name: str, words: Iterable[str]) -> bool:
-    """Say whether a column of verdicts has anything to say."""
-    return bool(set(words) - {"none", _UNINTERESTING.get(name, "none")})
 
 
 def varying_axes(cells: Sequence[Cell]) -> list[str]:

@@ -8,8 +8,6 @@ from ddpcall.evidence import Cell, Consequence
 from ddpcall.lab.report.records import RunRecord
 from ddpcall.lab.report.words import label_cell, label_group, varying_axes
 
-MOST_GROUPS = 40
-
 
 @dataclass(frozen=True)
 class Worth:
