@@ -37,6 +37,7 @@ from ddpcall.taps.forward import (
 )
 from ddpcall.taps.reducer import (
     ReducerLog,
+    hook_arrival,
     is_lazy,
     tap_gradient_arrivals,
     tap_lazy_reducer,
@@ -71,6 +72,7 @@ __all__ = [
     "find_call_site",
     "find_call_site_among",
     "find_tensors",
+    "hook_arrival",
     "in_backward",
     "is_lazy",
     "is_user_file",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -108,13 +109,27 @@ def tap_gradient_arrivals(parameters: Iterable[nn.Parameter], log: ReducerLog) -
         log.arrive()
 
     tapped = [parameter for parameter in parameters if parameter.requires_grad and not is_lazy(parameter)]
-    handles = [parameter.register_post_accumulate_grad_hook(arrived) for parameter in tapped]
+    undos = [hook_arrival(parameter, arrived) for parameter in tapped]
 
     def undo() -> None:
-        for handle in handles:
-            handle.remove()
-        for parameter in tapped:
-            if not parameter._post_accumulate_grad_hooks:
-                setattr(parameter, "_post_accumulate_grad_hooks", None)  # noqa: B010 (typed as a dict, None at first)
+        for take_off in undos:
+            take_off()
+
+    return undo
+
+
+def hook_arrival(parameter: Tensor, hook: Callable[[Tensor], None]) -> Undo:
+    """Call a hook with a parameter whenever a gradient has arrived there.
+
+    The undo takes the hook off again, and the dict that torch made for it; it holds the parameter weakly.
+    """
+    handle: Any = parameter.register_post_accumulate_grad_hook(hook)
+    reference = weakref.ref(parameter)
+
+    def undo() -> None:
+        handle.remove()
+        hooked = reference()
+        if hooked is not None and not hooked._post_accumulate_grad_hooks:
+            setattr(hooked, "_post_accumulate_grad_hooks", None)  # noqa: B010 (typed as a dict, None at first)
 
     return undo

@@ -21,7 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_site, find_tensors, is_lazy, outside_dynamo
+from ddpcall.taps import (
+    NOWHERE,
+    CallSite,
+    Undo,
+    find_call_site,
+    find_tensors,
+    hook_arrival,
+    is_lazy,
+    outside_dynamo,
+)
 from ddpcall.watch.collectives import Mark
 from ddpcall.watch.events import EventKind
 
@@ -202,8 +211,7 @@ class ReducerLedger:
         if parameter is None:
             return True
         if parameter.requires_grad:
-            handle: Any = parameter.register_post_accumulate_grad_hook(self._arrive_eagerly)
-            self.undo.append(remove_arrival_hook(handle, reference))
+            self.undo.append(hook_arrival(parameter, self._arrive_eagerly))
         return parameter.requires_grad
 
     def begin_taking(self) -> None:
@@ -305,18 +313,6 @@ def is_finalized(ddp: DistributedDataParallel) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def remove_arrival_hook(handle: Any, reference: weakref.ref[nn.Parameter]) -> Undo:
-    """Return what takes a hook off a parameter again, and the dict that torch made for it."""
-
-    def undo() -> None:
-        handle.remove()
-        parameter = reference()
-        if parameter is not None and not parameter._post_accumulate_grad_hooks:
-            setattr(parameter, "_post_accumulate_grad_hooks", None)  # noqa: B010 (typed as a dict, None at first)
-
-    return undo
 
 
 def _queue(callback: Callable[[], None]) -> None:

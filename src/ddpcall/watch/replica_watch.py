@@ -110,10 +110,11 @@ class ReplicaWatch:
         self._models = models[0] if len(models) == 1 else nn.ModuleList(models)
         optimizer = None if self._taker is None else self._taker.optimizer
         self._taker = VitalsTaker(self._models, optimizer)
+        self._numel = None
 
     def note_inputs(self, step: int, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the wrapper was called with, for a step that is being prepared."""
-        if torch.is_grad_enabled() and self.is_due(step):
+        if self._taker is not None and torch.is_grad_enabled() and self.is_due(step):
             # Of several forwards the first and the last: one of them may have the same inputs everywhere, always.
             forward = (inputs, kwargs)
             self.batch = forward if self._first is None else (self._first, forward)
