@@ -63,6 +63,8 @@ def watch(arguments: list[str]) -> None:
             only=parse_codes(options.only),
             ignore=parse_codes(options.ignore),
             fail_on=options.fail_on,
+            brief=True,
+            github=options.github,
         )
         program = load_script(rest[0]) if options.module is None else load_module(options.module[0])
     except (ValueError, OSError, ImportError) as error:
@@ -94,6 +96,9 @@ def _watch_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings here, as they happen")
     parser.add_argument("--sarif", type=Path, metavar="FILE", help="write them as SARIF 2.1.0, at the end")
     parser.add_argument(
+        "--github", action="store_true", help="annotate the lines and write the job's summary in GitHub Actions"
+    )
+    parser.add_argument(
         "--every", type=int, default=10, metavar="K", help="compare ranks every K steps (10; 0: never)"
     )
     parser.add_argument("--only", default="", metavar="CODES", help="report these alone, such as DC101,DC104")
@@ -118,9 +123,16 @@ def explain(arguments: list[str]) -> None:
             (options.write / name).write_text(page)
         return
     try:
-        print(render_index() if options.code is None else render_page(find_rule(options.code)))
+        page = render_index() if options.code is None else render_page(find_rule(options.code))
     except ValueError as error:
         parser.error(str(error))
+    if not sys.stdout.isatty():
+        print(page)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(page))
 
 
 def claims(arguments: list[str]) -> None:

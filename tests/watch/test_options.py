@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from ddpcall.watch.options import Options, is_ignored_inline, parse_codes
-from ddpcall.watch.report import describe_parameters, render_text, to_sarif
+from ddpcall.watch.report import describe_parameters, render_text
+from ddpcall.watch.sarif import to_sarif
 from tests.watch.test_journal import FINDING
 
 

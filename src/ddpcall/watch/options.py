@@ -26,6 +26,8 @@ class Options:
         only: Codes or names to report; empty for all.
         ignore: Codes or names not to report.
         fail_on: The least severity that makes a successful script exit with 1.
+        brief: With `warn`, say one line when it happens: a list at the end says the rest.
+        github: Write annotations and the job's summary for GitHub Actions at the end.
     """
 
     on_finding: str = "warn"
@@ -35,6 +37,8 @@ class Options:
     only: frozenset[str] = frozenset()
     ignore: frozenset[str] = frozenset()
     fail_on: str = "error"
+    brief: bool = False
+    github: bool = False
 
     def __post_init__(self) -> None:
         """Check the values.

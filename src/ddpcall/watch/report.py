@@ -1,14 +1,10 @@
-"""Findings as text, and as SARIF 2.1.0 for code-scanning upload."""
+"""Findings as text."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
-from ddpcall.findings import CATALOGUE, Finding
+from ddpcall.findings import Finding
 
 _MOST_PARAMETERS = 6
 
@@ -53,51 +49,17 @@ def render_text(finding: Finding) -> str:
     return "\n".join(lines)
 
 
-def to_sarif(findings: Iterable[Finding]) -> dict[str, Any]:
-    """Return the findings as a SARIF 2.1.0 log, every rule of the catalogue included."""
-    codes = list(CATALOGUE)
-    return {
-        "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
-        "version": "2.1.0",
-        "runs": [
-            {
-                "tool": {"driver": {"name": "ddpcall", "rules": [_sarif_rule(code) for code in codes]}},
-                "results": [_sarif_result(finding, codes.index(finding.code)) for finding in findings],
-            }
-        ],
-    }
+def render_line(finding: Finding) -> str:
+    """Return a finding as one line, for the moment it happens; the list at the end says the rest."""
+    ranks = ", ".join(map(str, finding.ranks))
+    where = f"at {describe_place(finding)}, rank{'s' * (len(finding.ranks) != 1)} {ranks}, step {finding.step}"
+    return f"ddpcall: {finding.code} {finding.name} ({finding.severity}) {where}"
 
 
-def _sarif_rule(code: str) -> dict[str, Any]:
-    rule = CATALOGUE[code]
-    return {
-        "id": rule.code,
-        "name": "".join(word.capitalize() for word in rule.name.split("-")),
-        "shortDescription": {"text": rule.title},
-        "fullDescription": {"text": rule.why},
-        "help": {"text": rule.fix},
-        "defaultConfiguration": {"level": rule.severity.value},
-    }
-
-
-def _sarif_result(finding: Finding, rule_index: int) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "ruleId": finding.code,
-        "ruleIndex": rule_index,
-        "level": finding.severity,
-        "message": {"text": f"{finding.message} Write instead: {finding.fix}"},
-        "properties": {"ranks": list(finding.ranks), "step": finding.step, "parameters": list(finding.parameters)},
-    }
-    if finding.line:
-        path = Path(finding.file)
-        inside = path.is_relative_to(Path.cwd())
-        uri = path.relative_to(Path.cwd()).as_posix() if inside else path.absolute().as_uri()
-        result["locations"] = [
-            {"physicalLocation": {"artifactLocation": {"uri": uri}, "region": {"startLine": finding.line}}}
-        ]
-    return result
-
-
-def write_sarif(findings: Iterable[Finding], path: Path) -> None:
-    """Write the SARIF log."""
-    path.write_text(json.dumps(to_sarif(findings), indent=2) + "\n")
+def conclude(findings: list[Finding]) -> str:
+    """Return the answer's last line."""
+    if not findings:
+        return "ddpcall watch: no findings"
+    counts = [(sum(f.severity == name for f in findings), name) for name in ("error", "warning", "note")]
+    total = ", ".join(f"{count} {name}{'s' * (count != 1)}" for count, name in counts if count)
+    return f"ddpcall watch: {total}; `ddpcall explain {findings[0].code}` says more"

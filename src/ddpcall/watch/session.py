@@ -165,13 +165,20 @@ class Session:
         return self._collected is not None
 
     def report(self) -> None:
-        """Print what all ranks found to stderr, and write the SARIF file."""
+        """Print what all ranks found to stderr, and write what other tools read."""
         from ddpcall.watch.terminal import print_findings
 
         findings = self.all_findings()
         print_findings(findings, sys.stderr)
         if self.options.sarif is not None:
-            report.write_sarif(findings, self.options.sarif)
+            from ddpcall.watch.sarif import write_sarif
+
+            write_sarif(findings, self.options.sarif)
+        if self.options.github:
+            from ddpcall.watch import github
+
+            github.annotate(findings, sys.stderr)
+            github.append_summary(findings, report.conclude(findings))
 
     def reaches_failure(self) -> bool:
         """Say whether a finding reaches `fail_on`."""
@@ -235,7 +242,8 @@ class Session:
         if self._may_raise:
             raise WatchError(finding)
         if self.options.on_finding != "record" and is_new_anywhere:
-            print(report.render_text(finding), file=sys.stderr, flush=True)
+            render = report.render_line if self.options.brief else report.render_text
+            print(render(finding), file=sys.stderr, flush=True)
 
 
 def watch(
