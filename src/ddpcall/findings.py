@@ -55,6 +55,15 @@ class Rule:
     links: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Place:
+    """A line: its file, its number from 1, the function it stands in."""
+
+    file: str
+    line: int
+    function: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """Something wrong in a user's run.
@@ -64,7 +73,7 @@ class Finding:
         name: The rule's name.
         severity: error, warning or note.
         message: What happened, with numbers.
-        file: The user's file; empty where no line can be told.
+        file: The user's file, or an installed library's; empty where no line can be told.
         line: From 1; 0 where no line can be told.
         function: The function the line stands in.
         ranks: The ranks on which it was seen.
@@ -73,6 +82,7 @@ class Finding:
         cause: One word for the mechanism: the event's kind.
         fix: The line to write instead.
         count: How often it was seen on the rank that saw it most.
+        called_from: The user's line that led to this one, where it is an installed library's or a hook's helper.
     """
 
     code: str
@@ -88,6 +98,7 @@ class Finding:
     cause: str
     fix: str
     count: int = 1
+    called_from: Place | None = None
 
 
 _RULES = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpcall.findings import Finding
+from ddpcall.findings import Finding, Place
 from ddpcall.watch.journal import Journal, merge_findings
 from ddpcall.watch.launch import current_launch
 from ddpcall.watch.options import Options
@@ -55,6 +55,14 @@ def test_other_sites_and_causes_stay_apart(change):
 def test_an_empty_run_leaves_an_empty_list(tmp_path):
     Journal(tmp_path / "new" / "findings.json", "run").write("0", [])
     assert read(tmp_path / "new" / "findings.json") == []
+
+
+def test_the_line_that_led_there_is_in_the_file_and_comes_back_from_it(tmp_path):
+    journal = Journal(tmp_path / "findings.json", "run")
+    inside = replace(FINDING, called_from=Place("main.py", 40, "main"))
+    journal.write("0", [inside])
+    assert read(journal.path)[0]["called_from"] == {"file": "main.py", "line": 40, "function": "main"}
+    assert journal.read() == [inside]
 
 
 def test_what_a_rank_withdraws_is_gone_and_what_others_said_stays(tmp_path):

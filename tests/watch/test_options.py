@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from ddpcall.findings import Place
 from ddpcall.watch.options import Options, is_ignored_inline, parse_codes
 from ddpcall.watch.report import describe_parameters, render_text
 from ddpcall.watch.sarif import to_sarif
@@ -27,6 +28,17 @@ def script(tmp_path):
 )
 def test_a_comment_on_the_line_silences_the_codes_it_names(script, line, ignored):
     assert is_ignored_inline(replace(FINDING, file=str(script), line=line)) is ignored
+
+
+def test_a_comment_on_the_users_line_silences_what_a_library_did_for_it(script):
+    inside = replace(FINDING, file="/env/site-packages/foo/loop.py", line=7)
+    callers = [Place(str(script), line, "main") for line in (1, 2, 3, 4)]
+    assert [is_ignored_inline(replace(inside, called_from=caller)) for caller in callers] == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_only_and_ignore_take_codes_and_names():
@@ -55,6 +67,14 @@ def test_text_says_what_where_and_what_to_write():
     assert "DC101 gradients-not-synchronized (error) at train.py:3 in main" in text
     assert "what happened" in text
     assert "write instead: write this" in text
+
+
+def test_a_librarys_line_is_shown_from_where_it_is_installed_with_the_users_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    caller = Place(str(tmp_path / "train.py"), 40, "main")
+    file = str(tmp_path / ".venv/lib/python3.11/site-packages/lib/foo.py")
+    text = render_text(replace(FINDING, file=file, line=12, function="compute_loss", called_from=caller))
+    assert "at lib/foo.py:12 in compute_loss, called from train.py:40 in main\n" in text
 
 
 def test_long_lists_of_parameters_are_cut():

@@ -7,8 +7,9 @@ exception. Probes and watch are built on these and nothing else.
 from ddpcall.taps.call_site import (
     NOWHERE,
     CallSite,
+    find_call_frames,
+    find_call_frames_among,
     find_call_site,
-    find_call_site_among,
     is_user_file,
     site_of,
 )
@@ -69,8 +70,9 @@ __all__ = [
     "count_global_hook",
     "count_hook",
     "count_registered_hooks",
+    "find_call_frames",
+    "find_call_frames_among",
     "find_call_site",
-    "find_call_site_among",
     "find_tensors",
     "hook_arrival",
     "in_backward",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddpcall.findings import CATALOGUE, Finding, Severity
+from ddpcall.findings import CATALOGUE, Finding, Place, Severity
 from ddpcall.taps import NOWHERE, CallSite
 from ddpcall.watch.events import Event, EventKind
 
@@ -56,7 +56,13 @@ def diagnose(event: Event, rank: int) -> Finding:
         parameters=event.parameters,
         cause=event.kind.value,
         fix=rule.fix,
+        called_from=_caller(event.site),
     )
+
+
+def _caller(site: CallSite) -> Place | None:
+    caller = site.called_from
+    return None if caller is None else Place(caller.file, caller.line, caller.function)
 
 
 def _gradients(event: Event) -> str:
@@ -302,6 +308,7 @@ def _compared(
         parameters=divergence.parameters if code in ("DC201", "DC202") else tuple(divergence.modules),
         cause=rule.name,
         fix=rule.fix,
+        called_from=_caller(site),
     )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpcall.findings import Finding
+from ddpcall.findings import Finding, Place
 
 SCHEMA = 1
 PATIENCE_S = 5.0
@@ -177,7 +177,8 @@ def _findings(state: dict[str, Any]) -> Iterator[Finding]:
 def from_record(record: dict[str, Any]) -> Finding:
     """Rebuild a finding from its JSON record."""
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
-    return Finding(**values)
+    caller = values.pop("called_from", None)
+    return Finding(**values, called_from=None if caller is None else Place(**caller))
 
 
 def _lock(file: int, patience_s: float) -> None:

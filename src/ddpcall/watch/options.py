@@ -74,8 +74,14 @@ def parse_codes(text: str | frozenset[str] | set[str] | list[str] | tuple[str, .
 
 
 def is_ignored_inline(finding: Finding) -> bool:
-    """Say whether the finding's line says `# ddpcall: ignore[DC101] reason`; without brackets, any code."""
-    match = _IGNORE.search(linecache.getline(finding.file, finding.line)) if finding.line else None
-    if match is None:
-        return False
-    return match[1] is None or finding.code in parse_codes(match[1])
+    """Say whether the finding's line says `# ddpcall: ignore[DC101] reason`; without brackets, any code.
+
+    So may the user's line that led into an installed library.
+    """
+    places = [(finding.file, finding.line)]
+    if finding.called_from is not None:
+        places.append((finding.called_from.file, finding.called_from.line))
+    matches = [_IGNORE.search(linecache.getline(file, line)) for file, line in places if line]
+    return any(
+        match is not None and (match[1] is None or finding.code in parse_codes(match[1])) for match in matches
+    )

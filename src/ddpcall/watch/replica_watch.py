@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -352,9 +353,10 @@ def _values(details: dict[str, dict[int, Any]], name: str) -> list[str]:
 
 
 def _write_site(site: CallSite) -> str:
-    return f"{site.line}|{site.function}|{site.file}"
+    return json.dumps(asdict(site))
 
 
 def _read_site(text: str) -> CallSite:
-    line, function, file = text.split("|", 2)
-    return CallSite(file, int(line), function)
+    site = json.loads(text)
+    caller = site.pop("called_from")
+    return CallSite(**site, called_from=None if caller is None else CallSite(**caller))

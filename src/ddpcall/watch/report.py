@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ddpcall.findings import Finding
+from ddpcall.findings import Finding, Place
 
 _MOST_PARAMETERS = 6
 
@@ -23,11 +23,21 @@ class WatchError(RuntimeError):
 
 
 def describe_place(finding: Finding) -> str:
-    """Return `file:line in function`, the file relative to the working directory where it lies below it."""
+    """Return `file:line in function`, and from where that was called if it is not the user's line itself.
+
+    A file is shown relative to the working directory, an installed library's relative to where it is installed.
+    """
     if not finding.line:
         return "(no line can be told)"
-    path = os.path.relpath(finding.file) if finding.file.startswith(os.getcwd() + os.sep) else finding.file
-    return f"{path}:{finding.line} in {finding.function}"
+    place = _describe(Place(finding.file, finding.line, finding.function))
+    return place if finding.called_from is None else f"{place}, called from {_describe(finding.called_from)}"
+
+
+def _describe(place: Place) -> str:
+    path = place.file
+    for directory in (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}", os.getcwd() + os.sep):
+        path = path.rpartition(directory)[2]
+    return f"{path}:{place.line} in {place.function}"
 
 
 def describe_parameters(finding: Finding) -> str:

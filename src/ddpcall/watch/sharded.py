@@ -23,10 +23,11 @@ from ddpcall.taps import (
     ForwardTap,
     Undo,
     came_through_call,
+    find_call_frames_among,
     find_call_site,
-    find_call_site_among,
     in_backward,
     replace_attribute,
+    site_of,
 )
 from ddpcall.watch.events import Event, EventKind
 from ddpcall.watch.hooks import can_be_tapped
@@ -137,7 +138,7 @@ class ShardedWatch:
         if gatherer is None or any(_gathers(frame, gatherer) for frame in frames):
             return None
         below = {id(module) for module in gatherer.modules()}
-        site = find_call_site_among(frames[::-1], lambda candidate: id(candidate) in below)
+        site = site_of(*find_call_frames_among(frames[::-1], lambda candidate: id(candidate) in below))
         message = str(error).splitlines()[0]
         facts = {"module": type(gatherer).__name__, "error": message[:200]}
         return Event(EventKind.SHARDED_BYPASSED, site, step, (), (), facts)

@@ -121,7 +121,7 @@ class Trail:
             self.buffer_uses = [*self.buffer_uses[-15:], BufferUse(find_call_site(inside), step, use)]
 
     def _note_optimizer(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        self.optimizers[optimizer] = find_call_site()
+        self.optimizers[optimizer] = find_call_site(lambda candidate: candidate is optimizer)
 
     def _note_addition(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         self.additions[optimizer] = find_call_site()
