@@ -156,16 +156,19 @@ class ReducerLedger:
         reference = self.modules.get(id(candidate))
         return reference is not None and reference() is candidate
 
+    def arm(self, reducer: Any) -> None:
+        """Note that the reducer was prepared: it averages the next backward, whatever led here."""
+        self.armed = True
+        self._stats = reducer.get_backward_stats()
+
     def passed(self, outputs: Any) -> None:
-        """Note that the wrapper's forward ended; it arms the reducer unless synchronisation is off."""
+        """Note that the wrapper's forward ended; its reducer was prepared unless synchronisation is off."""
         ddp = self.ddp()
         self.forwarded = True
         if ddp is None or not torch.is_grad_enabled():
             return
         self.forwards += 1
         if ddp.require_backward_grad_sync:
-            self.armed = True
-            self._stats = ddp.reducer.get_backward_stats()
             return
         self.sync_off_forwards += 1
         self.enter(Entry(find_call_site(), self.sync_off or NOWHERE), outputs)

@@ -87,6 +87,14 @@ class WrapWatch:
             self._guard(self._passed, ddp, output)
             return output
 
+        reducer_class: Any = dist.Reducer
+        prepare = reducer_class.prepare_for_backward
+
+        @functools.wraps(prepare)
+        def prepare_for_backward(reducer: Any, *args: Any, **kwargs: Any) -> None:
+            prepare(reducer, *args, **kwargs)
+            self._guard(self._prepared, reducer)
+
         register = ddp_class.register_comm_hook
 
         @functools.wraps(register)
@@ -106,9 +114,14 @@ class WrapWatch:
             stack.callback(replace_attribute(ReplicatedModule, switch.__name__, set_requires_gradient_sync))
             stack.callback(replace_attribute(ddp_class, "__init__", __init__))
             stack.callback(replace_attribute(ddp_class, "register_comm_hook", register_comm_hook))
-            for method in (__setattr__, _pre_forward, _post_forward):
+            for owner, method in (
+                (ddp_class, __setattr__),
+                (ddp_class, _pre_forward),
+                (ddp_class, _post_forward),
+                (reducer_class, prepare_for_backward),
+            ):
                 disabled = torch._disable_dynamo(method, recursive=False)
-                stack.callback(replace_attribute(ddp_class, method.__name__, disabled))
+                stack.callback(replace_attribute(owner, method.__name__, disabled))
             return stack.pop_all().close
 
     def _entering(self, ddp: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -119,6 +132,13 @@ class WrapWatch:
         ledger = self._models.ledger_of(ddp)
         if ledger is not None:
             ledger.passed(output)
+
+    def _prepared(self, reducer: Any) -> None:
+        """Note whose reducer was prepared for a backward: by its wrapper's forward, or by the script or a library."""
+        for ledger in self._models.ledgers:
+            ddp = ledger.ddp()
+            if ddp is not None and ddp.reducer is reducer:
+                ledger.arm(reducer)
 
     def adopt(self, ddp: DistributedDataParallel) -> None:
         """Watch one DDP, if its process group has more than one rank."""
