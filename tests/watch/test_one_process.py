@@ -105,13 +105,14 @@ def test_a_weight_that_a_hook_keeps_fresh_is_found_stale(session, kind):
     assert found(session) == [("DC305", *lines(test_a_weight_that_a_hook_keeps_fresh_is_found_stale))]
 
 
-def test_under_no_grad_a_weight_is_stale_only_if_another_would_be_made(session):
-    layer: Any = norm("weight_norm")
+@pytest.mark.parametrize(("kind", "moved"), [("weight_norm", "weight_g"), ("spectral_norm", "weight_orig")])
+def test_under_no_grad_a_weight_is_stale_only_if_another_would_be_made(session, kind, moved):
+    layer: Any = norm(kind)
     with torch.no_grad():
         layer(torch.ones(1, 4))
         layer.forward(torch.ones(1, 4))
         assert found(session) == []
-        layer.weight_g.mul_(2)
+        getattr(layer, moved)[0].mul_(2)
         layer.forward(torch.ones(1, 4))  # here
     assert found(session) == [
         ("DC305", *lines(test_under_no_grad_a_weight_is_stale_only_if_another_would_be_made))

@@ -146,6 +146,16 @@ def test_the_same_seed_is_a_note_if_masks_are_drawn(rank, tmp_path, drops):
     assert [code for code, _, _ in found] == (["DC207"] if drops else [])
 
 
+def test_the_same_seed_has_a_line_where_the_wrapper_is_never_called(rank, tmp_path):
+    run = Run(rank, tmp_path, nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)))
+    torch.manual_seed(0)
+    for _ in range(4):
+        run.ddp.module(torch.ones(3, 4) + run.rank).square().mean().backward()
+        run.optimizer.step()  # here
+    found = [where for code, where, _ in run.findings() if code == "DC207"]
+    assert found == [line(test_the_same_seed_has_a_line_where_the_wrapper_is_never_called)]
+
+
 def test_what_a_bypass_explains_is_not_said_twice(rank, tmp_path):
     run = Run(rank, tmp_path)
     for _ in range(3):

@@ -33,6 +33,7 @@ HOOK_DICTS = {
 }
 NORMS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 _DEEPEST = 40
+_ROUNDING = 1e-5
 
 
 class HookWatch:
@@ -145,7 +146,7 @@ def _weight_name(hook: Any) -> str:
 def _is_stale(hook: Any, module: nn.Module) -> bool:
     """Say whether the hook would have made another weight, or one that gradients can flow through.
 
-    Blind to: spectral_norm under no_grad, whose hook changes its state when asked.
+    Of spectral_norm, what it would have made without its power iteration: that one changes its state.
     """
     if torch.is_grad_enabled():
         return True
@@ -155,4 +156,5 @@ def _is_stale(hook: Any, module: nn.Module) -> bool:
             return not torch.equal(hook.compute_weight(module), current)
         if isinstance(hook, prune.BasePruningMethod):
             return not torch.equal(hook.apply_mask(module), current)
-    return False
+        fresh = hook.compute_weight(module, do_power_iteration=False)
+        return bool((fresh - current).norm() > _ROUNDING * fresh.norm())

@@ -304,7 +304,9 @@ class ReplicaWatch:
             if count == _UNHARMFUL_STEPS and part not in self._judged:
                 self._judged.add(part)
                 ranks = tuple(range(comparison.num_ranks))
-                same = Divergence(comparison.step, {part: (ranks,)}, forward_site=self.sites.forward)
+                # A model that is never called through its wrapper has no forward there: the step's line, then.
+                site = self.sites.forward if self.sites.forward != NOWHERE else self.sites.step
+                same = Divergence(comparison.step, {part: (ranks,)}, forward_site=site)
                 for finding in diagnose_divergence(same, False):
                     self._emit(finding, False)
 

@@ -134,7 +134,7 @@ class WrapWatch:
             ledger.passed(output)
 
     def _prepared(self, reducer: Any) -> None:
-        """Note whose reducer was prepared for a backward: by its wrapper's forward, or by the script or a library."""
+        """Note whose reducer was prepared for a backward, by its forward or by anybody else."""
         for ledger in self._models.ledgers:
             ddp = ledger.ddp()
             if ddp is not None and ddp.reducer is reducer:

@@ -1,4 +1,4 @@
-"""A trainer prepares the reducer by hand before the main loss's backward, and forgets it before the auxiliary one's.
+"""A trainer prepares the reducer by hand before the main loss's backward, and forgets the auxiliary one's.
 
 Source: the class of Lightning's manual optimization with `loss.backward()` in place of `manual_backward(loss)`.
 Harm: the auxiliary loss's gradients are those of each rank's own batch.
