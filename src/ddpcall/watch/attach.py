@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from torch.distributed._composable.replicate import _ReplicateState
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpcall.findings import Finding
+from ddpcall.imports import after_import
 from ddpcall.taps import Undo, outside_dynamo, strip_forward_taps
 from ddpcall.watch.averaging import AveragingWatch
 from ddpcall.watch.backwards import BackwardWatch
@@ -26,7 +28,7 @@ from ddpcall.watch.parameters import ParameterWatch
 from ddpcall.watch.precision import PrecisionWatch
 from ddpcall.watch.replica_watch import ReplicaWatch
 from ddpcall.watch.report import WatchError
-from ddpcall.watch.sharded import ShardedWatch
+from ddpcall.watch.sharded import FULLY_SHARD, ShardedWatch
 from ddpcall.watch.step_count import StepCount
 from ddpcall.watch.steps import StepWatch
 from ddpcall.watch.suspects import Suspects
@@ -45,6 +47,7 @@ class Attachment:
         self,
         emit: Emit,
         *,
+        missing: Callable[[str, Exception], None],
         every: int = 0,
         compared: Callable[[Finding, bool], None] = lambda finding, in_haste: None,
         withdraw: Callable[[Finding], None] = lambda finding: None,
@@ -55,6 +58,7 @@ class Attachment:
 
         Args:
             emit: Gets every event, on the thread it happened on.
+            missing: Gets what cannot be watched, in plain words, and why; also when a library is imported later.
             every: Ranks compare vitals every so many optimizer steps; 0 for never.
             compared: Gets the findings that only a comparison shows, on rank 0.
             withdraw: Gets such a finding when a better one takes its place.
@@ -62,6 +66,7 @@ class Attachment:
             explained: Whether a finding says already why parameters differ.
         """
         self._emit = emit
+        self._missing = missing
         self._has_failed = False
         self._undo = ExitStack()
         guard, keep = outside_dynamo(self._guard), self.keep
@@ -93,22 +98,46 @@ class Attachment:
             emit,
             guard,
         )
+        for part, attach in (
+            ("copies of watched models", strip_forward_taps),
+            ("DistributedDataParallel and replicate", self._wraps.attach),
+            ("parameters changed after wrapping", ParameterWatch(models, guard, self._wraps.tap).attach),
+            ("backwards", BackwardWatch(models, guard).attach),
+            ("collectives and optimizer steps", self._attach_steps),
+            ("hooks of modules", hooks.attach),
+            ("torch.compile", self._compiled.attach),
+            ("load_state_dict, train and eval, optimizers and schedulers", trail.attach),
+        ):
+            self._attach(part, attach)
+        self._attach_after_import("fully_shard", FULLY_SHARD, sharded.attach)
+        precision = PrecisionWatch(emit, count.preparing, keep)
+        self._attach_after_import("accelerate's mixed precision", "accelerate.accelerator", precision.attach)
+
+    def _attach(self, part: str, attach: Callable[[], Undo]) -> None:
+        """Attach one part of the watch; where that fails it is said, and the others are attached."""
+        try:
+            self.keep(attach())
+        except Exception as error:
+            self._missing(part, error)
+
+    def _attach_after_import(self, part: str, name: str, attach: Callable[[ModuleType], Undo]) -> None:
+        """Attach a part to a module once it is imported."""
+
+        def patch(module: ModuleType) -> Undo:
+            try:
+                return attach(module)
+            except Exception as error:
+                self._missing(part, error)
+                return lambda: None
+
+        self.keep(after_import(name, patch))
+
+    def _attach_steps(self) -> Undo:
+        """Steps are not judged without the log of collectives: gradients reduced by hand would look unreduced."""
         with ExitStack() as stack:
-            for attach in (
-                strip_forward_taps,
-                self._wraps.attach,
-                ParameterWatch(models, guard, self._wraps.tap).attach,
-                BackwardWatch(models, guard).attach,
-                self._steps.attach,
-                self._collectives.attach,
-                hooks.attach,
-                self._compiled.attach,
-                PrecisionWatch(emit, count.preparing, keep).attach,
-                sharded.attach,
-                trail.attach,
-            ):
-                stack.callback(attach())
-            self._undo = stack.pop_all()
+            stack.callback(self._collectives.attach())
+            stack.callback(self._steps.attach())
+            return stack.pop_all().close
 
     def _guard(self, work: Callable[..., Any], *args: Any) -> None:
         """Do the watch's own work: an error of ours is said once and never reaches the script."""

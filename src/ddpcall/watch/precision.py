@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpcall.imports import after_import
 from ddpcall.taps import ForwardTap, Undo, find_call_site, in_backward, replace_attribute
 from ddpcall.watch.events import Event, EventKind
 from ddpcall.watch.hooks import can_be_tapped
@@ -38,11 +37,8 @@ class PrecisionWatch:
         self._busy = False
         self._tap = ForwardTap(self._observe, lambda: self._busy or not torch.is_grad_enabled())
 
-    def attach(self) -> Undo:
+    def attach(self, accelerator: ModuleType) -> Undo:
         """Hear of models as they are prepared; returns the undo."""
-        return after_import("accelerate.accelerator", self._patch)
-
-    def _patch(self, accelerator: ModuleType) -> Undo:
         cls = accelerator.Accelerator
         prepare_model = cls.prepare_model
 

@@ -184,12 +184,13 @@ class _Ending:
 
     def attach(self, _: ModuleType) -> Undo:
         """Attach the watch: torch was imported. An error of the watch's own is said and goes no further."""
-        if self.is_ours() and not self._is_finished:
+        session = self._session
+        if self.is_ours() and not self._is_finished and not session.is_attached:  # it is, where torch is reloaded
             try:
-                self._session.start()
+                session.start()
                 self._watch_spawned()
             except Exception as error:
-                print(f"ddpcall watch: cannot attach to torch: {error!r}", file=sys.stderr)
+                session.note_missing("spawned processes" if session.is_attached else "torch", error)
         return lambda: None
 
     def _watch_spawned(self) -> None:

@@ -27,7 +27,11 @@ __all__ = ["Session", "WatchError", "watch"]
 
 
 class Session:
-    """Watches this process from `start` to `close`."""
+    """Watches this process from `start` to `close`.
+
+    Attributes:
+        not_attached: What of a script is not watched, in plain words, and why in one line; empty when all is.
+    """
 
     _running: Session | None = None
 
@@ -35,6 +39,7 @@ class Session:
         """Take the options and where this process stands; nothing is attached yet."""
         self.options = options
         self.launch = current_launch() if launch is None else launch
+        self.not_attached: dict[str, str] = {}
         self._found: dict[Key, Finding] = {}
         self._attachment: Attachment | None = None
         self._collected: list[Finding] | None = None
@@ -69,6 +74,7 @@ class Session:
 
         self._attachment = Attachment(
             self._receive,
+            missing=self.note_missing,
             every=self.options.every,
             compared=self._record,
             withdraw=self._withdraw,
@@ -77,6 +83,20 @@ class Session:
         )
         Session._running = self
         return self
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the watch is on torch now."""
+        return self._attachment is not None
+
+    def note_missing(self, part: str, error: Exception) -> None:
+        """Keep, and say on rank 0, that a part of the watch could not attach; the others are there."""
+        if part in self.not_attached:
+            return
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        self.not_attached[part] = reason
+        if self.launch.rank == 0:
+            print(f"ddpcall watch: not watched: {part} ({reason})", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Session:
         """Watch until the block ends."""

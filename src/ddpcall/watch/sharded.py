@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpcall.imports import after_import
 from ddpcall.taps import (
     NOWHERE,
     CallSite,
@@ -33,7 +32,7 @@ from ddpcall.watch.events import Event, EventKind
 from ddpcall.watch.hooks import can_be_tapped
 
 _MIXED = "mixed torch.Tensor and DTensor"
-_FULLY_SHARD = "torch.distributed.fsdp._fully_shard._fully_shard"
+FULLY_SHARD = "torch.distributed.fsdp._fully_shard._fully_shard"
 _FULLY_SHARDING = "torch.distributed.fsdp."
 _SHARDING = ("torch.distributed.fsdp", "torch.distributed._composable", "torch.distributed.tensor")
 
@@ -54,11 +53,8 @@ class ShardedWatch:
         self._entries: dict[CallSite, nn.Module] = {}
         self._tap = ForwardTap(self._observe, self._is_quiet)
 
-    def attach(self) -> Undo:
+    def attach(self, fully_shard: ModuleType) -> Undo:
         """Hear where synchronisation is switched off; returns the undo."""
-        return after_import(_FULLY_SHARD, self._patch)
-
-    def _patch(self, fully_shard: ModuleType) -> Undo:
         switch = fully_shard.FSDPModule.set_requires_gradient_sync
 
         @functools.wraps(switch)

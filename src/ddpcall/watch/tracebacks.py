@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 
 _WATCH = Path(__file__).parent
-_OWN_FILES = (f"{_WATCH}/", f"{_WATCH.with_name('taps')}/", f"{_WATCH.with_name('imports.py')}")
+_OWN_FILES = (f"{_WATCH}/", f"{_WATCH.with_name('taps')}/")
+_IMPORTS = "ddpcall.imports"  # its functions bear the file name of Python's import system
 _HANDS_OVER = dis.opmap["CALL_FUNCTION_EX"]  # f(*args, **kwargs)
 _DISABLERS = ("torch/_compile.py", "torch/_dynamo/external_utils.py")  # they stand around what dynamo leaves alone
 
@@ -48,7 +49,8 @@ def _without_own(trace: TracebackType | None) -> TracebackType | None:
 
 
 def _is_own(entry: TracebackType) -> bool:
-    return entry.tb_frame.f_code.co_filename.startswith(_OWN_FILES)
+    frame = entry.tb_frame
+    return frame.f_code.co_filename.startswith(_OWN_FILES) or frame.f_globals.get("__name__") == _IMPORTS
 
 
 def _hands_over(entry: TracebackType) -> bool:
