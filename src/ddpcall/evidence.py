@@ -361,6 +361,8 @@ class Evidence:
         seed: The seed of initial parameters and data order.
         steps: Optimizer steps asked for.
         step_ms: Median wall-clock time of a step on rank 0, milliseconds, probes included.
+        data_parallel: Whether the wrapper is there to train one model on the data of several ranks. Declared and
+            not measured: such a wrapper that was bypassed looks like one that never was.
         failures: Exceptions, nearest the cause first; empty when the trial ran to its end.
     """
 
@@ -368,6 +370,7 @@ class Evidence:
     environment: Environment
     seed: int
     steps: int
+    data_parallel: bool = True
     step_ms: float | None = None
     failures: tuple[Failure, ...] = ()
     hooks: tuple[HookCount, ...] | None = None

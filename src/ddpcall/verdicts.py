@@ -18,6 +18,7 @@ from ddpcall.evidence import (
 
 # Reductions give every rank the same bits; the tolerance only allows for backends that round per rank.
 RELATIVE_TOLERANCE = 1e-6
+NO_DATA_PARALLELISM = "no data parallelism"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,9 @@ class Verdicts:
 
     Attributes:
         gradients: `synced` (equal on all ranks in every step, from different batches), `local` (they stayed
-            on the rank that computed them, in at least one step), `sharded`, `none` (no parameter received
-            a gradient) or `crashed`.
+            on the rank that computed them, in at least one step), `no data parallelism` (they stayed there, and
+            the wrapper is not there to change that), `sharded`, `none` (no parameter received a gradient) or
+            `crashed`.
         hooks_wrapped: `fired` (every kind of hook registered on the wrapped object fired), `skipped` (the
             model ran and at least one kind did not), `none` (no hook there, or the model never ran).
         hooks_inner: The same for the user's own module.
@@ -80,9 +82,10 @@ def judge_gradients(evidence: Evidence) -> str:
         return "none"
     if gradients.sharded:
         return "sharded"
-    if evidence.environment.world_size == 1 or not gradients.batches_differ:
-        return "local"
-    return "synced" if _equal_in_every_step(gradients) else "local"
+    comparable = evidence.environment.world_size > 1 and gradients.batches_differ
+    if comparable and _equal_in_every_step(gradients):
+        return "synced"
+    return "local" if evidence.data_parallel else NO_DATA_PARALLELISM
 
 
 def _equal_in_every_step(gradients: GradientEvidence) -> bool:

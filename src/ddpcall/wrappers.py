@@ -85,6 +85,21 @@ COMPILING = frozenset(
         Wrapper.DDP_COMPILE_INPLACE,
     }
 )
+# Nothing in these joins what different ranks learn from different batches.
+WITHOUT_DATA_PARALLELISM = frozenset(
+    {
+        Wrapper.NONE,
+        Wrapper.TP,
+        Wrapper.COMPILE,
+        Wrapper.COMPILE_AOT_EAGER,
+        Wrapper.COMPILE_INDUCTOR,
+        Wrapper.COMPILE_INPLACE,
+        Wrapper.DATA_PARALLEL,
+        Wrapper.SCRIPT,
+        Wrapper.TRACE,
+        Wrapper.EXPORT,
+    }
+)
 # Every rank holds a part of one model, so all of them must be given the same batch.
 SAME_BATCH = frozenset({Wrapper.TP})
 # These reduce without DDP's C++ reducer: the taps on that one say nothing about them.

@@ -239,13 +239,13 @@ def test_forward_skips_hooks_and_what_lives_in_hooks_on_one_process(tmp_path):
     rows = verdict_rows(run, "model", "path")
     models = "ddpcall.lab.models."
     assert {row for (_, path), row in rows.items() if path == "call"} == {
-        ("local", "fired", "fired", "fired"),
-        ("local", "fired", "fired", "none"),
+        ("no data parallelism", "fired", "fired", "fired"),
+        ("no data parallelism", "fired", "fired", "none"),
     }
     forward = {model.removeprefix(models): row[0] for (model, path), row in rows.items() if path == "forward"}
     assert forward == {
-        "Mlp": "local",
-        "spectral_norm_linear": "local",
+        "Mlp": "no data parallelism",
+        "spectral_norm_linear": "no data parallelism",
         "weight_norm_linear": "crashed",
         "pruned_linear": "crashed",
         "LazyFlatLinear": "crashed",

@@ -98,6 +98,20 @@ def test_crashes_and_shards_are_named_before_the_local_ones(tmp_path):
     )
 
 
+def test_trials_without_data_parallelism_are_not_counted_among_the_local_ones(tmp_path):
+    run = run_of(
+        trial("call"),
+        trial("inner_call", gradients="local"),
+        trial("call", "compile", gradients="no data parallelism"),
+        trial("call", "none", gradients="no data parallelism"),
+        tmp_path=tmp_path,
+    )
+    assert answer(run).startswith(
+        "`ddp × call` keeps the gradients synchronised, `compile` and `none` have no data parallelism, and "
+        "`inner_call` leaves gradients local to each rank: after 60 steps those models"
+    )
+
+
 def test_a_run_without_trials_says_so(tmp_path):
     run = run_of(tmp_path=tmp_path, outcome="hung", num_trials=7)
     assert answer(run) == "Nothing was measured."

@@ -37,6 +37,20 @@ def test_one_rank_proves_nothing_about_synchronisation():
     assert judge_gradients(make_evidence(environment=alone)) == "local"
 
 
+@pytest.mark.parametrize(
+    ("gradients", "verdict"),
+    [
+        (make_gradients(max_difference=(0.1, 0.1)), "no data parallelism"),
+        (make_gradients(batches_differ=False), "no data parallelism"),
+        # What was measured wins over what the wrapper is declared to be.
+        (make_gradients(), "synced"),
+        (make_gradients(with_gradient=0), "none"),
+    ],
+)
+def test_a_wrapper_without_data_parallelism_has_nothing_to_lose(gradients, verdict):
+    assert judge_gradients(make_evidence(gradients=gradients, data_parallel=False)) == verdict
+
+
 def test_a_failure_is_a_crash_and_says_nothing_of_compiled_code():
     compiled = CompiledEvidence(requested=True, frames=1, calls_compiled=2, calls_eager=0)
     verdicts = judge(make_evidence(failures=(FAILURE,), compiled=compiled))

@@ -94,6 +94,15 @@ def verdict(name: str, **cell: str) -> Measure:
     return measure
 
 
+def trains(**cell: str) -> Measure:
+    """Measure whether a trial ran to its end: `trains` or `crashed`."""
+
+    def measure(trials: Trials) -> str:
+        return "crashed" if find_trial(trials, **cell)["error"] is not None else "trains"
+
+    return measure
+
+
 def compare_replicas(**cell: str) -> Measure:
     """Measure whether all ranks of a trial end with the same parameters: `same` or `different`."""
 

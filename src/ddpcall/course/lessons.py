@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddpcall.course.lesson import Choice, Lesson, Question, compare_accuracy, compare_replicas, verdict
+from ddpcall.course.lesson import Choice, Lesson, Question, compare_accuracy, compare_replicas, trains, verdict
 from ddpcall.course.sources import Source
 
 _MODULE = "torch.nn.modules.module"
@@ -48,8 +48,8 @@ LESSONS = (
             ),
             Question(
                 "A linear layer with the legacy `weight_norm`, trained through `.forward(x)`: what happens?",
-                (Choice("local", "it trains"), Choice("crashed", "it raises an error")),
-                verdict("gradients", path="forward", model="weight_norm_linear"),
+                (Choice("trains", "it trains"), Choice("crashed", "it raises an error")),
+                trains(path="forward", model="weight_norm_linear"),
             ),
         ),
         columns=("hooks_wrapped", "hooks_submodules", "gradients", "accuracy"),
@@ -57,7 +57,7 @@ LESSONS = (
             "`Mlp`: the loss, the gradients and the accuracy of both calls are the same. Only the hooks tell "
             "them apart.",
             "`spectral_norm_linear` by `forward`: nothing is raised, and the accuracy is that of chance.",
-            "`gradients` says `local` throughout: with one process there is nobody to average with.",
+            "`gradients` says `no data parallelism` where it trains: one process has nobody to average with.",
         ),
         why=(
             "`nn.Module.__call__` is `_call_impl`: it runs forward-pre hooks, then `forward`, then forward "

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ddpcall.evidence import Consequence, Environment, Evidence
 from ddpcall.lab.columns import is_interesting
-from ddpcall.verdicts import explain_crash, skipped_kinds
+from ddpcall.verdicts import NO_DATA_PARALLELISM, explain_crash, skipped_kinds
 
 if TYPE_CHECKING:
     from ddpcall.lab.experiment import TrialResult
@@ -32,6 +32,7 @@ _COLOURS = {
     "eager": "yellow",
     "crashed": "bold magenta",
     "none": "dim",
+    NO_DATA_PARALLELISM: "dim",
     "sharded": "cyan",
     "train": "green",
     "eval": "cyan",

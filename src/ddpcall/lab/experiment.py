@@ -33,7 +33,7 @@ from ddpcall.lab.world import (
     open_world,
 )
 from ddpcall.verdicts import Verdicts, explain_crash, judge, judge_skipped, list_untimed
-from ddpcall.wrappers import Wrapper
+from ddpcall.wrappers import WITHOUT_DATA_PARALLELISM, Wrapper
 
 MODES_BY_STEP = (
     "dropout_kept",
@@ -336,6 +336,7 @@ def merge_reports(
         seed=config.seed,
         steps=config.steps,
         step_ms=median_step_ms(first),
+        data_parallel=cell.wrapper not in WITHOUT_DATA_PARALLELISM,
         failures=tuple(sorted(failures, key=lambda failure: (is_consequence(failure), failure.seconds))),
         hooks=first.hooks,
         reducer=first.reducer,

@@ -13,12 +13,12 @@ from ddpcall.evidence import Cell
 from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.schema import ExpectationConfig, TrainConfig
 from ddpcall.paths import CallPath, Mode, SyncWindow
-from ddpcall.verdicts import Verdicts
+from ddpcall.verdicts import NO_DATA_PARALLELISM, Verdicts
 from ddpcall.wrappers import Wrapper, meaningful_paths, meaningful_windows
 
 SELECTORS = ("wrapper", "path", "window", "hooks", "mode", "model")
 VERDICT_WORDS = {
-    "gradients": ("synced", "local", "sharded", "none", "crashed"),
+    "gradients": ("synced", "local", NO_DATA_PARALLELISM, "sharded", "none", "crashed"),
     "hooks_wrapped": ("fired", "skipped", "none"),
     "hooks_inner": ("fired", "skipped", "none"),
     "hooks_submodules": ("fired", "skipped", "none"),

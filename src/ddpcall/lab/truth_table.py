@@ -15,9 +15,11 @@ from typing import Any
 from ddpcall.lab.columns import TITLES, is_interesting
 from ddpcall.lab.run_directory import RunDirectory
 from ddpcall.paths import SPELLING, CallPath
+from ddpcall.verdicts import NO_DATA_PARALLELISM
 from ddpcall.wrappers import Wrapper, describe_wrapper
 
 _PLAIN = {"synced", "fired", "compiled", "none", "train", "same", "float32", "different", "sharded"}
+_PLAIN.add(NO_DATA_PARALLELISM)
 _ALWAYS = ("gradients", "hooks_wrapped", "hooks_inner", "hooks_submodules")
 
 

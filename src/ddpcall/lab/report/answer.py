@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ddpcall.lab.report.records import RunRecord, TrialRecord
 from ddpcall.lab.report.words import code, format_share, join_words, plural, values_that_tell, varying_axes
+from ddpcall.verdicts import NO_DATA_PARALLELISM
 
 # Verdict by verdict: what the ways with that word do; (one way, several ways).
 _SAYS: dict[str, dict[str, tuple[str, str]]] = {
@@ -37,6 +38,8 @@ _SAYS: dict[str, dict[str, tuple[str, str]]] = {
         "sharded": ("trains sharded gradients", "train sharded gradients"),
         "none": ("gives no parameter a gradient", "give no parameter a gradient"),
         "crashed": ("crashes", "crash"),
+        NO_DATA_PARALLELISM: ("has no data parallelism", "have no data parallelism"),
+        # Last: the price that is said after it is that of these.
         "local": ("leaves gradients local to each rank", "leave gradients local to each rank"),
     },
 }
