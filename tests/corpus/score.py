@@ -4,9 +4,13 @@ makes up.
 `python -m tests.corpus.score [--jobs N] [SCRIPT…]` runs every script under `-m ddpcall watch --json FILE` on
 its ranks, compares the findings with the script's marks and prints a table and one line of figures. The exit
 code is 1 when anything is missed, false or late, or a run ends otherwise than it should.
+
+With `--lookup-first` a copy of each script is run that imports `tests.corpus.lookup_first` before anything else,
+on the line of its first import. That module looks torch up as transformers and datasets do.
 """
 
 import argparse
+import ast
 import json
 import os
 import sys
@@ -117,11 +121,27 @@ def trouble_of(run: Run, marks: Marks, findings: Sequence[Found]) -> str:
     return ""
 
 
-def score_script(script: Path, log_directory: Path | None = None) -> Score:
+def put_lookup_first(source: str) -> str:
+    """Puts the look-up before a script's first import, on the same line: all line numbers stay."""
+    first = next(
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module != "__future__")
+    )
+    lines = source.splitlines(keepends=True)
+    lines[first.lineno - 1] = "import tests.corpus.lookup_first; " + lines[first.lineno - 1]
+    return "".join(lines)
+
+
+def score_script(script: Path, log_directory: Path | None = None, lookup_first: bool = False) -> Score:
     """Runs one script under the watch and scores it."""
     marks = read_marks(script)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "findings.json"
+        if lookup_first:
+            copy = Path(directory) / script.name
+            copy.write_text(put_lookup_first(script.read_text()))
+            script = copy
         run = run_on_ranks(marks.ranks, ["-m", "ddpcall", "watch", "--json", str(file), str(script)])
         if log_directory is not None:
             (log_directory / f"{script.stem}.log").write_text(run.output)
@@ -177,12 +197,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("scripts", nargs="*", type=Path, help="default: the whole corpus")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="runs at a time")
     parser.add_argument("--logs", type=Path, help="keep each run's output and findings in this directory")
+    parser.add_argument(
+        "--lookup-first",
+        action="store_true",
+        help="import a module before all others that looks torch up as transformers does: find_spec, metadata",
+    )
     options = parser.parse_args(arguments)
     if options.logs:
         options.logs.mkdir(parents=True, exist_ok=True)
     scripts = [path.resolve() for path in options.scripts] or corpus_scripts()
     with ThreadPoolExecutor(options.jobs) as pool:
-        scores = list(pool.map(lambda script: score_script(script, options.logs), scripts))
+        scores = list(pool.map(lambda script: score_script(script, options.logs, options.lookup_first), scripts))
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table_of(scores))
     console.print(summary(scores), soft_wrap=True)

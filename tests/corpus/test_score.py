@@ -15,6 +15,7 @@ from tests.corpus.score import (
     Score,
     compare,
     corpus_scripts,
+    put_lookup_first,
     read_findings,
     score_script,
     summary,
@@ -27,6 +28,15 @@ ALL_CODES = {
     *("DC101", "DC102", "DC103", "DC104", "DC105", "DC201", "DC202", "DC203", "DC204", "DC205", "DC206", "DC207"),
     *("DC301", "DC302", "DC303", "DC304", "DC305", "DC306"),
 }
+
+
+def test_the_lookup_comes_before_the_first_import_and_no_line_moves():
+    source = (
+        '"""A docstring,\nimport nothing."""\nfrom __future__ import annotations\n\nimport torch  # first\nx = 1\n'
+    )
+    changed = put_lookup_first(source)
+    assert changed.splitlines()[4] == "import tests.corpus.lookup_first; import torch  # first"
+    assert changed.replace("import tests.corpus.lookup_first; ", "") == source
 
 
 @pytest.mark.parametrize(
