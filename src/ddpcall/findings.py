@@ -134,7 +134,8 @@ _RULES = (
         fix="Make the change first and wrap afterwards: `ddp = DistributedDataParallel(model)` again, and a new "
         "optimizer. Put modules that are trained together under one wrapper, or give each a wrapper.",
         silent_when="The parameter is in `_ddp_params_and_buffers_to_ignore`, its gradient is reduced by hand, or "
-        "it is outside every wrapped module and differs between ranks from the start.",
+        "it is outside every wrapped module and differs between ranks from the start, or its gradients differ by "
+        "rounding alone: those of a batch that every rank has gathered.",
         blind_to="Parameters outside every wrapped module whose optimizer steps twice for one backward of a "
         "wrapped model.",
         links=(_DDP_DOCS, _ISSUE + "12603"),

@@ -204,8 +204,8 @@ def test_gradients_written_by_hand_the_same_everywhere_are_silent(rank, tmp_path
     assert run.findings() == []
 
 
-def train_beside(run, stray, optimizer, reduce):
-    for _ in range(3):
+def train_beside(run, stray, optimizer, reduce, steps=3):
+    for _ in range(steps):
         outputs = run.ddp(torch.randn(3, 4))
         run.optimizer.zero_grad()
         optimizer.zero_grad()
@@ -232,6 +232,28 @@ def test_a_parameter_outside_is_silent_when(rank, tmp_path, reason):
     stray = nn.Parameter(torch.ones(2) if reason == "reduced" else torch.full((2,), 1.0 + run.rank))
     optimizer = torch.optim.SGD([stray], lr=0.1)
     assert train_beside(run, stray, optimizer, reduce=reason == "reduced") == []
+
+
+def test_a_parameter_outside_that_drifts_once_a_warmup_has_begun_is_found(rank, tmp_path):
+    run = Run(rank, tmp_path)
+    stray = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([stray], lr=0.0)
+    optimizer.register_step_post_hook(lambda *_: optimizer.param_groups[0].update(lr=1e-6))
+    found = train_beside(run, stray, optimizer, reduce=False, steps=5)
+    assert [code for code, _, _ in found] == ["DC102"]
+
+
+@pytest.mark.parametrize("share", [1e-5, 0.1])
+def test_a_parameter_outside_is_found_if_its_gradients_differ_by_more_than_rounding(rank, tmp_path, share):
+    run = Run(rank, tmp_path)
+    stray = nn.Parameter(torch.linspace(0.5, 1.5, 100))
+    optimizer = torch.optim.SGD([stray], lr=0.1)
+    for _ in range(3):
+        run.ddp(torch.randn(3, 4)).square().mean().backward()
+        run.optimizer.step()
+        stray.grad = torch.linspace(-1, 1, 100) * (1 + share * run.rank)
+        optimizer.step()
+    assert [code for code, _, _ in run.findings()] == ([] if share == 1e-5 else ["DC102"])
 
 
 def test_an_inner_loop_of_its_own_is_silent(rank, tmp_path):

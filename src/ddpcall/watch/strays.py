@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import weakref
 from collections.abc import Iterable
@@ -14,13 +16,24 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store
 from torch.optim import Optimizer
 
-from ddpcall.replicas import digest_tensor
+from ddpcall.replicas import SKETCH_SIZE, digest_tensor, sketch_tensor
 from ddpcall.taps import NOWHERE, CallSite, find_call_site
 from ddpcall.watch.events import Emit, Event, EventKind
 from ddpcall.watch.exchange import find_store
 
 MAX_OPTIMIZERS = 8
 WAIT_S = 5.0
+PATIENCE_STEPS = 8
+# Gradients of one batch differ by rounding: by 1e-7 to 1e-5 in float32, by 1e-3 in bfloat16. Those of two batches
+# differ by 1e-1 and more.
+ROUNDING = 1e-2
+# A gradient that is zero but for rounding has any direction.
+NEGLIGIBLE = 1e-5
+
+LOOKS = (0, 1, 3, 7, 15)
+"""Steps before which strays are looked at: a warmup may begin at a rate of zero."""
+
+_Sketches = list[list[float]]
 
 
 @dataclass
@@ -33,7 +46,8 @@ class _Record:
         site: Where they were handed to the optimizer.
         step: The optimizer's first step.
         reductions: Backwards that reducers had reduced when the optimizer last stepped.
-        num_looks: Steps before which the strays were looked at.
+        num_steps: Steps so far.
+        offered: Looks that all ranks are to be heard of.
     """
 
     name: str
@@ -41,19 +55,21 @@ class _Record:
     site: CallSite = NOWHERE
     step: int = 0
     reductions: int = 0
-    num_looks: int = 0
+    num_steps: int = 0
+    offered: list[int] = field(default_factory=list)
     is_over: bool = False
 
 
 class StrayWatch:
     """Tells strays that should be replicas from a rank's own: they start equal, and drift apart.
 
-    Every rank leaves a digest of them on the store before the optimizer's first step and before its second.
-    Each is compared with the first to come, and counted. Nobody waits.
+    Every rank leaves a digest of them and a sketch of their gradients on the store before the optimizer's first
+    step, and before a few later ones. Each is compared with the first to come, and counted. Nobody waits.
+    Gradients that are the same on all ranks up to rounding, as those of a gathered batch are, do no harm.
 
-    Blind to: strays that differ from the start (not seeded alike, or meant to); optimizers that step more than
-    once for one backward of a wrapped model, as inner loops do; all but the first 8 optimizers; a second watch in
-    the same processes.
+    Blind to: strays that differ from the start (not seeded alike, or meant to); equal gradients that are used
+    differently; optimizers that step more than once for one backward of a wrapped model, as inner loops do; all
+    but the first 8 optimizers; a second watch in the same processes.
     """
 
     def __init__(self, emit: Emit) -> None:
@@ -88,38 +104,45 @@ class StrayWatch:
             self._count(record)
 
     def _count(self, record: _Record) -> None:
-        if record.num_looks < 2:
-            self._offer(record, "start" if record.num_looks == 0 else "later")
-            record.num_looks += 1
-        elif self._judge(record) is not None:
-            record.is_over = True
+        if record.num_steps in LOOKS:
+            self._offer(record, record.num_steps)
+        record.is_over = self._judge(record) or record.num_steps > LOOKS[-1] + PATIENCE_STEPS
+        record.num_steps += 1
 
     def close(self) -> None:
         """Judge what was seen twice; others may be late, and are not waited for."""
         for record in list(self._records.values()):
-            if record.num_looks == 2 and not record.is_over:
+            if not record.is_over:
                 self._judge(record)
         self._records.clear()
 
-    def _offer(self, record: _Record, when: str) -> None:
+    def _offer(self, record: _Record, look: int) -> None:
         parameters = [parameter for reference in record.parameters if (parameter := reference()) is not None]
-        mine = repr([digest_tensor(parameter) for parameter in parameters])
-        store = self._connect()
-        first = store.compare_set(f"{record.name}/{when}", "", mine).decode()
-        store.add(f"{record.name}/{when}/{'same' if first == mine else 'apart'}", 1)
+        digests = list(map(digest_tensor, parameters))
+        gradients = [[0.0] * SKETCH_SIZE if p.grad is None else sketch_tensor(p.grad) for p in parameters]
+        store, key = self._connect(), f"{record.name}/{look}"
+        first_digests, first_gradients = json.loads(store.compare_set(key, "", json.dumps([digests, gradients])))
+        if _differ(first_gradients, gradients):
+            store.add(f"{record.name}/local", 1)
+        record.offered.append(look)
+        store.add(f"{key}/{'same' if first_digests == digests else 'apart'}", 1)
 
-    def _judge(self, record: _Record) -> bool | None:
-        """Emit an event if these strays are replicas that drift; None while not all ranks have been heard."""
-        store, name = self._connect(), record.name
-        counts = {key: store.add(f"{name}/{key}", 0) for key in ("start/same", "later/same", "later/apart")}
-        if counts["later/same"] + counts["later/apart"] < dist.get_world_size():
-            return None
-        drifted = counts["start/same"] == dist.get_world_size() and counts["later/apart"] > 0
-        if drifted:
-            site = record.site if record.site != NOWHERE else find_call_site()
-            facts = {"count": len(record.parameters)}
-            self._emit(Event(EventKind.OUTSIDE, site, record.step, (), (), facts))
-        return drifted
+    def _judge(self, record: _Record) -> bool:
+        """Emit an event if these strays are replicas that drift; say whether that is decided."""
+        for look in list(record.offered):
+            store, key, num_ranks = self._connect(), f"{record.name}/{look}", dist.get_world_size()
+            num_same, num_apart = (store.add(f"{key}/{kind}", 0) for kind in ("same", "apart"))
+            if num_same + num_apart < num_ranks:
+                return False
+            record.offered.remove(look)
+            if look == 0 and num_apart:
+                return True
+            if num_apart and store.add(f"{record.name}/local", 0):
+                site = record.site if record.site != NOWHERE else find_call_site()
+                facts = {"count": len(record.parameters)}
+                self._emit(Event(EventKind.OUTSIDE, site, record.step, (), (), facts))
+                return True
+        return False
 
     def _connect(self) -> Store:
         if self._store is None:
@@ -133,3 +156,13 @@ class StrayWatch:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = PrefixStore(f"ddpcall/strays/{attempt}", own)
         return self._store
+
+
+def _differ(first: _Sketches, second: _Sketches) -> bool:
+    """Say whether any gradient differs by more than rounding, as the sketches tell."""
+    norms = [max(math.hypot(*one), math.hypot(*other)) for one, other in zip(first, second, strict=False)]
+    least = NEGLIGIBLE * math.hypot(*norms)
+    distances = [math.dist(one, other) for one, other in zip(first, second, strict=False)]
+    return any(
+        distance > ROUNDING * norm and distance > least for distance, norm in zip(distances, norms, strict=True)
+    )
