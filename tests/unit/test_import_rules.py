@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "ddpcall"
-LEAVES = {"paths", "wrappers", "evidence", "findings", "imports", "taps", "ranks"}
+LEAVES = {"paths", "reductions", "wrappers", "shards", "evidence", "findings", "imports", "taps", "ranks"}
 MIDDLE = LEAVES | {"verdicts", "replicas", "probes"}
 MAY_IMPORT = {
     "paths": set(),
@@ -17,7 +17,9 @@ MAY_IMPORT = {
     "imports": set(),
     "taps": set(),
     "ranks": {"ranks"},
-    "wrappers": {"paths"},
+    "reductions": set(),
+    "wrappers": {"paths", "reductions"},
+    "shards": {"wrappers"},
     "verdicts": LEAVES,
     "replicas": LEAVES,
     "probes": MIDDLE,
