@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "ddpcall"
 LEAVES = {"paths", "reductions", "wrappers", "shards", "evidence", "findings", "imports", "taps", "ranks"}
-MIDDLE = LEAVES | {"verdicts", "replicas", "probes"}
+MIDDLE = LEAVES | {"verdicts", "replicas", "sketch", "mixing", "probes"}
 MAY_IMPORT = {
     "paths": set(),
     "evidence": set(),
@@ -22,6 +22,8 @@ MAY_IMPORT = {
     "shards": {"wrappers"},
     "verdicts": LEAVES,
     "replicas": LEAVES,
+    "sketch": set(),
+    "mixing": {"taps", "replicas", "sketch"},
     "probes": MIDDLE,
     "lab": MIDDLE | {"lab"},
     "watch": MIDDLE | {"watch"},
