@@ -55,6 +55,8 @@ def write(tmp_path):
             "`loss = model(x)` (`policy` is the module inside `model`).",
             "policy",
         ),
+        ("y = Net.forward(ddp.module, x)", {"ddp": WRAPPER}, "`y = ddp(x)`.", "Net.forward"),
+        ("y = type(m).forward(m, x)", {"m": INNER}, "", "type(m).forward"),
         ("loss = self.net(x)", {"self.net": INNER, "self.ddp": WRAPPER}, "`loss = self.ddp(x)`.", "self.net"),
         ("loss = ddp.module._orig_mod(x)", {"ddp": WRAPPER}, "`loss = ddp(x)`.", "ddp.module._orig_mod"),
         (
@@ -271,6 +273,7 @@ def test_what_compiles_the_wrapper_is_the_wrapper_and_a_module_of_the_scripts_ow
     del around, mine
 
 
-def test_a_module_that_is_called_itself_is_its_own_wrapper():
+def test_a_module_that_is_called_itself_is_its_own_wrapper_and_one_that_is_gone_has_no_name():
     net = nn.Linear(1, 1)
-    assert as_dict(read_names(sys._getframe(), None, net)) == {"net": WRAPPER}
+    assert as_dict(read_names(sys._getframe(), net, net)) == {"net": WRAPPER}
+    assert as_dict(read_names(sys._getframe(), None, net)) == {"net": INNER}

@@ -98,7 +98,8 @@ def read_names(frame: FrameType, wrapper: nn.Module | None, inner: nn.Module) ->
 
     Args:
         frame: Where the line runs.
-        wrapper: The wrapper; None where the module is called itself (`replicate`).
+        wrapper: The wrapper; the module itself where that is what a script calls (`replicate`); None where it is
+            gone.
         inner: The module inside.
 
     Blind to: names in containers; attributes of attributes.
@@ -138,7 +139,7 @@ def _read_frame(frame: FrameType, wrapper: nn.Module | None, inner: nn.Module) -
 def _role_of(value: Any, wrapper: nn.Module | None, inner: nn.Module, parts: set[int]) -> Role | None:
     if not isinstance(value, nn.Module):
         return None
-    if value is (inner if wrapper is None else wrapper):
+    if value is wrapper:
         return Role.WRAPPER
     if value is inner:
         return Role.INNER
@@ -176,7 +177,9 @@ def advise(names: Names) -> Advice:
         return _advise_parts(reading)
     (call,) = reading.entries
     called, method = call.func, ""
-    if isinstance(called, ast.Attribute) and reading.role_of(called) is None:
+    if reading.is_class_call(call):
+        called = call.args[0]
+    elif isinstance(called, ast.Attribute) and reading.role_of(called) is None:
         called, method = called.value, called.attr
     dispatch = "" if method in ("", "forward", "__call__") else f", and let `forward` dispatch to `{method}`"
     wrapper, inside = reading.wrapper_within(called), ast.unparse(called)
@@ -250,12 +253,17 @@ class Reading:
             self.parts.append(call)
         elif role is Role.WRAPPER:
             self.is_wrapper_called = True
-        elif role is Role.INNER or self._is_method(called):
+        elif role is Role.INNER or self._is_method(called) or self.is_class_call(call):
             self.entries.append(call)
         for argument in call.args:
             is_inner = self.role_of(argument) is Role.INNER
             if is_inner and (_takes_out(argument) or not isinstance(argument, ast.Call)):
                 self.handed_over.append((call, argument))
+
+    def is_class_call(self, call: ast.Call) -> bool:
+        """Say whether a call is `Net.forward(model, x)`."""
+        is_forward = isinstance(call.func, ast.Attribute) and call.func.attr == "forward"
+        return is_forward and bool(call.args) and self.role_of(call.args[0]) is Role.INNER
 
     def _is_method(self, called: ast.expr) -> bool:
         if not isinstance(called, ast.Attribute) or called.attr in _OF_EVERY_MODULE:
@@ -296,7 +304,8 @@ class Reading:
 
     def rewrite(self, call: ast.Call, wrapper: str) -> str:
         """Return the statement with the wrapper called instead; of one that is long or has a body, the call."""
-        changed = _shorten(ast.Call(ast.Name(wrapper), call.args, call.keywords))
+        arguments = call.args[self.is_class_call(call) :]
+        changed = _shorten(ast.Call(ast.Name(wrapper), arguments, call.keywords))
         if not isinstance(self.statement, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Return | ast.Expr):
             return changed
         text = ast.unparse(self.statement).replace(ast.unparse(call), changed)

@@ -71,7 +71,10 @@ def _fix(event: Event, rule: Rule) -> str:
     """Return what to write instead: in the script's own names, where the line tells."""
     advice = _advice(event)
     fix = _FIXES.get(event.kind, rule.fix)
-    if event.kind is EventKind.BYPASSED and advice.fix:
+    if event.kind is EventKind.BYPASSED and event.others:
+        wrapper = f"the wrapper, `{advice.wrapper}`," if advice.wrapper else "the wrapper"
+        fix = f"Let `forward` do what these lines do, and call {wrapper} once."
+    elif event.kind is EventKind.BYPASSED and advice.fix:
         fix = advice.fix
     elif event.kind is EventKind.BYPASSED and advice.wrapper:
         fix = fix.replace("`loss = ddp(batch)`", f"`{advice.wrapper}(...)`")
@@ -115,8 +118,7 @@ def _and_lines(event: Event) -> str:
 
 def _local(event: Event) -> str:
     """Return what the harm is, of gradients that nobody averaged."""
-    used = f"gradients of {_gradients(event)} were used as computed on this rank alone"
-    return f"in optimizer step {event.step}, {used}."
+    return f"optimizer step {event.step} used gradients of {_gradients(event)} as computed on this rank alone."
 
 
 def _bypassed(event: Event) -> str:
@@ -127,7 +129,7 @@ def _bypassed(event: Event) -> str:
         entered = f"The forward entered {model} here{lines}{through and f' through {through}'}, past its {wrapper}"
     else:
         called = f"{through} ({'a part of ' * advice.is_part}{model})" if through else model
-        entered = f"{called} is called here{lines}; up to optimizer step {event.step} its {wrapper} never was"
+        entered = f"{called} is called here{lines}; its {wrapper} was never called"
     return f"{entered}. {averaged}: {_local(event)}"
 
 
@@ -155,10 +157,8 @@ def _raw_weights(event: Event) -> str:
 def _in_forward(event: Event) -> str:
     backward = event.facts.get("backward", NOWHERE)
     here = " here" if backward == event.site else f" ({_line_of(backward, event.site)})"
-    used = f"optimizer step {event.step}" + ", here," * (backward != event.site)
     return (
-        f"{_model(event)} ran a backward{here} inside its wrapper's forward. {_wrapper(event)[1]}: {used} used "
-        f"gradients of {_gradients(event)} as computed on this rank alone."
+        f"{_model(event)} ran a backward{here} inside its wrapper's forward. {_wrapper(event)[1]}: {_local(event)}"
     )
 
 

@@ -102,6 +102,7 @@ class ReducerLedger:
         name: The wrapped module's class, for messages.
         names: Parameter names by id, for the parameters that the reducer owns.
         ddp: Returns the DDP while it lives; it is held weakly.
+        root: Returns the wrapped module while it lives.
         modules: The modules under the wrapper, by id.
         is_announced: Whether its reducer is still to be made (`replicate`).
         armed: Whether the reducer expects gradients.
@@ -125,6 +126,7 @@ class ReducerLedger:
     name: str
     names: dict[int, str]
     ddp: Callable[[], DistributedDataParallel | None] = lambda: None
+    root: Callable[[], nn.Module | None] = lambda: None
     modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict)
     is_announced: bool = False
     armed: bool = False
@@ -179,9 +181,8 @@ class ReducerLedger:
         self._stats = reducer.get_backward_stats()
 
     def is_replicate(self) -> bool:
-        """Say whether the model is called itself, and hooks of its own do what a wrapper does."""
-        ddp = self.ddp()
-        return ddp is None or isinstance(ddp.module, ReplicatedModule)
+        """Say whether the model is called itself, and a hook of its own does what a wrapper does."""
+        return isinstance(self.root(), ReplicatedModule)
 
     def is_in_forward(self) -> bool:
         """Say whether the wrapper's forward is running."""
@@ -190,12 +191,12 @@ class ReducerLedger:
 
     def read_names(self, entry: Entry, frame: FrameType | None) -> None:
         """Read what the line of an entry can call the model: once a line, since it takes a while."""
-        ddp = self.ddp()
-        if frame is None or ddp is None:
+        root = self.root()
+        if frame is None or root is None:
             return
         if entry.site not in self._names:
-            wrapper = None if self.is_replicate() else ddp
-            self._names[entry.site] = read_names(frame, wrapper, ddp.module)
+            wrapper = root if self.is_replicate() else self.ddp()
+            self._names[entry.site] = read_names(frame, wrapper, root)
         entry.names = self._names[entry.site]
 
     def passed(self, outputs: Any) -> None:
