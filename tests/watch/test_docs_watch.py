@@ -28,4 +28,5 @@ def test_the_same_script_with_the_line_the_page_tells_to_write_is_silent(launche
     script = block("script").replace("ddp.module(", "ddp(")
     assert script != block("script")
     run = Launched(launcher, tmp_path, script, "--its", "own", "arguments")
-    assert (run.err, run.codes, run.found) == ("ddpcall watch: no findings\n", [0, 0], [])
+    assert run.err == "ddpcall watch: no findings: 1 DDP model, 10 steps on 2 of 2 ranks, compared 10 times\n"
+    assert (run.codes, run.found) == ([0, 0], [])

@@ -34,7 +34,7 @@ FINDING = Finding(
 
 def read(path: Path) -> list[dict]:
     record = json.loads(path.read_text())
-    assert record.keys() == {"schema", "findings"}
+    assert record.keys() == {"schema", "watched", "findings"}
     assert record["schema"] == 1
     return record["findings"]
 

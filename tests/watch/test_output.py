@@ -73,7 +73,11 @@ def test_in_a_pipe_each_paragraph_is_one_line_without_color(script, monkeypatch)
     monkeypatch.chdir(script.parent)
     stream = io.StringIO()
     long = "a long message, " * 20
-    print_findings([replace(FINDING, file=str(script), line=2, message=long, parameters=("w",))], stream)
+    print_findings(
+        [replace(FINDING, file=str(script), line=2, message=long, parameters=("w",))],
+        "ddpcall watch: 1 error",
+        stream,
+    )
     assert stream.getvalue().splitlines() == [
         "error[DC101] gradients-not-synchronized",
         " --> train.py:2 in main",
@@ -124,7 +128,7 @@ message = "a message with words that are not to be broken " * 4
 finding = Finding(code="DC101", name="gradients-not-synchronized", severity="error", message=message,
                   file="{file}", line=2, function="main", ranks=(0, 1), step=1, parameters=("weight",),
                   cause="inner", fix="write this " * 20)
-print_findings([finding], sys.stderr)
+print_findings([finding], "ddpcall watch: 1 error", sys.stderr)
 """
 
 

@@ -57,11 +57,11 @@ def test_a_script_sees_what_it_sees_without_the_watch(tmp_path):
     (tmp_path / "sub" / "plain.py").write_text(PLAIN)
     arguments = ["sub/plain.py", "--json", "its own", "-m", "x"]
     bare = run([sys.executable, *arguments], tmp_path)
-    watched = run([*WATCH, *arguments], tmp_path)
+    watched = run([*WATCH, "--fail-on", "never", *arguments], tmp_path)
     assert (watched.returncode, watched.stdout) == (bare.returncode, bare.stdout) == (0, bare.stdout)
     assert json.loads(bare.stdout)["argv"] == arguments
     assert "to stderr" in watched.stderr
-    assert "no findings" in watched.stderr
+    assert "never imported torch" in watched.stderr
 
 
 def test_a_module_sees_what_it_sees_without_the_watch(tmp_path):
@@ -72,7 +72,7 @@ def test_a_module_sees_what_it_sees_without_the_watch(tmp_path):
         "import sys\nfrom . import __name__ as up\nprint(sys.argv, __name__, __package__, up, __spec__.name)\n"
     )
     bare = run([sys.executable, "-m", "package", "a", "--b"], tmp_path)
-    watched = run([*WATCH, "-m", "package", "a", "--b"], tmp_path)
+    watched = run([*WATCH, "--fail-on", "never", "-m", "package", "a", "--b"], tmp_path)
     assert bare.returncode == 0, bare.stderr
     assert (watched.returncode, watched.stdout) == (0, bare.stdout)
 
@@ -89,7 +89,7 @@ def test_a_module_sees_what_it_sees_without_the_watch(tmp_path):
 )
 def test_the_exit_code_is_the_scripts(tmp_path, ending, code):
     (tmp_path / "leave.py").write_text(f"import sys\n{ending}\n")
-    assert run([*WATCH, "leave.py"], tmp_path).returncode == code
+    assert run([*WATCH, "--fail-on", "never", "leave.py"], tmp_path).returncode == code
 
 
 def test_a_traceback_is_the_scripts(tmp_path):
@@ -130,7 +130,7 @@ def test_wrong_use_exits_with_2_and_says_so(tmp_path, arguments, message):
 def test_a_clean_script_leaves_an_empty_list(tmp_path):
     (tmp_path / "x.py").write_text("import torch\n")
     assert run([*WATCH, "--json", "out/f.json", "x.py"], tmp_path).returncode == 0
-    assert json.loads((tmp_path / "out" / "f.json").read_text()) == {"schema": 1, "findings": []}
+    assert json.loads((tmp_path / "out" / "f.json").read_text())["findings"] == []
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["f.json"]
 
 

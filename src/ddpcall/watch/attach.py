@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -29,10 +30,12 @@ from ddpcall.watch.precision import PrecisionWatch
 from ddpcall.watch.replica_watch import ReplicaWatch
 from ddpcall.watch.report import WatchError
 from ddpcall.watch.sharded import FULLY_SHARD, ShardedWatch
+from ddpcall.watch.stacks import STACKS, StackWatch
 from ddpcall.watch.step_count import StepCount
 from ddpcall.watch.steps import StepWatch
 from ddpcall.watch.suspects import Suspects
 from ddpcall.watch.trail import Trail
+from ddpcall.watch.watched import BY_HAND, Watched, WatchedModel
 from ddpcall.watch.wrapping import WrapWatch
 
 
@@ -49,6 +52,7 @@ class Attachment:
         *,
         missing: Callable[[str, Exception], None],
         every: int = 0,
+        vitals_taken: Callable[[], None] = lambda: None,
         compared: Callable[[Finding, bool], None] = lambda finding, in_haste: None,
         withdraw: Callable[[Finding], None] = lambda finding: None,
         retract: Callable[[Event], None] = lambda event: None,
@@ -60,6 +64,7 @@ class Attachment:
             emit: Gets every event, on the thread it happened on.
             missing: Gets what cannot be watched, in plain words, and why; also when a library is imported later.
             every: Ranks compare vitals every so many optimizer steps; 0 for never.
+            vitals_taken: Is called at the steps after which vitals are taken.
             compared: Gets the findings that only a comparison shows, on rank 0.
             withdraw: Gets such a finding when a better one takes its place.
             retract: Gets an event that proved to be no harm after it was emitted.
@@ -67,7 +72,7 @@ class Attachment:
         """
         self._emit = emit
         self._missing = missing
-        self._has_failed = False
+        self._faults: list[str] = []
         self._undo = ExitStack()
         guard, keep = outside_dynamo(self._guard), self.keep
         self._count = count = StepCount()
@@ -80,8 +85,9 @@ class Attachment:
         def is_explained() -> bool:
             return explained() or averaging.has_any() or self._steps.is_waiting()
 
-        self._replicas = ReplicaWatch(every, trail, suspects, compared, withdraw, is_explained)
-        self._wraps = WrapWatch(models, count, trail, self._replicas, emit, guard, keep)
+        self._replicas = ReplicaWatch(every, trail, suspects, compared, withdraw, is_explained, vitals_taken)
+        self._stacks = stacks = StackWatch()
+        self._wraps = WrapWatch(models, count, trail, self._replicas, stacks, emit, guard, keep)
         self._sharded = sharded = ShardedWatch(keep)
         hooks = HookWatch(emit, count.preparing, keep, self._hook_registered)
         self._compiled = CompiledWatch(emit, count.preparing, keep, hooks.tap)
@@ -102,6 +108,7 @@ class Attachment:
             ("copies of watched models", strip_forward_taps),
             ("DistributedDataParallel and replicate", self._wraps.attach),
             ("parameters changed after wrapping", ParameterWatch(models, guard, self._wraps.tap).attach),
+            ("process groups", stacks.attach_groups),
             ("backwards", BackwardWatch(models, guard).attach),
             ("collectives and optimizer steps", self._attach_steps),
             ("hooks of modules", hooks.attach),
@@ -110,6 +117,8 @@ class Attachment:
         ):
             self._attach(part, attach)
         self._attach_after_import("fully_shard", FULLY_SHARD, sharded.attach)
+        for name, path, stack in STACKS:
+            self._attach_after_import(stack, name, partial(stacks.attach, path=path, stack=stack))
         precision = PrecisionWatch(emit, count.preparing, keep)
         self._attach_after_import("accelerate's mixed precision", "accelerate.accelerator", precision.attach)
 
@@ -145,9 +154,9 @@ class Attachment:
             work(*args)
         except WatchError:
             raise
-        except Exception:
-            if not self._has_failed:
-                self._has_failed = True
+        except Exception as error:
+            self._faults.append(f"{type(error).__name__}: {error}".splitlines()[0])
+            if len(self._faults) == 1:
                 print(
                     f"ddpcall watch: an error of its own, please report it\n{traceback.format_exc()}",
                     file=sys.stderr,
@@ -190,6 +199,31 @@ class Attachment:
         event = self._sharded.explain(error, self._count.preparing())
         if event is not None:
             self._emit(event)
+
+    def look(self, record: Watched) -> Watched:
+        """Return a record with what this rank has seen so far, also after the end."""
+        ledgers = self._models.ledgers
+        followed = [WatchedModel(each.name, each.wrapper, each.num_steps) for each in ledgers]
+        not_followed = list(self._stacks.not_followed)
+        if any(ledger.num_reductions > 1 and not ledger.num_steps for ledger in ledgers):
+            not_followed.append(BY_HAND)
+        replicas, world_size = self._replicas, max(record.world_size, self._stacks.group_size)
+        return replace(
+            record,
+            attached=True,
+            world_size=world_size,
+            elsewhere=tuple(sorted({*record.elsewhere, *replicas.heard} - set(record.ranks))),
+            models=(*followed, *self._sharded.watched_models()),
+            optimizer_steps=self._count.most,
+            idle_ranks=() if self._count.most else record.ranks,
+            comparisons=replicas.num_compared,
+            comparisons_due=replicas.num_due,
+            not_compared=replicas.trouble,
+            process_group=self._stacks.group_size,
+            own_collectives=self._collectives.num_called,
+            not_followed=tuple(not_followed),
+            faults=tuple(dict.fromkeys(self._faults)),
+        )
 
     def close(self, in_order: bool = True) -> None:
         """Take everything off again; what was waiting for a better line or a last comparison is emitted first.

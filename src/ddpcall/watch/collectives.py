@@ -98,6 +98,11 @@ class CollectiveLog:
         """Return how many elements the script has sent since the last optimizer step."""
         return self._now.numel - self._last_step.numel
 
+    @property
+    def num_called(self) -> int:
+        """How many collectives the script has called."""
+        return self._now.count
+
     def mark(self) -> Mark:
         """Return this moment, to ask later what came after it."""
         return self._now

@@ -345,6 +345,11 @@ class Exchange:
         """Why nothing is compared any more, or None."""
         return self._inbox.failure
 
+    @property
+    def has_compared(self) -> bool:
+        """Whether the comparing rank has compared a step, as far as this rank knows."""
+        return self._inbox.done >= 0
+
     def publish(self, vitals: Vitals) -> None:
         """Hand this rank's vitals of one step to the thread.
 

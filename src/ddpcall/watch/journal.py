@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpcall.findings import Finding, Place
+from ddpcall.watch.watched import Watched, merge_watched, read_watched
 
 SCHEMA = 1
 PATIENCE_S = 5.0
@@ -78,12 +79,15 @@ class Journal:
         self._has_written = False
         self._presence: int | None = None
 
-    def write(self, author: str, findings: Iterable[Finding], done: bool = False) -> Said:
+    def write(
+        self, author: str, findings: Iterable[Finding], watched: Watched | None = None, done: bool = False
+    ) -> Said:
         """Put an author's findings, all it has so far, in place of what it said before; return what that changed.
 
         Args:
             author: This rank, or a name for it.
             findings: All of its findings so far; fewer than before where some were withdrawn.
+            watched: What it has watched so far; None for what it said before.
             done: Whether it is leaving.
 
         Raises:
@@ -92,6 +96,8 @@ class Journal:
         with self._locked() as state:
             before = {key_of(finding) for finding in _findings(state)}
             state["by_author"][author] = [dataclasses.asdict(finding) for finding in findings]
+            if watched is not None:
+                state["watched"][author] = dataclasses.asdict(watched)
             if done:
                 state["done"] = sorted({*state["done"], author})
             self._replace(state)
@@ -110,6 +116,10 @@ class Journal:
                 return [from_record(record) for record in json.loads(self.path.read_text())["findings"]]
         return merge_findings(_findings(self._load()))
 
+    def read_watched(self) -> dict[str, Watched]:
+        """Return what each author has watched so far, those of the last attempt; none once all is cleared up."""
+        return _watched(self._load())
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[dict[str, Any]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +132,7 @@ class Journal:
             state = json.loads(self._state_path.read_text())
             if state.get("run") == self._run:
                 return state
-        return {"run": self._run, "by_author": {}, "done": []}
+        return {"run": self._run, "by_author": {}, "watched": {}, "done": []}
 
     @property
     def _state_path(self) -> Path:
@@ -131,7 +141,9 @@ class Journal:
     def _replace(self, state: dict[str, Any]) -> None:
         _write_atomically(self._state_path, json.dumps(state))
         merged = [dataclasses.asdict(finding) for finding in merge_findings(_findings(state))]
-        _write_atomically(self.path, json.dumps({"schema": SCHEMA, "findings": merged}, indent=2) + "\n")
+        watched = dataclasses.asdict(merge_watched(_watched(state).values()))
+        content = {"schema": SCHEMA, "watched": watched, "findings": merged}
+        _write_atomically(self.path, json.dumps(content, indent=2) + "\n")
 
     def stay(self) -> None:
         """Let other ranks of the host see that this process is there: by a lock that its end releases."""
@@ -172,6 +184,13 @@ def _findings(state: dict[str, Any]) -> Iterator[Finding]:
     for records in state["by_author"].values():
         for record in records:
             yield from_record(record)
+
+
+def _watched(state: dict[str, Any]) -> dict[str, Watched]:
+    """Return the records of the last attempt: what an earlier one saw it did not bring to an end."""
+    attempts = {author: int(author.partition("/")[0]) for author in state["watched"]}
+    last = max(attempts.values(), default=0)
+    return {author: read_watched(state["watched"][author]) for author in attempts if attempts[author] == last}
 
 
 def from_record(record: dict[str, Any]) -> Finding:

@@ -39,6 +39,11 @@ class Launch:
         return self.on_host != self.everywhere
 
     @property
+    def ranks_elsewhere(self) -> tuple[int, ...]:
+        """The ranks of other hosts."""
+        return tuple(sorted(int(author.split("/")[1]) for author in self.everywhere - self.on_host))
+
+    @property
     def begins_run(self) -> bool:
         """Whether this process is the first rank of the first attempt."""
         return self.author == "0/0"
@@ -71,6 +76,15 @@ def current_launch() -> Launch:
         may_restart=attempt < _number("TORCHELASTIC_MAX_RESTARTS", 0),
         file=Path(tempfile.gettempdir()) / f"ddpcall-{os.getuid()}-{unique}.json",
     )
+
+
+def is_started_alone() -> bool:
+    """Say whether `accelerate launch` prepared for several processes and started one, as it does with `--cpu`.
+
+    Source: `prepare_simple_launcher_cmd_env` in accelerate/utils/launch.py sets the address for more than one.
+    """
+    is_accelerates = any(name.startswith("ACCELERATE_") for name in os.environ)
+    return is_accelerates and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
 
 
 def let_rank_0_speak() -> None:

@@ -110,6 +110,8 @@ class ReducerLedger:
         forwarded: Whether there was any forward of the wrapper since then: the first one broadcasts the buffers.
         was_called: Whether there was any forward of the wrapper at all.
         num_reductions: Backwards that its reducer has reduced.
+        wrapper: What the model was wrapped with, a key of `watched.WRAPPERS`.
+        num_steps: Steps of an optimizer that has parameters of it.
         had_backward: Whether gradients ever came from a backward.
         dirty: Parameters, by id, whose last gradient arrived unarmed, with the backward it came from.
         owned: The parameters of `names`.
@@ -134,6 +136,8 @@ class ReducerLedger:
     forwarded: bool = False
     was_called: bool = False
     num_reductions: int = 0
+    wrapper: str = "ddp"
+    num_steps: int = 0
     had_backward: bool = False
     dirty: dict[int, Unreduced] = field(default_factory=dict)
     sharing: list[ReducerLedger] = field(default_factory=list)

@@ -54,6 +54,12 @@ class ReplicaWatch:
     One optimizer leads: the first that stepped parameters of a wrapped model. Vitals are taken after its steps 1
     to 16, then after every `every`-th.
 
+    Attributes:
+        num_due: How often vitals were to be taken.
+        num_compared: Steps whose vitals were compared, on rank 0.
+        heard: Ranks that are known to take vitals too.
+        trouble: Why no more is compared.
+
     Blind to: settings of the other optimizers; wrapped models whose process group is not the whole world.
     """
 
@@ -65,6 +71,7 @@ class ReplicaWatch:
         emit: Callable[[Finding, bool], None],
         withdraw: Callable[[Finding], None],
         explained: Callable[[], bool],
+        vitals_taken: Callable[[], None],
     ) -> None:
         """Take what to compare and where it goes.
 
@@ -75,6 +82,7 @@ class ReplicaWatch:
             emit: Gets findings, and whether a better one may follow.
             withdraw: Gets those that a better one replaces.
             explained: Says whether another finding explains why parameters differ.
+            vitals_taken: Is called after vitals were taken.
         """
         self._every = every
         self._trail = trail
@@ -82,7 +90,12 @@ class ReplicaWatch:
         self._emit = emit
         self._withdraw = withdraw
         self._explained = explained
+        self._vitals_taken = vitals_taken
         self._exchange: Exchange | None = None
+        self._world_size = 0
+        self.num_due = self.num_compared = 0
+        self.heard: set[int] = set()
+        self.trouble = ""
         self._taker: VitalsTaker | None = None
         self._models: nn.Module | None = None
         self._asked: Comparison | None = None
@@ -150,11 +163,14 @@ class ReplicaWatch:
             created=self._trail.optimizers.get(optimizer, NOWHERE),
             scheduled=self._trail.schedulers.get(optimizer, NOWHERE),
         )
+        self.num_due += 1
         if self._exchange is None:
             store = find_store(WAIT_S)
             if store is None:
+                self.trouble = "there is no store that all ranks share"
                 return
-            self._exchange = Exchange(store, dist.get_rank(), dist.get_world_size(), wait_s=WAIT_S)
+            self._world_size = dist.get_world_size()
+            self._exchange = Exchange(store, dist.get_rank(), self._world_size, wait_s=WAIT_S)
         self._taker.optimizer = optimizer
         self._exchange.publish(self._taker.take(step, self.batch))
         self.batch = self._first = None
@@ -163,11 +179,15 @@ class ReplicaWatch:
         if parts:
             self._exchange.post_details(step, self._details(parts))
         self.read()
+        self._vitals_taken()
 
     def read(self) -> None:
         """Turn comparisons that have arrived into findings; rank 0 alone gets any."""
         if self._exchange is None:
             return
+        self.trouble = self._exchange.failure or ""
+        if self._exchange.has_compared:
+            self.heard.add(0)
         for comparison in self._exchange.comparisons():
             self._compare(comparison)
         details = self._exchange.details()
@@ -182,6 +202,9 @@ class ReplicaWatch:
             if in_order and self._taker is not None:
                 self._finish(self._exchange)
         finally:
+            self.trouble = self._exchange.failure or ""
+            if self._exchange.has_compared:
+                self.heard.add(0)
             self._exchange.close()
             self._exchange = self._taker = self._models = None
 
@@ -227,6 +250,9 @@ class ReplicaWatch:
     # ---- rank 0 ---------------------------------------------------------------------------------------------
 
     def _compare(self, comparison: Comparison) -> None:
+        if comparison.num_ranks > 1:
+            self.num_compared += 1
+            self.heard.update(set(range(self._world_size)) - set(comparison.missing))
         self._count_same(comparison)
         self._note_buffers(comparison)
         parts = [part for part in ("optimizer", "parameters", "modes") if part in comparison.differing]

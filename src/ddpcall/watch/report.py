@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ddpcall.findings import Finding, Place
+from ddpcall.watch.watched import Answer
 
 _MOST_PARAMETERS = 6
 
@@ -66,10 +67,10 @@ def render_line(finding: Finding) -> str:
     return f"ddpcall: {finding.code} {finding.name} ({finding.severity}) {where}"
 
 
-def conclude(findings: list[Finding]) -> str:
-    """Return the answer's last line."""
+def conclude(findings: list[Finding], answer: Answer) -> str:
+    """Return the answer's last line: what was found, and what was watched or why too little was."""
     if not findings:
-        return "ddpcall watch: no findings"
+        return f"ddpcall watch: {'no findings: ' if answer.is_evidence else ''}{answer.text}"
     counts = [(sum(f.severity == name for f in findings), name) for name in ("error", "warning", "note")]
     total = ", ".join(f"{count} {name}{'s' * (count != 1)}" for count, name in counts if count)
-    return f"ddpcall watch: {total}; `ddpcall explain {findings[0].code}` says more"
+    return f"ddpcall watch: {total}; `ddpcall explain {findings[0].code}` says more; {answer.text}"

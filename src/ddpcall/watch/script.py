@@ -74,7 +74,9 @@ def run_program(program: Program, arguments: list[str], options: Options) -> Non
         SystemExit: The program's own exit code; 1 when it succeeded, this rank is the last of its host to
             leave and findings reach `fail_on`.
     """
-    session = Session(options).open()
+    session = Session(options)
+    session.script = program.name if program.source is not None else f"-m {program.name}"
+    session.open()
     ending = _Ending(session)
     with_torch = after_import("torch", ending.attach)
     code = _execute(program, arguments, session, ending)
@@ -205,12 +207,14 @@ class _Ending:
         try:
             if len(self._session.launch.on_host) > 1:
                 self._session.journal.stay()
+            if not succeeded:
+                self._session.note_exit(code)
             self._session.close(in_order=succeeded and in_order)
             if self._session.is_last():
-                failed = self._session.reaches_failure()
+                verdict = self._session.exit_code()
                 self._session.report()
-                self._is_failing = succeeded and failed
-                return 1 if self._is_failing else code
+                self._is_failing = succeeded and verdict != 0
+                return verdict if self._is_failing else code
         except Exception as error:
             print(f"ddpcall watch: an error of its own at the end: {error!r}", file=sys.__stderr__)
         return code

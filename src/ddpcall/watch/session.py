@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from ddpcall.findings import Finding
 from ddpcall.watch import report
 from ddpcall.watch.journal import Journal, Key, Said, key_of, merge_findings
-from ddpcall.watch.launch import Launch, current_launch
+from ddpcall.watch.launch import Launch, current_launch, is_started_alone
 from ddpcall.watch.options import Options, parse_codes
 from ddpcall.watch.report import WatchError
+from ddpcall.watch.watched import Answer, Watched, merge_watched, weigh
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +32,7 @@ class Session:
     """Watches this process from `start` to `close`.
 
     Attributes:
+        script: What is watched, as it was named on the command line.
         not_attached: What of a script is not watched, in plain words, and why in one line; empty when all is.
     """
 
@@ -39,12 +42,17 @@ class Session:
         """Take the options and where this process stands; nothing is attached yet."""
         self.options = options
         self.launch = current_launch() if launch is None else launch
+        self.script = "train.py"
         self.not_attached: dict[str, str] = {}
         self._found: dict[Key, Finding] = {}
         self._attachment: Attachment | None = None
         self._collected: list[Finding] | None = None
         self._is_open = True
         self._has_failed = False
+        self._error = ""
+        self._watched: Watched | None = None
+        self._all_watched: Watched | None = None
+        self._next_write = 0.0
         self._rank = self.launch.rank
         self._may_raise = options.on_finding == "raise"
         self._lock = threading.RLock()
@@ -59,7 +67,7 @@ class Session:
         if self.launch.begins_run and self.launch.spans_hosts and self._is_shared():
             self.journal.discard()
         if self.options.json is not None and self.launch.rank == 0:
-            self.journal.write(self.launch.author, [])
+            self.journal.write(self.launch.author, [], self.watched)
         return self
 
     def start(self) -> Session:
@@ -80,8 +88,10 @@ class Session:
             withdraw=self._withdraw,
             retract=self._retract,
             explained=self._is_divergence_explained,
+            vitals_taken=self._keep_up,
         )
         Session._running = self
+        self._keep_up()
         return self
 
     @property
@@ -113,8 +123,13 @@ class Session:
     def explain_crash(self, error: BaseException) -> None:
         """Record what the watch knows about the exception that ends the script; none of its own comes after."""
         self._may_raise = False
+        self._error = type(error).__name__
         if self._attachment is not None:
             self._attachment.explain_crash(error)
+
+    def note_exit(self, code: Any) -> None:
+        """Keep the exit code of a script that failed, where no exception ended it."""
+        self._error = self._error or (f"exit code {code}" if isinstance(code, int) else "an error message")
 
     def adopt(self, model: nn.Module) -> None:
         """Watch a model that was wrapped before the watch began."""
@@ -126,6 +141,39 @@ class Session:
     def findings(self) -> list[Finding]:
         """What this rank has found so far."""
         return merge_findings(self._found.values())
+
+    @property
+    def watched(self) -> Watched:
+        """What this rank has watched so far; after the end, all that it has."""
+        if self._attachment is not None:
+            self._watched = self._attachment.look(self._standing())
+        record = self._watched or self._standing()
+        ended = {"error": self._error, "ended": not self._is_open}
+        return dataclasses.replace(record, not_attached=dict(self.not_attached), **ended)
+
+    def _standing(self) -> Watched:
+        """Return what is known of this rank's place before anything is watched."""
+        launch = self.launch
+        # A process group may be of this rank alone, whatever the launcher started.
+        is_told = len(launch.everywhere) > 1 or self._attachment is None
+        return Watched(
+            script=self.script,
+            ranks=(launch.rank if is_told else self._this_rank(),),
+            world_size=max(1, len(launch.everywhere)),
+            elsewhere=launch.ranks_elsewhere,
+            idle_ranks=(launch.rank,),
+            started_alone=is_started_alone(),
+        )
+
+    def all_watched(self) -> Watched:
+        """What the ranks of this host, and processes they spawned, have watched so far, merged."""
+        if self._all_watched is not None:
+            return self._all_watched
+        return merge_watched({**self.journal.read_watched(), self.launch.author: self.watched}.values())
+
+    def answer(self) -> Answer:
+        """Say what that amounts to: whether "no findings" means something."""
+        return weigh(self.all_watched())
 
     def all_findings(self) -> list[Finding]:
         """What the ranks of this host, and processes they spawned, have found so far, merged."""
@@ -142,12 +190,14 @@ class Session:
         Raises:
             WatchError: With `on_finding="raise"`, for what only the end of the run showed.
         """
-        attachment, self._attachment = self._attachment, None
         try:
-            if attachment is not None:
+            if self._attachment is not None:
                 Session._running = None
-                attachment.close(in_order)
+                self._attachment.close(in_order)
         finally:
+            if self._attachment is not None:
+                self._watched = self._attachment.look(self._standing())
+                self._attachment = None
             if self._is_open:
                 self._is_open = False
                 self._leave()
@@ -158,6 +208,7 @@ class Session:
         done = self._write(done=True).done if self._is_shared() else {author}
         if not self.launch.on_host or not self.launch.on_host <= done | {author}:
             return
+        self._all_watched = self.all_watched()
         self._collected = self.all_findings()
         if self.launch.may_restart:
             return
@@ -189,7 +240,8 @@ class Session:
         from ddpcall.watch.terminal import print_findings
 
         findings = self.all_findings()
-        print_findings(findings, sys.stderr)
+        conclusion = report.conclude(findings, self.answer())
+        print_findings(findings, conclusion, sys.stderr)
         if self.options.sarif is not None:
             from ddpcall.watch.sarif import write_sarif
 
@@ -198,11 +250,13 @@ class Session:
             from ddpcall.watch import github
 
             github.annotate(findings, sys.stderr)
-            github.append_summary(findings, report.conclude(findings))
+            github.append_summary(findings, conclusion)
 
-    def reaches_failure(self) -> bool:
-        """Say whether a finding reaches `fail_on`."""
-        return any(self.options.fails(finding.severity) for finding in self.all_findings())
+    def exit_code(self) -> int:
+        """Return 1 where a finding reaches `fail_on`, 2 where none does and too little was watched, else 0."""
+        if any(self.options.fails(finding.severity) for finding in self.all_findings()):
+            return 1
+        return 0 if self.answer().is_evidence or self.options.fail_on == "never" else 2
 
     def _is_shared(self) -> bool:
         return self.options.json is not None or len(self.launch.on_host) != 1
@@ -236,12 +290,19 @@ class Session:
     def _write(self, done: bool = False) -> Said:
         """Put on disk what was found; where that fails it is said once, and the run goes on."""
         try:
-            return self.journal.write(self.launch.author, list(self._found.values()), done)
+            return self.journal.write(self.launch.author, list(self._found.values()), self.watched, done)
         except OSError as error:
             if not self._has_failed:
                 self._has_failed = True
                 print(f"ddpcall watch: cannot write findings to {self.journal.path}: {error}", file=sys.stderr)
             return Said(set(self._found), set())
+
+    def _keep_up(self) -> None:
+        """Put on disk, at most once a second, what was watched: a rank that is killed has said it."""
+        if self._is_shared() and time.monotonic() >= self._next_write:
+            with self._lock:
+                self._write()
+                self._next_write = time.monotonic() + 1.0
 
     def _record(self, finding: Finding, in_haste: bool = False) -> None:
         """Keep a finding, put it on disk and say it; of one found in haste nothing is said: a better follows."""

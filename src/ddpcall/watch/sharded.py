@@ -30,6 +30,7 @@ from ddpcall.taps import (
 )
 from ddpcall.watch.events import Event, EventKind
 from ddpcall.watch.hooks import can_be_tapped
+from ddpcall.watch.watched import WatchedModel
 
 _MIXED = "mixed torch.Tensor and DTensor"
 FULLY_SHARD = "torch.distributed.fsdp._fully_shard._fully_shard"
@@ -40,12 +41,17 @@ _SHARDING = ("torch.distributed.fsdp", "torch.distributed._composable", "torch.d
 class ShardedWatch:
     """Watches modules that fully_shard and parallelize_module hook.
 
+    Attributes:
+        num_steps: Steps of an optimizer that has sharded parameters.
+
     Blind to: crashes that the script catches; FSDP1; weights used without any module's forward.
     """
 
     def __init__(self, keep: Callable[[Undo], None] = lambda undo: None) -> None:
         """Take where undos go; start with no sharded module."""
         self._keep = keep
+        self.num_steps = 0
+        self._seen: dict[int, tuple[str, str]] = {}
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._tapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -72,14 +78,24 @@ class ShardedWatch:
         if kind != "forward_pre" or not owner.startswith(_SHARDING):
             return
         self._hooked.add(module)
+        name = type(module).__name__.removeprefix("FSDP")
+        if owner.startswith("torch.distributed.tensor"):
+            self._seen.setdefault(0, (name, "tp"))  # one, of however many layers
         if owner.startswith(_FULLY_SHARDING):
             below = set(module.modules())
+            for inner in below:
+                self._seen.pop(id(inner), None)
+            self._seen[id(module)] = (name, "fsdp2")
             self._roots.difference_update(below)
             self._roots.add(module)
             for inner in below - set(self._tapped):
                 if can_be_tapped(inner):
                     self._tapped.add(inner)
                     self._keep(self._tap.put(inner))
+
+    def watched_models(self) -> list[WatchedModel]:
+        """Return the sharded models that were seen, also those that are gone."""
+        return [WatchedModel(name, wrapper, self.num_steps) for name, wrapper in self._seen.values()]
 
     # ---- gradients that never reach the shards -----------------------------------------------------------------
 

@@ -11,6 +11,7 @@ class StepCount:
     """Steps by optimizer; the first that stepped a wrapped model's parameters leads: its steps number the run's.
 
     Attributes:
+        most: Steps of the optimizer that did the most, also when it is gone.
         evaluation_due: Whether the leading optimizer has stepped since the model was last seen evaluated.
     """
 
@@ -18,11 +19,13 @@ class StepCount:
         """Start at no steps."""
         self._done: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._lead: weakref.ref[Optimizer] | None = None
+        self.most = 0
         self.evaluation_due = False
 
     def begin(self, optimizer: Optimizer) -> None:
         """Count a step that begins."""
         self._done[optimizer] = self.of(optimizer) + 1
+        self.most = max(self.most, self._done[optimizer])
 
     def of(self, optimizer: Optimizer) -> int:
         """Return an optimizer's steps, one that has begun included."""

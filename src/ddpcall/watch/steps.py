@@ -78,6 +78,7 @@ class StepWatch:
             del self._stepping[self._stepping.index(id(optimizer)) :]
         self._stepping.append(id(optimizer))
         view = self._view(optimizer)
+        self._count_models(optimizer, view)
         self._compiled.before_step(view.get)
         for event in self._sharded.before_step(self._count.of(optimizer), view.parameters.__contains__):
             self._emit(event)
@@ -88,6 +89,15 @@ class StepWatch:
             self._stepped_in_backward(optimizer, view)
         elif not _is_judged_after(optimizer, args, kwargs):
             self._judge(optimizer, view)
+
+    def _count_models(self, optimizer: Optimizer, view: OptimizerView) -> None:
+        """Count a step on each wrapped model that it moves; of several optimizers the one with most."""
+        steps = self._count.of(optimizer)
+        for ledger in view.ledgers:
+            for each in (ledger, *ledger.sharing):
+                each.num_steps = max(each.num_steps, steps)
+        if view.is_sharded:
+            self._sharded.num_steps = max(self._sharded.num_steps, steps)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if id(optimizer) in self._stepping:
@@ -132,6 +142,7 @@ class StepWatch:
             list(ledgers.values()),
             self._find_unowned(parameters),
             self._find_strays(parameters),
+            any(type(parameter).__name__ == "DTensor" for parameter in parameters),
         )
 
     def _find_strays(self, parameters: list[Tensor]) -> list[int]:
@@ -291,6 +302,7 @@ class OptimizerView:
         ledgers: list[ReducerLedger],
         unowned: dict[int, tuple[str, ReducerLedger]],
         strays: list[int],
+        is_sharded: bool,
     ) -> None:
         """Take what `Attachment` found."""
         self.signature = signature
@@ -298,6 +310,7 @@ class OptimizerView:
         self.ledgers = ledgers
         self.unowned = unowned
         self.strays = strays
+        self.is_sharded = is_sharded
 
     def get(self, key: int) -> Tensor | None:
         """Return a parameter by id, None when this optimizer has none such."""

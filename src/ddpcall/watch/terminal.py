@@ -9,18 +9,18 @@ from rich.padding import Padding
 from rich.text import Text
 
 from ddpcall.findings import Finding
-from ddpcall.watch.report import conclude, describe_parameters, describe_place
+from ddpcall.watch.report import describe_parameters, describe_place
 from ddpcall.watch.source_line import read_source_line
 
 _COLORS = {"error": "red", "warning": "yellow", "note": "blue"}
 
 
-def print_findings(findings: list[Finding], stream: TextIO) -> None:
+def print_findings(findings: list[Finding], conclusion: str, stream: TextIO) -> None:
     """Print all findings, and the conclusion."""
     console = Console(file=stream, highlight=False, markup=False, emoji=False)
     for finding in findings:
         _print_finding(console, finding)
-    _print_lines(console, Text(conclude(findings)))
+    _print_lines(console, Text(conclusion))
 
 
 def _print_finding(console: Console, finding: Finding) -> None:

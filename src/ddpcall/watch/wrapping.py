@@ -30,8 +30,10 @@ from ddpcall.watch.hooks import can_be_tapped
 from ddpcall.watch.models import Models
 from ddpcall.watch.reducer_ledger import Entry, ReducerLedger, owned_parameters
 from ddpcall.watch.replica_watch import ReplicaWatch
+from ddpcall.watch.stacks import StackWatch
 from ddpcall.watch.step_count import StepCount
 from ddpcall.watch.trail import Trail
+from ddpcall.watch.watched import DELAYED_ALL_REDUCE, PYTHON_REDUCER
 
 
 class WrapWatch:
@@ -46,6 +48,7 @@ class WrapWatch:
         count: StepCount,
         trail: Trail,
         replicas: ReplicaWatch,
+        stacks: StackWatch,
         emit: Emit,
         guard: Guard,
         keep: Callable[[Undo], None],
@@ -55,6 +58,7 @@ class WrapWatch:
         self._count = count
         self._trail = trail
         self._replicas = replicas
+        self._stacks = stacks
         self._emit = emit
         self._guard = guard
         self._keep = keep
@@ -144,9 +148,10 @@ class WrapWatch:
 
     def adopt(self, ddp: DistributedDataParallel) -> None:
         """Watch one DDP, if its process group has more than one rank."""
-        if ddp._use_python_reducer or ddp._delay_all_reduce_all_params or self._models.ledger_of(ddp) is not None:
+        if dist.get_world_size(ddp.process_group) == 1 or self._models.ledger_of(ddp) is not None:
             return
-        if dist.get_world_size(ddp.process_group) == 1:
+        if ddp._use_python_reducer or ddp._delay_all_reduce_all_params:
+            self._stacks.note(PYTHON_REDUCER if ddp._use_python_reducer else DELAYED_ALL_REDUCE)
             return
         owned = dict(owned_parameters(ddp))
         owner = self._models.owner
@@ -169,6 +174,7 @@ class WrapWatch:
             return
         owned = {name: p for name, p in root.named_parameters() if p.requires_grad and not is_lazy(p)}
         ledger = ReducerLedger(type(root).__name__, {id(p): n for n, p in owned.items()}, is_announced=True)
+        ledger.wrapper = "replicate"
         self._open(ledger, root, list(owned.values()))
 
     def _open(self, ledger: ReducerLedger, root: nn.Module, owned: list[nn.Parameter]) -> None:

@@ -1,0 +1,246 @@
+"""What was watched, in the last line, the file and the exit code; where it was nothing, that and the reason."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import ddpcall
+from ddpcall.watch.watched import (
+    ESSENTIAL_PARTS,
+    FSDP1,
+    Watched,
+    WatchedModel,
+    merge_watched,
+    read_watched,
+    weigh,
+)
+from tests.watch.launched import Launched
+
+NET = WatchedModel("Net", "ddp", 30)
+RANK_0 = Watched(
+    attached=True,
+    ranks=(0,),
+    world_size=2,
+    models=(NET,),
+    optimizer_steps=30,
+    comparisons=17,
+    comparisons_due=17,
+    process_group=2,
+    ended=True,
+)
+BOTH = replace(RANK_0, ranks=(0, 1))
+ALONE = replace(
+    RANK_0, world_size=1, models=(), optimizer_steps=5, comparisons=0, comparisons_due=0, process_group=0
+)
+
+
+def test_ranks_are_merged_into_one_record():
+    rank_1 = replace(RANK_0, ranks=(1,), comparisons=0, optimizer_steps=28, not_followed=(FSDP1,), ended=False)
+    merged = merge_watched([RANK_0, rank_1])
+    assert merged == replace(BOTH, not_followed=(FSDP1,), ended=False)
+    assert read_watched(json.loads(json.dumps(merged, default=vars))) == merged
+
+
+def test_a_process_that_starts_the_ranks_is_none_of_them():
+    parent = replace(ALONE, optimizer_steps=0, idle_ranks=(0,), ended=True)
+    assert merge_watched([parent, BOTH]) == BOTH
+
+
+def test_two_models_of_one_class_stay_two_over_ranks():
+    record = replace(RANK_0, models=(NET, NET))
+    assert merge_watched([record, replace(record, ranks=(1,))]).models == (NET, NET)
+
+
+@pytest.mark.parametrize(
+    ("watched", "text"),
+    [
+        (BOTH, "1 DDP model, 30 steps on 2 of 2 ranks, compared 17 times"),
+        (
+            replace(BOTH, models=(NET, NET, replace(NET, wrapper="fsdp2"))),
+            "2 DDP models and 1 FSDP2 model, 30 steps on 2 of 2 ranks, compared 17 times",
+        ),
+        (
+            replace(BOTH, not_attached={"torch.compile": "AttributeError: gone"}),
+            "1 DDP model, 30 steps on 2 of 2 ranks, compared 17 times; "
+            "watched without: torch.compile (AttributeError: gone)",
+        ),
+        (
+            replace(BOTH, not_followed=(FSDP1,)),
+            f"1 DDP model, 30 steps on 2 of 2 ranks, compared 17 times; not followed: {FSDP1}",
+        ),
+        (
+            replace(BOTH, comparisons=0, comparisons_due=0),  # --every 0
+            "1 DDP model, 30 steps on 2 of 2 ranks",
+        ),
+        (
+            replace(RANK_0, elsewhere=(1,)),  # another host's
+            "1 DDP model, 30 steps on 1 of 2 ranks (the others report by themselves), compared 17 times",
+        ),
+        (
+            replace(BOTH, error="ValueError"),
+            "1 DDP model, 30 steps on 2 of 2 ranks, compared 17 times, until it ended with ValueError",
+        ),
+        (
+            replace(BOTH, models=(), own_collectives=3, comparisons=0, comparisons_due=0),
+            "no wrapped model, 30 steps on 2 of 2 ranks: hooks, compiled code and precision were watched, "
+            "gradients that the script reduces itself were not",
+        ),
+        (
+            ALONE,
+            "one process, 5 steps: hooks, compiled code and precision were watched; gradients need two ranks",
+        ),
+        (
+            replace(ALONE, optimizer_steps=0, idle_ranks=(0,)),
+            "one process, no optimizer step: hooks, compiled code and precision were watched; "
+            "gradients need two ranks",
+        ),
+    ],
+)
+def test_what_was_watched_is_said(watched, text):
+    answer = weigh(watched)
+    assert (answer.text, answer.is_evidence) == (text, True)
+
+
+@pytest.mark.parametrize(
+    ("watched", "text"),
+    [
+        (Watched(ranks=(0,)), "nothing was watched: train.py never imported torch"),
+        (
+            Watched(ranks=(0,), not_attached={"torch": "RuntimeError: no"}),
+            "nothing was watched: the watch could not attach to torch (RuntimeError: no)",
+        ),
+        (Watched(ranks=(0,), error="ImportError"), "train.py ended with ImportError before it imported torch"),
+        (replace(ALONE, optimizer_steps=0, error="OSError"), "ended with OSError before its first optimizer step"),
+        (replace(ALONE, process_group=1), "there is one process (the process group has one rank)"),
+        (replace(ALONE, started_alone=True), "there is one process (the launcher started one of several)"),
+        (RANK_0, "1 of 2 ranks was watched: nothing is known of rank 1"),
+        (replace(BOTH, models=(), not_followed=(FSDP1,)), f"{FSDP1} is not followed by the watch. To have it"),
+        (replace(BOTH, optimizer_steps=0), "no optimizer step was taken on 1 DDP model"),
+        (replace(BOTH, idle_ranks=(1,)), "rank 1 took no optimizer step, another rank 30"),
+        (replace(BOTH, models=(replace(NET, steps=0),)), "no optimizer step used the gradients of 1 DDP model"),
+        (replace(BOTH, models=()), "no model was wrapped, no collective called, so each of 2 ranks"),
+        (replace(BOTH, models=(), process_group=0), "no process group was made, so each of 2 ranks"),
+        (
+            replace(BOTH, models=(), process_group=1, own_collectives=1),
+            "every rank made a process group of one, so each of 2 ranks",
+        ),
+        (
+            replace(BOTH, comparisons=0, not_compared="ConnectionError: gone"),
+            "the ranks could not be compared (ConnectionError: gone)",
+        ),
+        (replace(BOTH, faults=("ZeroDivisionError: ours",)), "an error of its own (ZeroDivisionError: ours)"),
+        (replace(BOTH, not_attached={ESSENTIAL_PARTS[0]: "AttributeError: gone"}), "gradients are not watched"),
+    ],
+)
+def test_where_too_little_was_watched_the_reason_is_said(watched, text):
+    answer = weigh(watched)
+    assert text in answer.text
+    assert not answer.is_evidence
+
+
+def test_a_session_tells_what_it_watched():
+    with ddpcall.watch(on_finding="record") as session:
+        assert session.watched.attached
+        assert not session.watched.ended
+    assert session.watched.ended
+    assert (session.watched.ranks, session.watched.optimizer_steps) == ((0,), 0)
+
+
+RANKS = """
+import os, sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+mode, rank = sys.argv[1], int(os.environ["RANK"])
+if mode == "group_of_one":
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+elif mode != "no_group":
+    dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 2)
+if mode == "fsdp1":
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+elif mode == "data_parallel":
+    model = torch.nn.DataParallel(model)
+elif mode not in ("no_group", "unwrapped", "averaged"):
+    model = DistributedDataParallel(model)
+torch.manual_seed(rank)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(3):
+    if mode == "no_step" or (mode == "idle" and rank == 1) or (mode == "dies" and rank == 1):
+        break
+    loss = model(torch.randn(3, 4)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    if mode == "averaged":
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+    if mode == "by_hand":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+    else:
+        optimizer.step()
+    if mode == "idle":
+        break
+if mode == "idle" and rank == 1:
+    model(torch.randn(3, 4)).sum().backward()
+if mode == "dies":
+    raise ValueError("too early")
+if dist.is_initialized():
+    del model
+    dist.destroy_process_group()
+"""
+
+
+def answer_of(launcher, directory, mode, *options):
+    run = Launched(launcher, directory, RANKS, mode, options=options)
+    assert run.err.count("ddpcall watch: ") == 1, run.err
+    line = next(line for line in run.err.splitlines() if line.startswith("ddpcall watch: "))
+    watched = json.loads((directory / "f.json").read_text())["watched"]
+    return run.codes, line.removeprefix("ddpcall watch: "), watched
+
+
+def test_a_proper_run_says_what_was_watched(launcher, tmp_path):
+    codes, line, watched = answer_of(launcher, tmp_path, "clean")
+    assert codes == [0, 0]
+    assert line == "no findings: 1 DDP model, 3 steps on 2 of 2 ranks, compared 3 times"
+    assert (watched["attached"], watched["ranks"], watched["world_size"]) == (True, [0, 1], 2)
+    assert watched["models"] == [{"name": "Linear", "wrapper": "ddp", "steps": 3}]
+    assert (watched["optimizer_steps"], watched["comparisons"], watched["ended"]) == (3, 3, True)
+    assert watched["not_followed"] == []
+
+
+def test_gradients_averaged_by_hand_are_fine_and_said(launcher, tmp_path):
+    codes, line, _ = answer_of(launcher, tmp_path, "averaged")
+    assert codes == [0, 0]
+    assert line.startswith("no findings: no wrapped model, 3 steps on 2 of 2 ranks")
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("no_step", "no optimizer step was taken on 1 DDP model"),
+        ("idle", "rank 1 took no optimizer step, another rank 1"),
+        ("by_hand", "no optimizer step used the gradients of 1 DDP model. To have it watched, update"),
+        ("unwrapped", "no model was wrapped, no collective called"),
+        ("no_group", "no process group was made"),
+        ("group_of_one", "every rank made a process group of one"),
+        ("fsdp1", "FullyShardedDataParallel (FSDP1) is not followed by the watch. To have it watched, shard"),
+        ("data_parallel", "torch.nn.DataParallel is not followed"),
+    ],
+)
+def test_where_nothing_could_be_found_out_the_run_does_not_succeed(launcher, tmp_path, mode, reason):
+    codes, line, _ = answer_of(launcher, tmp_path, mode)
+    assert sorted(codes) == [0, 2], line
+    assert line.startswith("nothing could be found out: ")
+    assert reason in line
+
+
+def test_with_fail_on_never_it_does(launcher, tmp_path):
+    codes, line, _ = answer_of(launcher, tmp_path, "no_step", "--fail-on", "never")
+    assert codes == [0, 0]
+    assert line.startswith("nothing could be found out: no optimizer step was taken")
