@@ -79,7 +79,7 @@ def test_of_several_lines_none_is_written_anew_alone():
 def test_a_librarys_line_is_not_the_users_to_change():
     site = CallSite("/env/lib/python3.11/site-packages/trl/trainer/dpo.py", 7, "loss", CallSite("t.py", 3, "main"))
     finding = diagnose(Event(EventKind.BYPASSED, site, 1, ("w",), (), {"model": "Net"}), 0)
-    assert finding.fix.endswith("The line is trl's: change it in a subclass of your own, or report it there.")
+    assert finding.fix.endswith("The line is trl's: override it in code of your own, or report it there.")
     assert finding.called_from == Place("t.py", 3, "main")
 
 

@@ -81,7 +81,7 @@ def _fix(event: Event, rule: Rule) -> str:
     package = re.search(r"/(?:site|dist)-packages/([^/]+)", event.site.file)
     if package and event.kind in _IN_THE_LINE:
         library = package[1].removesuffix(".py")
-        fix += f" The line is {library}'s: change it in a subclass of your own, or report it there."
+        fix += f" The line is {library}'s: override it in code of your own, or report it there."
     return fix
 
 
