@@ -302,6 +302,8 @@ class Divergence:
         parameters: Names of the parameters that differ; empty before the second round.
         settings: Optimizer settings that differ: value by rank, by name.
         modules: Modes that differ and matter: mode by rank, by module.
+        is_confirmed: Whether the parameters were seen to differ more than once.
+        difference: The largest one of a parameter, relative to its norm; 0 where it was not measured.
         load_site: The line that loaded a checkpoint, on some ranks only.
         mode_site: The line that switched to eval, where that differs between ranks.
         optimizer_site: The line that set the optimizer up, or its schedule.
@@ -315,6 +317,8 @@ class Divergence:
     parameters: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
     modules: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    is_confirmed: bool = True
+    difference: float = 0.0
     load_site: CallSite | None = None
     mode_site: CallSite | None = None
     optimizer_site: CallSite = NOWHERE
@@ -368,7 +372,7 @@ def _compared(
     return Finding(
         code=code,
         name=rule.name,
-        severity=rule.severity,
+        severity=rule.severity if divergence.is_confirmed or code != "DC201" else Severity.WARNING,
         message=message,
         file=site.file,
         line=site.line,
@@ -404,7 +408,11 @@ def _loaded(divergence: Divergence) -> str:
 
 def _diverged(divergence: Divergence, groups: tuple[tuple[int, ...], ...]) -> str:
     count = f"{len(divergence.parameters)} parameters" if divergence.parameters else "Parameters"
-    return f"{count} differ between ranks after optimizer step {divergence.step} ({_groups(groups)})."
+    size = f", by up to {divergence.difference:.1e} of a parameter's norm" if divergence.difference else ""
+    doubt = (
+        "" if divergence.is_confirmed else " It was seen once; the run ended before the ranks were asked again."
+    )
+    return f"{count} differ between ranks after optimizer step {divergence.step} ({_groups(groups)}){size}.{doubt}"
 
 
 def _is_shared_out(divergence: Divergence, explained: bool) -> bool:
