@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ddpcall.mixing.places import SHARDED, Place, find_places, ranks_along
+from ddpcall.mixing.places import SHARDED, Place, ranks_along
 from ddpcall.mixing.record import FOREIGN, NO_GRADIENT, NOT_FINITE, PRESENT, UNREAD, Column, RankSketches
+from ddpcall.mixing.shards import find_places
 from ddpcall.sketch import NUM_BUCKETS
 from ddpcall.taps import Undo, outside_dynamo, replace_attribute
 
@@ -91,7 +92,9 @@ class MixingCollector:
     def __init__(self, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> None:
         self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._watched = [_Watched(place) for place in find_places(model, self._optimizers)]
-        self._by_id = {id(watched.place.stepped): watched for watched in self._watched}
+        self._by_id: dict[int, list[_Watched]] = {}  # a flat parameter stands for many
+        for watched in self._watched:
+            self._by_id.setdefault(id(watched.place.stepped), []).append(watched)
         self._undos: list[Undo] = []
         self._reading: dict[int, tuple[Optimizer, Any]] = {}
         self._stepping: list[int] = []
@@ -149,6 +152,8 @@ class MixingCollector:
         task = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
         if not window.own:
             window.carry = watched.place.sketch_carry()
+            if len(watched.windows) == 1 and (pending := watched.place.sketch_pending()) is not None:
+                watched.windows.appendleft(_Window([_Own(-1, pending)], closed=True))
         if not window.own or window.own[-1].task != task:
             window.own.append(_Own(task, captured=watched.place.is_captured()))
         own, number = window.own[-1], watched.place.sketch_own(gradient)
@@ -183,13 +188,13 @@ class MixingCollector:
         """Sketch what an optimizer is about to use. Of nested steps the last one counts."""
         for watched in self._held_by(optimizer):
             window = watched.open_window()
-            gradient = watched.place.stepped.grad
+            gradient = watched.place.used_gradient()
             window.before = watched.place.digest()
             window.used, window.state = None, NO_GRADIENT
             if gradient is not None:
                 window.used = watched.place.sketch_used(gradient)
                 window.state = FOREIGN if watched.place.is_foreign else PRESENT
-                watched.used_parts = watched.place.used_parts(gradient)
+            watched.used_parts = watched.place.used_parts(gradient)
             self._read_now.add(id(watched.place.stepped))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -199,16 +204,16 @@ class MixingCollector:
         if self._stepping:
             return
         for key in self._read_now:
-            self._by_id[key].windows[-1].closed = True
-            self._by_id[key].place.rehook()
+            for watched in self._by_id[key]:
+                watched.windows[-1].closed = True
+                watched.place.rehook()
         self._num_steps += bool(self._read_now)
         self._read_now.clear()
 
     def _held_by(self, optimizer: Optimizer) -> Iterator[_Watched]:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if id(parameter) in self._by_id:
-                    yield self._by_id[id(parameter)]
+                yield from self._by_id.get(id(parameter), ())
 
     def _wrap_step(self, optimizer: Optimizer) -> Callable[..., Any]:
         """Return a `step` that reads what is used when the closure returns."""
@@ -281,6 +286,7 @@ class MixingCollector:
             own_sum=tuple(watched.own_sum for watched in self._watched),
             own_unit=tuple(watched.own_unit for watched in self._watched),
             used_parts=tuple(watched.used_parts for watched in self._watched),
+            weight_parts=tuple(watched.place.weight_parts() for watched in self._watched),
             num_steps=self._num_steps,
             num_skipped=self._num_skipped,
             failure=self._failure,

@@ -255,7 +255,7 @@ def _judge_weights(
     wholes = []
     for rank, record in by_rank.items():
         i = indices[rank][name]
-        parts = [part for part in record.used_parts[i] or (rank,) if part in by_rank]
+        parts = [part for part in record.weight_parts[i] or (rank,) if part in by_rank]
         wholes.append(
             tuple(
                 tuple(int(getattr(by_rank[part], when)[indices[part][name]]) for part in parts)
@@ -483,7 +483,7 @@ def measure_matrix(
         blocks = [pool.earlier[:, k] for k in range(pool.earlier.shape[1])] + blocks
         labels = [[k - pool.earlier.shape[1]] for k in range(pool.earlier.shape[1])] + labels
     matrix, errors, residual = _solve_blocks(blocks, pool)
-    merged = _merge_alike(matrix, errors, num_ranks, len(blocks))
+    merged = _merge_alike(matrix, errors, num_ranks, [label[0] for label in labels])
     if len(merged) < len(blocks):
         joined = [np.sum([blocks[k] for k in group], axis=0) for group in merged]
         again = _solve_blocks(joined, pool)
@@ -509,16 +509,16 @@ def _shared(rows: np.ndarray) -> np.ndarray:
     return rows[:1] if _rows_agree(rows) else rows
 
 
-def _merge_alike(matrix: np.ndarray, errors: np.ndarray, num_ranks: int, num_blocks: int) -> list[list[int]]:
-    """Return which blocks of columns have the same weights."""
+def _merge_alike(matrix: np.ndarray, errors: np.ndarray, num_ranks: int, labels: Sequence[int]) -> list[list[int]]:
+    """Return which blocks of columns of one window have the same weights."""
     merged: list[list[int]] = []
-    for k in range(num_blocks):
+    for k, label in enumerate(labels):
         mine = slice(k * num_ranks, (k + 1) * num_ranks)
         for group in merged:
             theirs = slice(group[0] * num_ranks, (group[0] + 1) * num_ranks)
             allowed = 5 * (errors[:, mine] + errors[:, theirs]) + 1e-4 * np.nanmax(np.abs(matrix), initial=0)
             gap = np.abs(matrix[:, mine] - matrix[:, theirs])
-            if np.all((gap <= allowed) | np.isnan(gap)):
+            if (labels[group[0]] < 0) == (label < 0) and np.all((gap <= allowed) | np.isnan(gap)):
                 group.append(k)
                 break
         else:

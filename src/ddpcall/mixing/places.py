@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from ddpcall.replicas import digest_tensor
 from ddpcall.sketch import sketch
-from ddpcall.taps import Undo, is_lazy
+from ddpcall.taps import Undo
 
 See = Callable[[bool, Tensor], None]
 """Called with a gradient, and whether it was seen ahead of the parameter's other tensor hooks."""
@@ -41,6 +40,10 @@ class Place:
         self._see: See | None = None
         self._accumulator: Any = None
 
+    def whole(self) -> Tensor | None:
+        """Return the leaf whose gradient autograd computes; None while there is none."""
+        return self._computed
+
     def hook(self, see: See) -> Undo:
         """Hear of own gradients."""
         self._see = see
@@ -49,26 +52,26 @@ class Place:
 
     def rehook(self) -> None:
         """Be first and last again where other hooks have come."""
-        others = self._other_hooks()
-        if self._see is not None and len(self._hooks) != (2 if others else 1):
+        if self._see is not None and self._hooks and len(self._hooks) != (2 if self._other_hooks() else 1):
             self._remove_hooks()
             self._put_hooks()
 
     def _put_hooks(self) -> None:
-        see = self._see
+        see, leaf = self._see, self.whole()
         assert see is not None
+        assert leaf is not None
         others = self._other_hooks()
-        self._hooks = [self._computed.register_hook(lambda gradient: see(False, gradient))]
+        self._hooks = [leaf.register_hook(lambda gradient: see(False, gradient))]
         if others:
-            self._hooks.append(self._computed.register_hook(lambda gradient: see(True, gradient)))
-            hooks: Any = self._computed._backward_hooks
+            self._hooks.append(leaf.register_hook(lambda gradient: see(True, gradient)))
+            hooks: Any = leaf._backward_hooks
             # Autograd walks the dict itself, in the order of insertion: moving to the front is not enough.
             ordered = list(hooks.items())
             hooks.clear()
             hooks.update([ordered[-1], *ordered[:-1]])
 
     def _other_hooks(self) -> int:
-        return len(self._computed._backward_hooks or ()) - len(self._hooks)
+        return len(getattr(self.whole(), "_backward_hooks", None) or ()) - len(self._hooks)
 
     def _remove_hooks(self) -> None:
         for handle in self._hooks:
@@ -77,27 +80,42 @@ class Place:
 
     def is_captured(self) -> bool:
         """Say whether `torch.autograd.grad` asked for the gradient that is being seen."""
-        if self._accumulator is None:
-            self._accumulator = torch.autograd.graph.get_gradient_edge(self._computed).node
+        leaf = self.whole()
+        if self._accumulator is None and leaf is not None:
+            self._accumulator = torch.autograd.graph.get_gradient_edge(leaf).node
         try:
             return not torch._C._will_engine_execute_node(self._accumulator)  # pyright: ignore
         except RuntimeError:  # what torch says of a leaf under autograd.grad
             return True
 
     def sketch_own(self, gradient: Tensor) -> Tensor:
+        """Sketch what autograd computed."""
         return sketch(gradient, self.name)
 
+    def used_gradient(self) -> Tensor | None:
+        """Return the part of the used gradient that lies here."""
+        return self.stepped.grad
+
     def sketch_used(self, gradient: Tensor) -> Tensor:
+        """Sketch a used gradient, or what is accumulated into one."""
         return sketch(gradient, self.name)
 
     def sketch_carry(self) -> Tensor | None:
         """Sketch what already lies where the coming gradient will be added."""
-        gradient = self._computed.grad
-        return None if gradient is None else self.sketch_used(gradient)
+        leaf = self.whole()
+        return None if leaf is None or leaf.grad is None else self.sketch_used(leaf.grad)
 
-    def used_parts(self, gradient: Tensor) -> tuple[int, ...]:
-        """Return the ranks whose parts of the used gradient make up the whole."""
+    def sketch_pending(self) -> Tensor | None:
+        """Sketch what earlier backwards left behind that is not reduced yet."""
+        return None
+
+    def used_parts(self, gradient: Tensor | None) -> tuple[int, ...]:
+        """Return the ranks whose parts of the used gradient make up the whole; none if it is here."""
         return ranks_along(gradient, (*SHARDED, "Partial"))
+
+    def weight_parts(self) -> tuple[int, ...]:
+        """Return the ranks that hold shards of the parameter."""
+        return ranks_along(self.stepped, SHARDED)
 
     def digest(self) -> int:
         """Return the digest of the weights that lie here."""
@@ -121,30 +139,8 @@ def ranks_along(tensor: Any, kinds: Sequence[str] | None) -> tuple[int, ...]:
     return tuple(mesh.mesh[index].flatten().tolist())
 
 
-def find_places(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[Place]:
-    """Return the model's parameters that the optimizers hold.
-
-    Raises:
-        ValueError: there is none, and they are no copies either.
-    """
-    stepped = [
-        parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
-    ]
-    held = {id(parameter) for parameter in stepped}
-    named = {_clean(name): p for name, p in model.named_parameters() if p.requires_grad and not is_lazy(p)}
-    places = [Place(name, parameter) for name, parameter in named.items() if id(parameter) in held]
-    if places:
-        return places
-    if named and [p.shape for p in stepped] == [p.shape for p in named.values()]:
-        return [Place(name, own, copy) for (name, own), copy in zip(named.items(), stepped, strict=True)]
-    raise ValueError(
-        "the optimizer holds none of the model's parameters, so its steps do not train this model. Make the "
-        "optimizer from the model that you train, after it was wrapped or moved: "
-        "optimizer = torch.optim.AdamW(model.parameters())"
-    )
-
-
-def _clean(name: str) -> str:
+def clean_name(name: str) -> str:
+    """Return a parameter's name without the wrappers that keep the module's own names."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name

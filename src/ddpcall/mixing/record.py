@@ -49,7 +49,8 @@ class RankSketches:
         own_parts: By parameter: ranks that hold shards of its own gradient; empty where this rank holds it whole.
         own_sum: The same and, where the gradient is a DTensor `Partial`, the ranks whose parts add up.
         own_unit: By parameter: ranks that compute one replica of it together (tensor parallelism).
-        used_parts: By parameter: ranks whose used sketches, and digests, make up the whole.
+        used_parts: By parameter: ranks whose used sketches make up the whole; empty where it is here.
+        weight_parts: By parameter: ranks that hold shards of the weights.
         num_steps: Optimizer steps taken since the last record.
         num_skipped: Steps that a GradScaler skipped.
         failure: Why measuring ended early; empty if it did not.
@@ -70,6 +71,7 @@ class RankSketches:
     own_sum: tuple[tuple[int, ...], ...] = ()
     own_unit: tuple[tuple[int, ...], ...] = ()
     used_parts: tuple[tuple[int, ...], ...] = ()
+    weight_parts: tuple[tuple[int, ...], ...] = ()
     num_steps: int = 0
     num_skipped: int = 0
     failure: str = ""
