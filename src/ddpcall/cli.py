@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def watch(arguments: list[str]) -> None:
-    """Run a script or module under the watch."""
+    """Run a script or module under the watch, on ranks that this command starts if it is to."""
     parser = _watch_parser()
     # Everything behind the script's name is the script's.
     options = parser.parse_args(arguments)
@@ -53,6 +53,8 @@ def watch(arguments: list[str]) -> None:
     from ddpcall.watch.script import load_module, load_script, run_program
 
     rest = options.script
+    if options.module is not None:  # argparse ends it at a `--` among the module's own arguments
+        options.module, rest = [*options.module, *rest], []
     if options.module is None and not rest:
         parser.error("say which script to watch: ddpcall watch [options] script.py [its arguments]")
     try:
@@ -64,8 +66,14 @@ def watch(arguments: list[str]) -> None:
             ignore=parse_codes(options.ignore),
             fail_on=options.fail_on,
             brief=True,
+            children=not options.no_children,
             github=options.github,
         )
+        if options.num_ranks is not None:
+            from ddpcall.watch.launcher import run_ranks
+
+            command = rest if options.module is None else ["-m", *options.module]
+            return run_ranks(options.num_ranks, command, settings)
         program = load_script(rest[0]) if options.module is None else load_module(options.module[0])
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
@@ -89,12 +97,22 @@ class _ParserOfManyRanks(argparse.ArgumentParser):
 def _watch_parser() -> argparse.ArgumentParser:
     parser = _ParserOfManyRanks(
         prog="ddpcall watch",
-        usage="%(prog)s [options] (script.py | -m module) [arguments of the script]",
-        description="Run a training script unchanged and say which line bypassed what. Under torchrun: "
+        usage="%(prog)s [options] (script.py | -m module) [arguments of the script]\n"
+        "       %(prog)s -n N [options] [-- torchrun's options] (script.py | -m module) [arguments of the script]",
+        description="Run a training script unchanged and say which line bypassed what. Under another launcher: "
         "torchrun --nproc-per-node N -m ddpcall watch script.py …",
+    )
+    parser.add_argument(
+        "-n",
+        dest="num_ranks",
+        metavar="N",
+        help="start N ranks with torch's launcher and answer when all have ended; its options follow after --",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings here, as they happen")
     parser.add_argument("--sarif", type=Path, metavar="FILE", help="write them as SARIF 2.1.0, at the end")
+    parser.add_argument(
+        "--no-children", action="store_true", help="do not watch ranks that the script starts itself"
+    )
     parser.add_argument(
         "--github", action="store_true", help="annotate the lines and write the job's summary in GitHub Actions"
     )

@@ -71,7 +71,7 @@ def show_task(console: Console, exercise: Exercise, file: str) -> None:
     console.print(Panel(body, title=exercise.name, title_align="left", width=text_width(console)))
     commands = (
         ("torchrun --standalone --nproc-per-node 2 " + file, "run it"),
-        (f"torchrun --standalone --nproc-per-node 2 -m ddpcall watch {file}", "ask what is wrong"),
+        (f"ddpcall watch -n 2 {file}", "ask what is wrong"),
         (f"ddpcall lab grade {exercise.name} {file}", "have it graded"),
     )
     console.print(f"written: [bold]{escape(file)}[/]. Mend it, then:", highlight=False)

@@ -153,6 +153,20 @@ class Journal:
             self._presence = os.open(self.path.with_name(f".{self.path.name}.alive"), os.O_RDWR | os.O_CREAT)
             fcntl.lockf(self._presence, fcntl.LOCK_SH)
 
+    def has_begun(self) -> bool:
+        """Say whether any process of this run has written yet."""
+        return self._state_path.exists()
+
+    def find_present(self, author: str) -> set[str]:
+        """Return the authors below this one, of any attempt, that have begun and not left.
+
+        Args:
+            author: The one above; theirs go on with a dot and their process id.
+        """
+        state, above = self._load(), author.partition("/")[2]
+        below = {other for other in state["by_author"] if other.partition("/")[2].startswith(f"{above}.")}
+        return below - set(state["done"])
+
     def outstay(self, patience_s: float) -> None:
         """Wait until all other processes that stayed have ended.
 

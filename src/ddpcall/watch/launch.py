@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 LEAVE_S = 20.0
@@ -23,6 +24,8 @@ class Launch:
         everywhere: The authors of all hosts.
         may_restart: Whether the launcher starts everything again when a rank fails.
         file: Where findings go that nobody asked a file for; the same for all processes of this host.
+        num_ranks: How many ranks there are, as the launcher says.
+        reporter: The process that reports what this one finds, as `name_process` names it; None for itself.
     """
 
     run: str
@@ -32,6 +35,8 @@ class Launch:
     everywhere: frozenset[str]
     may_restart: bool
     file: Path
+    num_ranks: int = 1
+    reporter: str | None = None
 
     @property
     def spans_hosts(self) -> bool:
@@ -44,6 +49,11 @@ class Launch:
         return tuple(sorted(int(author.split("/")[1]) for author in self.everywhere - self.on_host))
 
     @property
+    def above(self) -> str:
+        """The author whose process started this one."""
+        return self.author.rpartition(".")[0]
+
+    @property
     def begins_run(self) -> bool:
         """Whether this process is the first rank of the first attempt."""
         return self.author == "0/0"
@@ -51,29 +61,74 @@ class Launch:
     def spawned(self, index: int) -> Launch:
         """Return the place of a process that this one spawns: one of no host, for this one reports."""
         author = f"{self.author}.{os.getpid()}"  # called there; the index comes back with the next spawn
-        return replace(self, rank=index, author=author, on_host=frozenset(), everywhere=frozenset())
+        return replace(self, rank=index, author=author, on_host=frozenset(), everywhere=frozenset(), num_ranks=1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a launcher's variables say about this process.
+
+    Attributes:
+        rank: Its rank in the whole run.
+        num_ranks: How many there are.
+        local_rank: Its rank on this host.
+        num_local: How many there are on this host.
+        variables: All that tell this rank from another, and from one of another launch; empty without a launcher.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    local_rank: int = 0
+    num_local: int = 1
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+# Per launcher: rank, number of ranks, local rank, number of local ranks. srun's numbers are those of the step: one
+# process of a batch script has SLURM_PROCID and SLURM_NTASKS too.
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+)
+
+
+def read_place() -> Place:
+    """Read this process's place: torchrun's variables first, then srun's and mpirun's."""
+    names = [name for launcher in _LAUNCHERS for name in launcher]
+    told = {name: os.environ[name] for name in (*names, "SLURM_STEP_ID", "MASTER_PORT") if name in os.environ}
+    has_rank = any(name in told for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
+    variables = told if has_rank else {}
+    for rank, num_ranks, local_rank, num_local in _LAUNCHERS:
+        if rank in told and num_ranks in told:
+            return Place(
+                _number(rank, 0), _number(num_ranks, 1), _number(local_rank, 0), _number(num_local, 1), variables
+            )
+    return Place(variables=variables)
 
 
 def current_launch() -> Launch:
-    """Read torchrun's variables (or another launcher's of the same names); one rank alone where there are none."""
-    rank, num_ranks = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    num_local = _number("LOCAL_WORLD_SIZE", 1)
-    first = rank - _number("LOCAL_RANK", 0) if num_local > 1 else rank
+    """Read the launcher's variables; one rank alone where there are none."""
+    place = read_place()
+    first = place.rank - place.local_rank if place.num_local > 1 else place.rank
     attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
-    launcher = os.getppid() if num_local > 1 else os.getpid()
-    # A process id alone comes back: the first one of every container is the same.
-    unique = f"{launcher}-{_start_time(launcher)}"
+    unique = name_process(os.getppid() if place.num_local > 1 else os.getpid())
     job = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    everywhere = frozenset(f"{attempt}/{other}" for other in range(num_ranks))
-    on_host = frozenset(f"{attempt}/{other}" for other in range(first, first + num_local))
+    everywhere = frozenset(f"{attempt}/{other}" for other in range(place.num_ranks))
+    on_host = frozenset(f"{attempt}/{other}" for other in range(first, first + place.num_local))
     shared = "-".join([job, os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")])
     return Launch(
-        run=f"{job}-{unique}" if num_local >= num_ranks else shared,
-        rank=rank,
-        author=f"{attempt}/{rank}",
+        run=f"{job}-{unique}" if place.num_local >= place.num_ranks else shared,
+        rank=place.rank,
+        author=f"{attempt}/{place.rank}",
         on_host=on_host,
         everywhere=everywhere,
         may_restart=attempt < _number("TORCHELASTIC_MAX_RESTARTS", 0),
+        num_ranks=place.num_ranks,
         file=Path(tempfile.gettempdir()) / f"ddpcall-{os.getuid()}-{unique}.json",
     )
 
@@ -87,26 +142,51 @@ def is_started_alone() -> bool:
     return is_accelerates and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
 
 
+def name_process(process: int) -> str:
+    """Name a process: a process id alone comes back, and the first one of every container is the same."""
+    return f"{process}-{_start_time(process)}"
+
+
+def is_running(name: str) -> bool:
+    """Say whether a process that `name_process` named is still there, and not a zombie."""
+    process, _, started = name.partition("-")
+    state = _stat(int(process))
+    if state is None:  # not Linux
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+    return bool(state) and state[0] != "Z" and (not started or state[19] == started)
+
+
 def let_rank_0_speak() -> None:
     """Wait, on every other rank, to be stopped: once one rank has failed the launcher stops them all.
 
     A rank that left at once could take rank 0 along before it has said why. Where nobody stops this one, rank 0
     has nothing to say or is on another machine, and it may speak itself: the wait ends after 20 s.
     """
-    if _number("RANK", 0) != 0:
+    if read_place().rank != 0:
         time.sleep(LEAVE_S)
 
 
 def _number(name: str, default: int) -> int:
-    try:
-        return int(os.environ[name])
-    except (KeyError, ValueError):
-        return default
+    """Return the number a variable begins with: srun writes `2(x3)` for three hosts of two."""
+    match = re.match(r"\d+", os.environ.get(name, ""))
+    return default if match is None else int(match[0])
 
 
 def _start_time(process: int) -> str:
     """Return when a process began, in the kernel's ticks; empty where the kernel does not tell."""
+    state = _stat(process)
+    return state[19] if state else ""
+
+
+def _stat(process: int) -> list[str] | None:
+    """Return the kernel's fields from the state on; empty for no such process, None where there is no /proc."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError):
-        return ""
+        return [] if Path("/proc/self/stat").exists() else None

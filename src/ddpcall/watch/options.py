@@ -27,6 +27,7 @@ class Options:
         ignore: Codes or names not to report.
         fail_on: The least severity that makes a successful script exit with 1.
         brief: With `warn`, say one line when it happens: a list at the end says the rest.
+        children: Whether ranks that the script starts itself are watched too.
         github: Write annotations and the job's summary for GitHub Actions at the end.
     """
 
@@ -38,6 +39,7 @@ class Options:
     ignore: frozenset[str] = frozenset()
     fail_on: str = "error"
     brief: bool = False
+    children: bool = True
     github: bool = False
 
     def __post_init__(self) -> None:

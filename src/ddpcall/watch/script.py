@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from ddpcall.imports import Undo, after_import
+from ddpcall.watch.inherited import hand_on, read_inherited
 from ddpcall.watch.options import Options
 from ddpcall.watch.session import Session
 from ddpcall.watch.tracebacks import drop_own_frames
@@ -74,19 +75,24 @@ def run_program(program: Program, arguments: list[str], options: Options) -> Non
         SystemExit: The program's own exit code; 1 when it succeeded, this rank is the last of its host to
             leave and findings reach `fail_on`.
     """
-    session = Session(options)
-    session.script = program.name if program.source is not None else f"-m {program.name}"
+    Ending.stand_down()
+    inherited = None if options.json or options.sarif else read_inherited()
+    if inherited is None:
+        session = Session(options)
+        session.script = program.name if program.source is not None else f"-m {program.name}"
+    else:  # a rank of a watched run: what holds there holds here
+        session = inherited.make_session()
     session.open()
-    ending = _Ending(session)
-    with_torch = after_import("torch", ending.attach)
+    hand_on(session, to_all=options.children)
+    ending = Ending(session)
+    ending.await_torch()
     code = _execute(program, arguments, session, ending)
     if ending.is_ours():
-        with_torch()
         code = ending.finish(code)
     sys.exit(code)
 
 
-def _execute(program: Program, arguments: list[str], session: Session, ending: _Ending) -> Any:
+def _execute(program: Program, arguments: list[str], session: Session, ending: Ending) -> Any:
     """Run the program and return its exit code; an uncaught exception is shown as the interpreter shows it."""
     try:
         if program.source is None:
@@ -166,8 +172,10 @@ def _show(error: BaseException) -> Any:
     return 1
 
 
-class _Ending:
+class Ending:
     """Everything that has to happen when the program ends, by whichever of the ways there are."""
+
+    _of_child: Ending | None = None
 
     def __init__(self, session: Session) -> None:
         """Register for the end: before the script runs, so as to be the last exit handler that is called."""
@@ -175,19 +183,40 @@ class _Ending:
         self._session = session
         self._process = os.getpid()
         self._leave = os._exit
-        self._is_finished = False
+        self.is_finished = False
         self._is_failing = False
+        self._stop_awaiting: Undo = lambda: None
         os._exit = self._leave_at_once
         atexit.register(self._depart)
+
+    @classmethod
+    def for_child(cls, session: Session) -> Ending:
+        """Return the ending of a watch that began by itself; `stand_down` takes it off for another watch."""
+        cls._of_child = cls(session)
+        return cls._of_child
+
+    @classmethod
+    def stand_down(cls) -> None:
+        """End a watch that began by itself, for one that the process starts on purpose."""
+        ending, cls._of_child = cls._of_child, None
+        if ending is not None:
+            ending.is_finished = True
+            ending._stop_awaiting()
+            os._exit = ending._leave
+            Session.abandon_inherited()
 
     def is_ours(self) -> bool:
         """Say whether this is the process that was started, not one it forked."""
         return os.getpid() == self._process
 
+    def await_torch(self) -> None:
+        """Attach once torch has been imported, or now."""
+        self._stop_awaiting = after_import("torch", self.attach)
+
     def attach(self, _: ModuleType) -> Undo:
         """Attach the watch: torch was imported. An error of the watch's own is said and goes no further."""
         session = self._session
-        if self.is_ours() and not self._is_finished and not session.is_attached:  # it is, where torch is reloaded
+        if self.is_ours() and not self.is_finished and not session.is_attached:  # it is, where torch is reloaded
             try:
                 session.start()
                 self._watch_spawned()
@@ -202,7 +231,8 @@ class _Ending:
 
     def finish(self, code: Any, in_order: bool = True) -> Any:
         """End the watch and return the exit code to leave with. Nothing that goes wrong here is the script's."""
-        self._is_finished = True
+        self.is_finished = True
+        self._stop_awaiting()
         succeeded = code is None or code == 0
         try:
             if len(self._session.launch.on_host) > 1:
@@ -221,7 +251,7 @@ class _Ending:
 
     def _leave_at_once(self, status: int) -> None:
         """Stand in for `os._exit`, which skips every exit handler; forked children have their own end."""
-        if self.is_ours() and not self._is_finished:
+        if self.is_ours() and not self.is_finished:
             status = self.finish(status, in_order=threading.current_thread() is threading.main_thread())
             sys.stderr.flush()
             self._let_others_go_first()

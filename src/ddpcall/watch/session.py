@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ddpcall.findings import Finding
 from ddpcall.watch import report
 from ddpcall.watch.journal import Journal, Key, Said, key_of, merge_findings
-from ddpcall.watch.launch import Launch, current_launch, is_started_alone
+from ddpcall.watch.launch import Launch, current_launch, is_running, is_started_alone
 from ddpcall.watch.options import Options, parse_codes
 from ddpcall.watch.report import WatchError
 from ddpcall.watch.watched import Answer, Watched, merge_watched, weigh
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from ddpcall.watch.events import Event
 
 __all__ = ["Session", "WatchError", "watch"]
+
+CHILDREN_LEAVE_S = 20.0
+FAILED_LEAVE_S = 2.0
 
 
 class Session:
@@ -155,11 +158,11 @@ class Session:
         """Return what is known of this rank's place before anything is watched."""
         launch = self.launch
         # A process group may be of this rank alone, whatever the launcher started.
-        is_told = len(launch.everywhere) > 1 or self._attachment is None
+        is_told = launch.num_ranks > 1 or self._attachment is None
         return Watched(
             script=self.script,
             ranks=(launch.rank if is_told else self._this_rank(),),
-            world_size=max(1, len(launch.everywhere)),
+            world_size=launch.num_ranks,
             elsewhere=launch.ranks_elsewhere,
             idle_ranks=(launch.rank,),
             started_alone=is_started_alone(),
@@ -200,13 +203,32 @@ class Session:
                 self._attachment = None
             if self._is_open:
                 self._is_open = False
+                self._await_children(CHILDREN_LEAVE_S if in_order else FAILED_LEAVE_S)
                 self._leave()
+
+    def _await_children(self, patience_s: float) -> None:
+        """Wait for ranks that this process started: they are at their end too, and about to say what they found.
+
+        Args:
+            patience_s: Seconds after which the wait ends all the same.
+        """
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            present = self.journal.find_present(self.launch.author) if self.journal.has_begun() else set()
+            if not any(is_running(author.rsplit(".", 1)[1]) for author in present):
+                return
+            time.sleep(0.01)
 
     def _leave(self) -> None:
         """Say the last word; the last of this host to do so collects what all have said, and clears up."""
         author = self.launch.author
         done = self._write(done=True).done if self._is_shared() else {author}
-        if not self.launch.on_host or not self.launch.on_host <= done | {author}:
+        reporter = self.launch.reporter
+        if reporter is not None and not is_running(reporter):  # it died: what is left of the run reports
+            left = not self.journal.find_present(self.launch.above)
+        else:
+            left = bool(self.launch.on_host) and self.launch.on_host <= done | {author}
+        if not left:
             return
         self._all_watched = self.all_watched()
         self._collected = self.all_findings()
@@ -259,7 +281,7 @@ class Session:
         return 0 if self.answer().is_evidence or self.options.fail_on == "never" else 2
 
     def _is_shared(self) -> bool:
-        return self.options.json is not None or len(self.launch.on_host) != 1
+        return self.options.json is not None or len(self.launch.on_host) != 1 or self.journal.has_begun()
 
     def _receive(self, event: Event) -> None:
         from ddpcall.watch.diagnose import diagnose
@@ -364,6 +386,8 @@ def watch(
         only=parse_codes(only),
         ignore=parse_codes(ignore),
     )
+    if Session._running is not None and Session._running.launch.reporter is not None:
+        Session._running.close()  # it began by itself, in a child of a watched process
     session = Session(options).open().start()
     if model is not None:
         session.adopt(model)

@@ -219,7 +219,7 @@ def _explain_missing_ranks(watched: Watched) -> str:
     return (
         f"{number} of {watched.world_size} ranks {'was' if number == 1 else 'were'} watched: "
         f"nothing is known of rank{_s(watched.missing_ranks)} {missing}. Start every rank under the watch: "
-        f"`{_torchrun(watched)}`"
+        f"`{_start(watched)}`"
     )
 
 
@@ -229,7 +229,7 @@ def _explain_one_process(watched: Watched) -> str | None:
     cause = "the process group has one rank" if watched.process_group else "the launcher started one of several"
     return (
         f"{_NOTHING}there is one process ({cause}), and what a wrapper does to gradients shows on two. Write "
-        f"`{_torchrun(watched)}`"
+        f"`{_start(watched)}`"
     )
 
 
@@ -269,7 +269,7 @@ def _explain_not_compared(watched: Watched) -> str | None:
     if watched.comparisons or not watched.comparisons_due or 0 not in watched.ranks:
         return None
     why = watched.not_compared or "rank 0 got no answer"
-    return f"{_NOTHING}the ranks could not be compared ({why}). Start them with torchrun: `{_torchrun(watched)}`"
+    return f"{_NOTHING}the ranks could not be compared ({why}). Write `{_start(watched)}`"
 
 
 def _describe(watched: Watched) -> str:
@@ -307,8 +307,8 @@ def _advise(stacks: Iterable[str]) -> str:
     return f". To have it watched, {lines[0]}" if lines else ""
 
 
-def _torchrun(watched: Watched) -> str:
-    return f"torchrun --standalone --nproc-per-node {max(2, watched.world_size)} -m ddpcall watch {watched.script}"
+def _start(watched: Watched) -> str:
+    return f"ddpcall watch -n {max(2, watched.world_size)} {watched.script}"
 
 
 def _plural(number: int, noun: str) -> str:

@@ -1,0 +1,110 @@
+"""What a watched process hands on to the processes it starts, by environment variables.
+
+`DDPCALL_WATCH` says where findings go and which process reports; in front of PYTHONPATH stands a directory with a
+`sitecustomize.py`, which runs in every Python below and begins a watch in those that are ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpcall.watch.launch import Launch, name_process, read_place
+from ddpcall.watch.options import Options
+from ddpcall.watch.session import Session
+
+VARIABLE = "DDPCALL_WATCH"
+_DIRECTORY = Path(__file__).with_name("on_children_path")
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """What a child learns from the watched process above it.
+
+    Attributes:
+        script: What is watched, as it was named on the command line.
+        run: The run's id.
+        file: Where its processes write their findings.
+        author: The author above.
+        reporter: The process that reports, as `name_process` names it.
+        place: The launcher's variables above; the child is a rank of its own where it has others.
+        options: The options that hold for it, as JSON has them.
+    """
+
+    script: str
+    run: str
+    file: str
+    author: str
+    reporter: str
+    place: dict[str, str]
+    options: dict[str, object]
+
+    def get_options(self) -> Options:
+        """Return the options for the child."""
+        sets = {name: frozenset(self.options[name]) for name in ("only", "ignore")}  # pyright: ignore[reportArgumentType]
+        return Options(**{**self.options, **sets, "json": Path(self.file), "brief": True})  # pyright: ignore[reportArgumentType]
+
+    def make_session(self) -> Session:
+        """Return a session for this process that takes part in the watch above."""
+        session = Session(self.get_options(), self.get_launch())
+        session.script = self.script
+        return session
+
+    def get_launch(self) -> Launch:
+        """Return the child's place: it has no host, for the process above reports."""
+        place = read_place()
+        attempt, above = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), self.author.partition("/")[2]
+        return Launch(
+            run=self.run,
+            rank=place.rank,
+            num_ranks=place.num_ranks,
+            author=f"{attempt}/{above}.{os.getpid()}",
+            on_host=frozenset(),
+            everywhere=frozenset(),
+            may_restart=False,
+            file=Path(self.file),
+            reporter=self.reporter,
+        )
+
+
+@functools.cache  # before this process hands on something itself
+def read_inherited() -> Inherited | None:
+    """Return what the process above handed on, if this one is a rank of its own; None otherwise."""
+    try:
+        inherited = Inherited(**json.loads(os.environ[VARIABLE]))
+    except (KeyError, ValueError, TypeError):  # none, or another version's
+        return None
+    here = read_place().variables
+    return inherited if here and here != inherited.place else None
+
+
+def hand_on(session: Session, *, to_all: bool = True) -> None:
+    """Let the processes that this one starts from now on take part in its watch.
+
+    Args:
+        session: This process's.
+        to_all: Whether every rank below is watched; otherwise those alone that `ddpcall watch` runs in.
+    """
+    options, launch = session.options, session.launch
+    kept = ("on_finding", "every", "fail_on")
+    told = Inherited(
+        script=session.script,
+        run=launch.run,
+        file=str(session.journal.path),
+        author=launch.author,
+        reporter=launch.reporter or name_process(os.getpid()),
+        place=read_place().variables,
+        options={
+            **{name: getattr(options, name) for name in kept},
+            "only": sorted(options.only),
+            "ignore": sorted(options.ignore),
+        },
+    )
+    os.environ[VARIABLE] = json.dumps(dataclasses.asdict(told))
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if to_all and str(_DIRECTORY) not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(_DIRECTORY), *filter(None, paths)])
