@@ -1,7 +1,7 @@
 """ddpcall: what `model.forward(x)` and `model.module(x)` lose in distributed PyTorch training.
 
 Importing this package does no work: it patches nothing and imports neither torch nor Hydra. `ddpcall.watch` is
-imported when it is first asked for.
+imported when it is first asked for, and so is `ddpcall.measure_mixing`.
 """
 
 import importlib
@@ -13,4 +13,6 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name == "watch":
         return importlib.import_module("ddpcall.watch")
+    if name == "measure_mixing":
+        return importlib.import_module("ddpcall.mixing").measure_mixing
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

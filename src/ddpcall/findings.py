@@ -197,8 +197,10 @@ _RULES = (
         wrong="if rank == 0:\n    model.reset_parameters()",
         fix="Look at what the ranks did differently up to the step named; broadcast the parameters from rank 0.",
         silent_when="The parameters are excluded from DDP, differ only between optimizer steps (SAM), or are sent "
-        "around by the script after each step (an optimizer sharded by hand); local SGD.",
-        blind_to="Parameters outside every wrapped module; whatever comes after the script was seen to send them.",
+        "around by the script after each step (an optimizer sharded by hand); local SGD; the difference is "
+        "one of rounding, or gone when the ranks are asked about it.",
+        blind_to="Parameters outside every wrapped module; whatever comes after the script was seen to send them; "
+        "one difference of a few roundings that does not grow.",
         links=(_DDP_DOCS,),
     ),
     Rule(

@@ -38,6 +38,7 @@ class SyncWindow(StrEnum):
     NO_SYNC_FORWARD = "no_sync_forward"
     NO_SYNC_BACKWARD = "no_sync_backward"
     NO_SYNC_BOTH = "no_sync_both"
+    NO_SYNC_LAST_MICRO_BATCH = "no_sync_last_micro_batch"
 
 
 class Mode(StrEnum):
@@ -146,6 +147,18 @@ def invoke(path: CallPath, wrapped: nn.Module, inner: nn.Module, batch: Batch, l
         AttributeError: `inner_method` on a model without `compute_loss`.
     """
     return _INVOKE[path](wrapped, inner, batch, loss)
+
+
+def split_batch(window: SyncWindow, batch: Batch) -> list[tuple[SyncWindow, Batch]]:
+    """Return the micro-batches of a step and the window each of them stands in.
+
+    One for most windows; two for gradient accumulation whose `no_sync()` is off by one: the first micro-batch is
+    synchronized and the last is not.
+    """
+    if window is not SyncWindow.NO_SYNC_LAST_MICRO_BATCH:
+        return [(window, batch)]
+    halves = zip(batch.inputs.chunk(2), batch.targets.chunk(2), strict=True)
+    return list(zip((SyncWindow.PLAIN, SyncWindow.NO_SYNC_BOTH), (Batch(*half) for half in halves), strict=True))
 
 
 def enter_forward_window(window: SyncWindow, wrapped: nn.Module, batch: Batch) -> AbstractContextManager[Any]:

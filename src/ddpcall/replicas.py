@@ -8,7 +8,6 @@ same kind of device.
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,8 +21,6 @@ from torch import Tensor
 from ddpcall.taps import is_lazy
 
 CHUNK_BYTES = 8 * 2**20
-SKETCH_SIZE = 8
-_SKETCH_CHUNK = 2**18
 # Odd, so that multiplying by them modulo 2**64 loses nothing; the splitmix64 finalizer's.
 _FIRST_FACTOR = 0xBF58476D1CE4E5B9
 _SECOND_FACTOR = 0x94D049BB133111EB
@@ -67,38 +64,6 @@ def digest_state(state: Mapping[str, Tensor]) -> str:
 def digest_bytes(data: Any) -> int:
     """Return the xxh3_64 digest of bytes or of any contiguous buffer, an int in [-2**63, 2**63)."""
     return _signed(xxhash.xxh3_64_intdigest(data))
-
-
-def sketch_tensor(tensor: Tensor) -> list[float]:
-    """Return `SKETCH_SIZE` sums of a tensor's values with random signs: a linear sketch.
-
-    The distance between two sketches is about the distance between the tensors: its square is so on average, with
-    a standard deviation of half of it or less where the difference is spread over the tensor.
-
-    Args:
-        tensor: Any dtype, shape and device. Summed on its own device, in double precision where it has one.
-
-    Blind to: what `is_unreadable` names, sketched as zeros.
-    """
-    if is_unreadable(tensor):
-        return [0.0] * SKETCH_SIZE
-    values = _local_values(tensor)
-    flat = (torch.view_as_real(values) if values.is_complex() else values).reshape(-1)
-    signs = _signs(flat.device)
-    sums = torch.zeros(SKETCH_SIZE, dtype=signs.dtype, device=flat.device)
-    for chunk in flat.split(_SKETCH_CHUNK):
-        products = chunk.to(signs.dtype) * signs[: chunk.numel()]
-        padded = torch.nn.functional.pad(products, (0, -chunk.numel() % SKETCH_SIZE))
-        sums += padded.view(-1, SKETCH_SIZE).sum(0)
-    return sums.tolist()
-
-
-@functools.lru_cache(maxsize=8)
-def _signs(device: torch.device) -> Tensor:
-    """Return the random signs, the same in every process: the generator is ours, and seeded."""
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (_SKETCH_CHUNK,), generator=generator, device="cpu") * 2 - 1
-    return signs.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 class StateDigester:

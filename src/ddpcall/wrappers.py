@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -18,8 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from ddpcall.paths import CallPath, SyncWindow
+from ddpcall.reductions import (
+    average_parameters_periodically,
+    average_with_neighbors,
+    drop_last_rank,
+    sum_gradients,
+)
 
 CompileBackend = str | Callable[..., Any]
 
@@ -36,13 +43,21 @@ class Wrapper(StrEnum):
     DDP_LOCAL_BUFFERS = "ddp_local_buffers"
     DDP_BUFFERS_AFTER = "ddp_buffers_after"
     DDP_JOIN = "ddp_join"
+    DDP_JOIN_UNEVEN = "ddp_join_uneven"
     DDP_PYTHON_REDUCER = "ddp_python_reducer"
+    DDP_SUMMED = "ddp_summed"
+    DDP_GROUPS = "ddp_groups"
+    DDP_DROPPED_RANK = "ddp_dropped_rank"
+    DDP_RING = "ddp_ring"
+    DDP_POWERSGD = "ddp_powersgd"
+    LOCAL_SGD = "local_sgd"
     REPLICATE = "replicate"
     REPLICATE_WITH_FSDP = "replicate_with_fsdp"
     FSDP1 = "fsdp1"
     FSDP2 = "fsdp2"
     FSDP2_LAYERS = "fsdp2_layers"
     FSDP2_REGISTERED = "fsdp2_registered"
+    FSDP2_HYBRID_INNER = "fsdp2_hybrid_inner"
     TP = "tp"
     COMPILE = "compile"
     COMPILE_AOT_EAGER = "compile_aot_eager"
@@ -62,61 +77,36 @@ class Wrapper(StrEnum):
     EXPORT = "export"
 
 
-IN_PLACE = frozenset(
-    {
-        Wrapper.NONE,
-        Wrapper.REPLICATE,
-        Wrapper.REPLICATE_WITH_FSDP,
-        Wrapper.FSDP2,
-        Wrapper.FSDP2_LAYERS,
-        Wrapper.FSDP2_REGISTERED,
-        Wrapper.TP,
-        Wrapper.COMPILE_INPLACE,
-    }
-)
-COMPILING = frozenset(
-    {
-        Wrapper.COMPILE,
-        Wrapper.COMPILE_AOT_EAGER,
-        Wrapper.COMPILE_INDUCTOR,
-        Wrapper.COMPILE_INPLACE,
-        Wrapper.DDP_OF_COMPILE,
-        Wrapper.COMPILE_OF_DDP,
-        Wrapper.DDP_COMPILE_INPLACE,
-    }
-)
+IN_PLACE = frozenset({
+    Wrapper.NONE, Wrapper.LOCAL_SGD, Wrapper.REPLICATE, Wrapper.REPLICATE_WITH_FSDP, Wrapper.FSDP2,
+    Wrapper.FSDP2_LAYERS, Wrapper.FSDP2_REGISTERED, Wrapper.FSDP2_HYBRID_INNER, Wrapper.TP,
+    Wrapper.COMPILE_INPLACE,
+})  # fmt: skip
+COMPILING = frozenset({
+    Wrapper.COMPILE, Wrapper.COMPILE_AOT_EAGER, Wrapper.COMPILE_INDUCTOR, Wrapper.COMPILE_INPLACE,
+    Wrapper.DDP_OF_COMPILE, Wrapper.COMPILE_OF_DDP, Wrapper.DDP_COMPILE_INPLACE,
+})  # fmt: skip
 # Nothing in these joins what different ranks learn from different batches.
-WITHOUT_DATA_PARALLELISM = frozenset(
-    {
-        Wrapper.NONE,
-        Wrapper.TP,
-        Wrapper.COMPILE,
-        Wrapper.COMPILE_AOT_EAGER,
-        Wrapper.COMPILE_INDUCTOR,
-        Wrapper.COMPILE_INPLACE,
-        Wrapper.DATA_PARALLEL,
-        Wrapper.SCRIPT,
-        Wrapper.TRACE,
-        Wrapper.EXPORT,
-    }
-)
+WITHOUT_DATA_PARALLELISM = frozenset({
+    Wrapper.NONE, Wrapper.TP, Wrapper.COMPILE, Wrapper.COMPILE_AOT_EAGER, Wrapper.COMPILE_INDUCTOR,
+    Wrapper.COMPILE_INPLACE, Wrapper.DATA_PARALLEL, Wrapper.SCRIPT, Wrapper.TRACE, Wrapper.EXPORT,
+})  # fmt: skip
 # Every rank holds a part of one model, so all of them must be given the same batch.
 SAME_BATCH = frozenset({Wrapper.TP})
-# These reduce without DDP's C++ reducer: the taps on that one say nothing about them.
-OWN_REDUCER = frozenset(
-    {
-        Wrapper.DDP_PYTHON_REDUCER,
-        Wrapper.REPLICATE_WITH_FSDP,
-        Wrapper.FSDP1,
-        Wrapper.FSDP2,
-        Wrapper.FSDP2_LAYERS,
-        Wrapper.FSDP2_REGISTERED,
-        Wrapper.TP,
-    }
-)
+# The last rank has fewer batches than the others.
+UNEVEN_INPUTS = frozenset({Wrapper.DDP_JOIN_UNEVEN})
+# These reduce without DDP's C++ reducer, or by other means than all-reduces over all ranks: the taps on that one
+# say nothing about them.
+OWN_REDUCER = frozenset({
+    Wrapper.DDP_GROUPS, Wrapper.DDP_RING, Wrapper.LOCAL_SGD, Wrapper.DDP_PYTHON_REDUCER,
+    Wrapper.REPLICATE_WITH_FSDP, Wrapper.FSDP1, Wrapper.FSDP2, Wrapper.FSDP2_LAYERS, Wrapper.FSDP2_REGISTERED,
+    Wrapper.FSDP2_HYBRID_INNER, Wrapper.TP,
+})  # fmt: skip
 _COMPILE_BACKENDS = {Wrapper.COMPILE_AOT_EAGER: "aot_eager", Wrapper.COMPILE_INDUCTOR: "inductor"}
 _WITH_NO_SYNC = frozenset(
-    wrapper for wrapper in Wrapper if wrapper.startswith(("ddp", "accelerate", "fsdp1")) and wrapper != "ddp_join"
+    wrapper
+    for wrapper in Wrapper
+    if wrapper.startswith(("ddp", "accelerate", "fsdp1")) and not wrapper.startswith("ddp_join")
 )
 _INNER_PATHS = frozenset({CallPath.INNER_CALL, CallPath.INNER_FORWARD})
 
@@ -134,12 +124,14 @@ class Subject:
         wrapped: The object the training script holds.
         inner: The user's own module; the very same object as `wrapped` where the wrapper works in place.
         session: What a script puts around its training loop for this wrapper: a `Join`, a setting of dynamo's.
+        prepare_optimizer: What it puts around its optimizer; returns what has `step()` and `zero_grad()`.
     """
 
     wrapper: Wrapper
     wrapped: nn.Module
     inner: nn.Module
     session: Callable[[], AbstractContextManager[Any]] = nullcontext
+    prepare_optimizer: Callable[[Optimizer], Any] = lambda optimizer: optimizer
 
 
 @dataclass(frozen=True)
@@ -199,8 +191,10 @@ def apply_wrapper(
     """
     wrapped = _APPLY[wrapper](model, Settings(device, compile_backend, ddp_options, example))
     session = _SESSIONS.get(wrapper, nullcontext)
-    if wrapper is Wrapper.DDP_JOIN:
+    if wrapper in (Wrapper.DDP_JOIN, Wrapper.DDP_JOIN_UNEVEN):
         return Subject(wrapper, wrapped, model, lambda: _join(wrapped))
+    if wrapper is Wrapper.LOCAL_SGD:
+        return Subject(wrapper, wrapped, model, session, average_parameters_periodically)
     return Subject(wrapper, wrapped, model, session)
 
 
@@ -234,10 +228,7 @@ def apply_ddp_comm_hook(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DDP with a communication hook: gradients travel as float16."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
-    ddp = apply_ddp(model, settings)
-    hook: Any = fp16_compress_hook
-    ddp.register_comm_hook(None, hook)
-    return ddp
+    return _with_comm_hook(apply_ddp(model, settings), fp16_compress_hook)
 
 
 def apply_ddp_local_buffers(model: nn.Module, settings: Settings) -> nn.Module:
@@ -263,6 +254,44 @@ def apply_ddp_buffers_after(model: nn.Module, settings: Settings) -> nn.Module:
 def _send_buffers_of_rank_0(_: Any, buffers: dict[str, Tensor]) -> None:
     for buffer in buffers.values():
         dist.broadcast(buffer, src=0)
+
+
+def apply_ddp_summed(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DDP with a communication hook that sums gradients over the ranks and does not divide."""
+    return _with_comm_hook(apply_ddp(model, settings), sum_gradients)
+
+
+def apply_ddp_dropped_rank(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DDP with a communication hook to which the last rank contributes zeros."""
+    return _with_comm_hook(apply_ddp(model, settings), drop_last_rank)
+
+
+def apply_ddp_ring(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DDP with a communication hook that averages with the two neighbors on a ring, as gossip SGD does."""
+    return _with_comm_hook(apply_ddp(model, settings), average_with_neighbors)
+
+
+def apply_ddp_powersgd(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DDP with PowerSGD's communication hook: from the third step on, gradients travel as rank 1."""
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+    state = PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
+    return _with_comm_hook(apply_ddp(model, settings), powerSGD_hook, state)
+
+
+def _with_comm_hook(ddp: DistributedDataParallel, hook: Any, state: object = None) -> DistributedDataParallel:
+    ddp.register_comm_hook(state, hook)
+    return ddp
+
+
+def apply_ddp_groups(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DDP over a process group of half the ranks: two halves that never meet."""
+    return apply_ddp(model, settings, process_group=_halves(settings).get_group("inner"))
+
+
+def apply_local_sgd(model: nn.Module, settings: Settings) -> nn.Module:
+    """Leave the model as it is and average parameters, not gradients, after every fourth step: local SGD."""
+    return model
 
 
 def apply_ddp_python_reducer(model: nn.Module, settings: Settings) -> nn.Module:
@@ -355,6 +384,14 @@ def apply_fsdp2_registered(model: nn.Module, settings: Settings) -> nn.Module:
     return sharded
 
 
+def apply_fsdp2_hybrid_inner(model: nn.Module, settings: Settings) -> nn.Module:
+    """Apply `fully_shard` over the inner dim of a hybrid mesh alone, without the reduction over the outer one."""
+    from torch.distributed.fsdp import fully_shard
+
+    sharded: Any = fully_shard(model, mesh=_halves(settings)["inner"])
+    return sharded
+
+
 def apply_tp(model: nn.Module, settings: Settings) -> nn.Module:
     """Split the first two linear layers over the ranks: the first by columns, the second by rows."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -368,6 +405,15 @@ def _mesh(settings: Settings) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(settings.device.type, (dist.get_world_size(),))
+
+
+def _halves(settings: Settings) -> Any:
+    """Return a mesh of two halves where the ranks can be halved, else of one whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    num_ranks = dist.get_world_size()
+    shape = (2, num_ranks // 2) if num_ranks % 2 == 0 and num_ranks > 2 else (1, num_ranks)
+    return init_device_mesh(settings.device.type, shape, mesh_dim_names=("outer", "inner"))
 
 
 def apply_compile(model: nn.Module, settings: Settings) -> nn.Module:
@@ -491,40 +537,15 @@ def apply_export(model: nn.Module, settings: Settings) -> nn.Module:
     return torch.export.export(model, (settings.example,)).module()
 
 
+# The wrappers whose `apply_*` does not bear their own name.
+_APPLIED_AS = {
+    Wrapper.DDP_JOIN: "ddp",
+    Wrapper.DDP_JOIN_UNEVEN: "ddp",
+    Wrapper.COMPILE_AOT_EAGER: "compile_with_backend",
+    Wrapper.COMPILE_INDUCTOR: "compile_with_backend",
+}
 _APPLY: dict[Wrapper, Callable[[nn.Module, Settings], nn.Module]] = {
-    Wrapper.NONE: apply_none,
-    Wrapper.DDP: apply_ddp,
-    Wrapper.DDP_STATIC_GRAPH: apply_ddp_static_graph,
-    Wrapper.DDP_FIND_UNUSED: apply_ddp_find_unused,
-    Wrapper.DDP_BUCKET_VIEW: apply_ddp_bucket_view,
-    Wrapper.DDP_COMM_HOOK: apply_ddp_comm_hook,
-    Wrapper.DDP_LOCAL_BUFFERS: apply_ddp_local_buffers,
-    Wrapper.DDP_BUFFERS_AFTER: apply_ddp_buffers_after,
-    Wrapper.DDP_JOIN: apply_ddp,
-    Wrapper.DDP_PYTHON_REDUCER: apply_ddp_python_reducer,
-    Wrapper.REPLICATE: apply_replicate,
-    Wrapper.REPLICATE_WITH_FSDP: apply_replicate_with_fsdp,
-    Wrapper.FSDP1: apply_fsdp1,
-    Wrapper.FSDP2: apply_fsdp2,
-    Wrapper.FSDP2_LAYERS: apply_fsdp2_layers,
-    Wrapper.FSDP2_REGISTERED: apply_fsdp2_registered,
-    Wrapper.TP: apply_tp,
-    Wrapper.COMPILE: apply_compile,
-    Wrapper.COMPILE_AOT_EAGER: apply_compile_with_backend,
-    Wrapper.COMPILE_INDUCTOR: apply_compile_with_backend,
-    Wrapper.COMPILE_INPLACE: apply_compile_inplace,
-    Wrapper.DDP_OF_COMPILE: apply_ddp_of_compile,
-    Wrapper.COMPILE_OF_DDP: apply_compile_of_ddp,
-    Wrapper.DDP_COMPILE_INPLACE: apply_ddp_compile_inplace,
-    Wrapper.ACCELERATE: apply_accelerate,
-    Wrapper.ACCELERATE_BF16: apply_accelerate_bf16,
-    Wrapper.ACCELERATE_UNWRAPPED: apply_accelerate_unwrapped,
-    Wrapper.ACCELERATE_STRIPPED: apply_accelerate_stripped,
-    Wrapper.FABRIC: apply_fabric,
-    Wrapper.DATA_PARALLEL: apply_data_parallel,
-    Wrapper.SCRIPT: apply_script,
-    Wrapper.TRACE: apply_trace,
-    Wrapper.EXPORT: apply_export,
+    wrapper: globals()[f"apply_{_APPLIED_AS.get(wrapper, wrapper)}"] for wrapper in Wrapper
 }
 _SESSIONS: dict[Wrapper, Callable[[], AbstractContextManager[Any]]] = {
     wrapper: _accelerate_session for wrapper in Wrapper if wrapper.startswith("accelerate")
@@ -533,8 +554,9 @@ _SESSIONS: dict[Wrapper, Callable[[], AbstractContextManager[Any]]] = {
 
 def describe_wrapper(wrapper: Wrapper) -> str:
     """Return what a wrapper does, in the words of its `apply_*`."""
-    if wrapper is Wrapper.DDP_JOIN:
-        return "Wrap in DDP and train inside `Join([ddp])`, for ranks with different numbers of batches."
+    if wrapper in (Wrapper.DDP_JOIN, Wrapper.DDP_JOIN_UNEVEN):
+        fewer = " The last rank has fewer." if wrapper in UNEVEN_INPUTS else ""
+        return f"Wrap in DDP and train inside `Join([ddp])`, for ranks with different numbers of batches.{fewer}"
     return inspect.cleandoc(_APPLY[wrapper].__doc__ or "").split("\n\n")[0]
 
 
@@ -557,56 +579,3 @@ def replicate_state(subject: Subject) -> Any:
     from torch.distributed._composable.replicate import replicate
 
     return replicate.state(subject.wrapped)
-
-
-def is_sharded(subject: Subject, parameter: nn.Parameter) -> bool:
-    """Say whether this rank holds only a part of a parameter."""
-    if subject.wrapper is Wrapper.FSDP1:
-        return dist.get_world_size() > 1
-    placements = getattr(parameter, "placements", ())
-    return any(placement.is_shard() for placement in placements) and _mesh_size(parameter) > 1
-
-
-def _mesh_size(tensor: Any) -> int:
-    return tensor.device_mesh.size()
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a DTensor, or the tensor itself."""
-    to_local: Any = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
-
-
-def gather_state(subject: Subject, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return the whole parameters and the buffers, on every rank. A collective where they are sharded.
-
-    Args:
-        subject: The wrapped model.
-        parameters: By name, as the optimizer holds them: a sharding wrapper that was called but not left in
-            order may have others in the module's place.
-
-    Returns:
-        Names as in `inner`; detached copies on the CPU.
-    """
-    with ExitStack() as stack:
-        if subject.wrapper is Wrapper.FSDP1:
-            fsdp1: Any = type(subject.wrapped)
-            stack.enter_context(fsdp1.summon_full_params(subject.wrapped, writeback=False))
-        state = {**parameters, **dict(subject.inner.named_buffers())}
-        return {name: _whole(value).detach().cpu().clone() for name, value in state.items()}
-
-
-def local_state(subject: Subject, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return this rank's parameters and buffers as they are, without a copy and without the other ranks.
-
-    Args:
-        subject: The wrapped model; none of its parameters sharded.
-        parameters: By name, as the optimizer holds them.
-    """
-    state = {**parameters, **dict(subject.inner.named_buffers())}
-    return {name: local_part(value.detach()) for name, value in state.items()}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    full_tensor: Any = getattr(tensor, "full_tensor", None)
-    return tensor if full_tensor is None else full_tensor()

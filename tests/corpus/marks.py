@@ -1,6 +1,6 @@
 """What a corpus script says must be found in it: comments beside the code, read as data.
 
-x = m.forward(y)  # raises: DC101            this line must be named
+x = m.forward(y)  # raises: DC101            this line must be named, or be where a library's line was called from
 x = m.forward(y)  # raises: DC101, DC304     by both codes
 x = m.forward(y)  # raises: DC101|DC104      by one of the two
 loss.backward()  # or: DC101                 accepted in place of a line marked `raises: DC101`

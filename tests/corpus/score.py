@@ -62,7 +62,7 @@ class Score:
 
 
 def read_findings(path: Path, script: Path) -> list[Found]:
-    """Reads a findings file; the line of a finding that names another file is 0.
+    """Reads a findings file; the line of a finding in another file is the one it was called from, or 0.
 
     Raises:
         ValueError: the file is not a findings file of schema 1.
@@ -70,14 +70,13 @@ def read_findings(path: Path, script: Path) -> list[Found]:
     content: dict[str, Any] = json.loads(path.read_text())
     if content.get("schema") != 1:
         raise ValueError(f"{path}: schema {content.get('schema')!r} instead of 1")
-    return [
-        Found(
-            code=record["code"],
-            line=int(record.get("line") or 0) if Path(record.get("file") or "").name == script.name else 0,
-            step=record.get("step"),
-        )
-        for record in content["findings"]
-    ]
+    return [Found(record["code"], _line_in(script, record), record.get("step")) for record in content["findings"]]
+
+
+def _line_in(script: Path, record: dict[str, Any]) -> int:
+    places = [record, record.get("called_from") or {}]
+    lines = [place.get("line") for place in places if Path(place.get("file") or "").name == script.name]
+    return int(lines[0] or 0) if lines else 0
 
 
 def compare(script: str, marks: Marks, findings: Sequence[Found]) -> Score:

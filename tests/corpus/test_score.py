@@ -112,9 +112,12 @@ def test_line_of_another_file_is_no_line_of_the_script(tmp_path: Path):
         {"code": "DC101", "file": "/somewhere/script.py", "line": 4, "step": 1},
         {"code": "DC101", "file": "/somewhere/other.py", "line": 4},
         {"code": "DC201", "file": None, "line": None},
+        {"code": "DC101", "file": "/lib/loop.py", "line": 4, "called_from": {"file": "/a/script.py", "line": 9}},
     ]
     file.write_text(json.dumps({"schema": 1, "findings": records}))
-    assert read_findings(file, Path("script.py")) == [Found("DC101", 4, 1), Found("DC101", 0), Found("DC201", 0)]
+    here, elsewhere, nowhere, called = read_findings(file, Path("script.py"))
+    assert (here, elsewhere, nowhere) == (Found("DC101", 4, 1), Found("DC101", 0), Found("DC201", 0))
+    assert called == Found("DC101", 9)
 
 
 def test_findings_of_another_schema_are_refused(tmp_path: Path):
@@ -196,6 +199,8 @@ def test_witness_sees_the_harm_of_a_late_bypass():
         "wrong/nupic_50_forward_hooks_skipped.py",
         "wrong/drift_logged_not_mended.py",
         "wrong/compiled_loss_function.py",
+        "wrong/library_unwraps_model.py",
+        "wrong/hook_of_trained_module.py",
         "right/bypass_reduced_by_hand.py",
         "right/zero1_by_hand.py",
         "right/two_wrappers_in_turn.py",

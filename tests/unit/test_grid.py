@@ -1,13 +1,15 @@
 import pytest
+import torch
 
 from ddpcall.evidence import Cell
 from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.grid import check_expectations, expand_grid, expected_verdicts, unmet
-from ddpcall.lab.schema import ExpectationConfig, GridConfig, PathConfig, TrainConfig, WrapperConfig
+from ddpcall.lab.schema import CellConfig, ExpectationConfig, GridConfig, PathConfig, TrainConfig, WrapperConfig
+from ddpcall.paths import Batch, SyncWindow, split_batch
 from ddpcall.verdicts import Verdicts
 
 
-def make_config(**grid: list[str]) -> TrainConfig:
+def make_config(**grid: list) -> TrainConfig:
     return TrainConfig(wrapper=WrapperConfig(name="ddp"), path=PathConfig(name="call"), grid=GridConfig(**grid))
 
 
@@ -34,6 +36,30 @@ def test_the_axes_are_crossed_in_order_and_meaningless_pairs_left_out_with_their
 def test_no_sync_makes_no_sense_without_ddp():
     grid = expand_grid(make_config(wrapper=["replicate"], window=["plain", "no_sync_forward"]))
     assert [cell.label() for cell in grid.cells] == ["replicate × call"]
+
+
+def test_cells_named_one_by_one_are_crossed_only_with_the_axes_they_do_not_name():
+    cells = [CellConfig(wrapper="ddp", window="no_sync_both"), CellConfig(wrapper="ddp_ring", path="call")]
+    grid = expand_grid(make_config(path=["call", "forward"], wrapper=["none"], cells=cells))
+    assert [cell.label() for cell in grid.cells] == [
+        "ddp × call × no_sync_both",
+        "ddp × forward × no_sync_both",
+        "ddp_ring × call",
+    ]
+
+
+def test_an_unknown_name_in_a_cell_is_refused_with_the_known_ones():
+    with pytest.raises(WrongUse, match=r"wrapper: 'nonsense' is unknown; write one of: \w+"):
+        expand_grid(make_config(cells=[CellConfig(wrapper="nonsense")]))
+
+
+def test_the_last_micro_batch_alone_stands_outside_the_synchronization():
+    batch = Batch(torch.arange(5.0)[:, None], torch.arange(5))
+    (first, head), (last, tail) = split_batch(SyncWindow.NO_SYNC_LAST_MICRO_BATCH, batch)
+    assert (first, last) == (SyncWindow.PLAIN, SyncWindow.NO_SYNC_BOTH)
+    assert torch.equal(torch.cat([head.inputs, tail.inputs]), batch.inputs)
+    assert torch.equal(torch.cat([head.targets, tail.targets]), batch.targets)
+    assert split_batch(SyncWindow.NO_SYNC_BOTH, batch) == [(SyncWindow.NO_SYNC_BOTH, batch)]
 
 
 def test_a_meaningless_pair_alone_is_refused_with_those_that_make_sense():

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "ddpcall"
-LEAVES = {"paths", "wrappers", "evidence", "findings", "imports", "taps", "ranks"}
-MIDDLE = LEAVES | {"verdicts", "replicas", "probes"}
+LEAVES = {"paths", "reductions", "wrappers", "shards", "evidence", "findings", "imports", "taps", "ranks"}
+MIDDLE = LEAVES | {"verdicts", "replicas", "sketch", "mixing", "probes"}
 MAY_IMPORT = {
     "paths": set(),
     "evidence": set(),
@@ -17,9 +17,13 @@ MAY_IMPORT = {
     "imports": set(),
     "taps": set(),
     "ranks": {"ranks"},
-    "wrappers": {"paths"},
+    "reductions": set(),
+    "wrappers": {"paths", "reductions"},
+    "shards": {"wrappers"},
     "verdicts": LEAVES,
     "replicas": LEAVES,
+    "sketch": set(),
+    "mixing": {"taps", "replicas", "sketch"},
     "probes": MIDDLE,
     "lab": MIDDLE | {"lab"},
     "watch": MIDDLE | {"watch"},

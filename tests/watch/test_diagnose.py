@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
+from ddpcall.findings import Finding, Place
 from ddpcall.taps import CallSite
+from ddpcall.watch.advice import Advice
 from ddpcall.watch.diagnose import CODES, Divergence, diagnose, diagnose_divergence
 from ddpcall.watch.events import Event, EventKind
 
@@ -39,6 +41,56 @@ def test_other_lines_of_the_same_forward_are_named():
     others = (CallSite("train.py", 14, "step"), CallSite("train.py", 13, "step"))
     event = Event(EventKind.BYPASSED, SITE, 1, ("w",), others, {"model": "Net"})
     assert "(and lines 13, 14)" in diagnose(event, 0).message
+
+
+def bypassed(was_called: bool = False, **facts: Any) -> Finding:
+    return diagnose(
+        Event(EventKind.BYPASSED, SITE, 1, ("w",), (), {"model": "Net", "was_called": was_called, **facts}), 0
+    )
+
+
+def test_where_the_wrapper_was_never_called_the_message_says_what_is():
+    advice = Advice("`loss = ddp(x)`.", "policy", "ddp")
+    finding = bypassed(advice=advice)
+    wrapper = "its DistributedDataParallel wrapper `ddp` was never called."
+    assert finding.message.startswith(f"`policy` (Net) is called here; {wrapper}")
+    assert finding.fix == "`loss = ddp(x)`."
+    assert bypassed().message.startswith(
+        "Net is called here; its DistributedDataParallel wrapper was never called."
+    )
+    part = bypassed(advice=Advice("", "net.enc", "ddp", is_part=True))
+    assert part.message.startswith("`net.enc` (a part of Net) is called here;")
+    assert "past its `replicate` hook." in bypassed(was_called=True, is_replicate=True).message
+    assert "entered Net here through `policy`, past its" in bypassed(was_called=True, advice=advice).message
+
+
+def test_advice_falls_back_to_the_general_one_with_the_wrappers_name_where_it_is_known():
+    assert bypassed().fix.startswith("Call the wrapper: `loss = ddp(batch)`. To train through another method")
+    assert bypassed(advice=Advice(wrapper="self.model")).fix.startswith("Call the wrapper: `self.model(...)`. To")
+
+
+def test_of_several_lines_none_is_written_anew_alone():
+    others = (CallSite("train.py", 14, "step"),)
+    facts = {"model": "Net", "advice": Advice("`h = ddp(x)`.", "net.enc", "ddp")}
+    fix = diagnose(Event(EventKind.BYPASSED, SITE, 1, ("w",), others, facts), 0).fix
+    assert fix == "Let `forward` do what these lines do, and call the wrapper, `ddp`, once."
+
+
+def test_a_librarys_line_is_not_the_users_to_change():
+    site = CallSite("/env/lib/python3.11/site-packages/trl/trainer/dpo.py", 7, "loss", CallSite("t.py", 3, "main"))
+    finding = diagnose(Event(EventKind.BYPASSED, site, 1, ("w",), (), {"model": "Net"}), 0)
+    assert finding.fix.endswith("The line is trl's: override it in code of your own, or report it there.")
+    assert finding.called_from == Place("t.py", 3, "main")
+
+
+def test_a_backward_inside_the_wrapped_forward_is_told_with_its_line():
+    backward = CallSite("train.py", 11, "learn")
+    facts = {"model": "Net", "backward": backward}
+    finding = diagnose(Event(EventKind.IN_FORWARD, SITE, 1, ("codes",), (), facts), 0)
+    assert finding.message.startswith("Net ran a backward (line 11) inside its wrapper's forward.")
+    assert finding.fix.startswith("Average the gradients of that backward before the step")
+    at_backward = diagnose(Event(EventKind.IN_FORWARD, backward, 1, ("codes",), (), facts), 0)
+    assert at_backward.message.startswith("Net ran a backward here inside its wrapper's forward.")
 
 
 def codes(divergence: Divergence, explained: bool = False) -> list[str]:

@@ -67,6 +67,40 @@ def test_a_parameter_changed_on_one_rank_is_named(rank, tmp_path):
     assert "2.bias" in found[0][2]
 
 
+def test_a_difference_that_is_gone_when_it_is_asked_about_is_silent(rank, tmp_path):
+    run = Run(rank, tmp_path).train(2)
+    if run.rank == 1:
+        with torch.no_grad():
+            run.ddp.module[2].bias.add_(1)
+    run.train(1)
+    with torch.no_grad():
+        for parameter in run.ddp.parameters():
+            dist.broadcast(parameter, 0)
+    assert run.train(3).findings() == []
+
+
+def test_a_difference_of_rounding_is_silent(rank, tmp_path):
+    run = Run(rank, tmp_path)
+    for _ in range(4):
+        run.train(1)
+        with torch.no_grad():
+            noise = 0.3 * (1 + run.rank) * torch.rand(8, 4)
+            run.ddp.module[0].weight.add_(noise).sub_(noise)
+    assert run.findings() == []
+
+
+def test_a_difference_of_training_is_found_though_the_rate_is_tiny(rank, tmp_path):
+    run = Run(rank, tmp_path, lr=1e-5)
+    weight = run.ddp.module[0].weight
+
+    def scale(*_):
+        weight.grad.mul_(1 + 0.5 * run.rank)
+
+    run.optimizer.register_step_pre_hook(scale)
+    found = run.train(4).findings()
+    assert [(code, names) for code, _, names in found] == [("DC201", ("0.weight",))]
+
+
 def test_loading_on_one_rank_is_found_on_its_line(rank, tmp_path):
     run = Run(rank, tmp_path).train(1)
     if run.rank == 1:

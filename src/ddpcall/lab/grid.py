@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import product
@@ -11,7 +11,7 @@ from typing import Any
 
 from ddpcall.evidence import Cell
 from ddpcall.lab.errors import WrongUse
-from ddpcall.lab.schema import ExpectationConfig, TrainConfig
+from ddpcall.lab.schema import CellConfig, ExpectationConfig, TrainConfig
 from ddpcall.paths import CallPath, Mode, SyncWindow
 from ddpcall.verdicts import NO_DATA_PARALLELISM, Verdicts
 from ddpcall.wrappers import Wrapper, meaningful_paths, meaningful_windows
@@ -46,22 +46,35 @@ def expand_grid(config: TrainConfig) -> Grid:
     Raises:
         WrongUse: An unknown name on an axis, or nothing meaningful left: the message lists the pairs that are.
     """
-    wrappers = _names(Wrapper, config.grid.wrapper or [config.wrapper.name], "wrapper")
-    paths = _names(CallPath, config.grid.path or [config.path.name], "path")
-    windows = _names(SyncWindow, config.grid.window or ["plain"], "grid.window")
-    hooks = _words(("early", "late"), config.grid.hooks or ["early"], "grid.hooks")
-    modes = _names(Mode, config.grid.mode or ["train"], "grid.mode")
-    models = config.grid.model or [str(config.model.get("_target_", ""))]
     cells, left_out = [], []
-    for model, wrapper, path, window, when, mode in product(models, wrappers, paths, windows, hooks, modes):
-        reason = _why_meaningless(Wrapper(wrapper), CallPath(path), SyncWindow(window))
-        if reason:
-            left_out.append(reason)
-        else:
-            cells.append(Cell(wrapper=wrapper, path=path, window=window, hooks=when, mode=mode, model=model))
+    for only in config.grid.cells or [CellConfig()]:
+        for cell in _cross(config, only):
+            reason = _why_meaningless(Wrapper(cell.wrapper), CallPath(cell.path), SyncWindow(cell.window))
+            if reason:
+                left_out.append(reason)
+            else:
+                cells.append(cell)
     if not cells:
         raise WrongUse("\n".join([*dict.fromkeys(left_out), "Pairs that make sense:", *_meaningful_pairs()]))
-    return Grid(tuple(cells), tuple(dict.fromkeys(left_out)))
+    return Grid(tuple(dict.fromkeys(cells)), tuple(dict.fromkeys(left_out)))
+
+
+def _cross(config: TrainConfig, only: CellConfig) -> Iterator[Cell]:
+    """Yield the cells of the grid's axes, with the values of one of its cells where that names any."""
+    grid = config.grid
+
+    def values(axis: str, default: str) -> list[str]:
+        named = getattr(only, axis)
+        return [named] if named is not None else getattr(grid, axis) or [default]
+
+    wrappers = _names(Wrapper, values("wrapper", config.wrapper.name), "wrapper")
+    paths = _names(CallPath, values("path", config.path.name), "path")
+    windows = _names(SyncWindow, values("window", "plain"), "grid.window")
+    hooks = _words(("early", "late"), values("hooks", "early"), "grid.hooks")
+    modes = _names(Mode, values("mode", "train"), "grid.mode")
+    models = values("model", str(config.model.get("_target_", "")))
+    for model, wrapper, path, window, when, mode in product(models, wrappers, paths, windows, hooks, modes):
+        yield Cell(wrapper=wrapper, path=path, window=window, hooks=when, mode=mode, model=model)
 
 
 def _names(kind: type[StrEnum], names: Sequence[str], axis: str) -> list[str]:

@@ -61,6 +61,18 @@ class OptimizerConfig:
 
 
 @dataclass(kw_only=True)
+class CellConfig:
+    """One cell, or those that agree with it: an axis that is null has every value that the grid gives it."""
+
+    wrapper: str | None = None
+    path: str | None = None
+    window: str | None = None
+    hooks: str | None = None
+    mode: str | None = None
+    model: str | None = None
+
+
+@dataclass(kw_only=True)
 class GridConfig:
     """The axes of an experiment; an empty axis means the one value chosen outside the grid.
 
@@ -71,6 +83,8 @@ class GridConfig:
         hooks: `early` and `late`.
         mode: Names of modes.
         model: Import paths of models, as for `model._target_`.
+        cells: Cells named one by one, where the axes are not to be crossed; each is crossed with the axes that it
+            does not name.
     """
 
     wrapper: list[str] = field(default_factory=list)
@@ -79,6 +93,7 @@ class GridConfig:
     hooks: list[str] = field(default_factory=list)
     mode: list[str] = field(default_factory=list)
     model: list[str] = field(default_factory=list)
+    cells: list[CellConfig] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)

@@ -42,6 +42,7 @@ from ddpcall.paths import (
     enter_mode,
     invoke,
     is_training,
+    split_batch,
 )
 from ddpcall.probes.collectives import CollectivesObserver, observe_collectives
 from ddpcall.probes.compiled import CompiledObserver, observe_compiled
@@ -51,22 +52,22 @@ from ddpcall.probes.modes import ModesObserver, observe_modes
 from ddpcall.probes.reducer import ReducerObserver, observe_reducer
 from ddpcall.probes.replicas import ReplicasObserver, observe_replicas
 from ddpcall.probes.timeline import Counters, TimelineObserver, observe_timeline
+from ddpcall.shards import gather_state, is_sharded, local_state
 from ddpcall.taps import SpanLog
 from ddpcall.wrappers import (
     COMPILING,
     OWN_REDUCER,
     SAME_BATCH,
+    UNEVEN_INPUTS,
     Subject,
     Wrapper,
     WrapperMissing,
     apply_wrapper,
     choose_compile_backend,
-    gather_state,
-    is_sharded,
-    local_state,
 )
 
 NUM_EVALUATED = 64  # test samples for the comparison of the ranks' outputs in eval mode
+MISSING_STEPS = 2  # how many batches fewer the last rank has, where inputs are uneven
 WARM_UP_STEPS = 2  # before the step whose timeline is kept: they build buckets, compile and allocate
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
@@ -203,7 +204,8 @@ class Trial:
                 self._enter_probes(stack, subject, probe_group)
                 try:
                     with subject.session():
-                        self._train(subject, parameters, optimizer)
+                        self._train(subject, parameters, subject.prepare_optimizer(optimizer))
+                    self._close_missing_steps()
                 finally:
                     self._take_local_evidence()
                 self._take_shared_evidence()
@@ -302,7 +304,7 @@ class Trial:
         batches = iterate_batches(
             self._split,
             batch_size=self._config.data.batch_size,
-            steps=self._config.steps,
+            steps=self._num_own_steps(),
             rank=0 if self._wrapper in SAME_BATCH else self._world.rank,
             world_size=self._world.world_size,
             seed=self._config.seed,
@@ -320,6 +322,18 @@ class Trial:
             if self._probes.hooks is not None and self._step + 1 == self._hook_steps():
                 self._probes.hooks.retire()
 
+    def _num_own_steps(self) -> int:
+        """Return how many batches this rank has."""
+        is_short = self._wrapper in UNEVEN_INPUTS and self._world.rank == self._world.world_size - 1
+        return max(1, self._config.steps - MISSING_STEPS) if is_short else self._config.steps
+
+    def _close_missing_steps(self) -> None:
+        """Close the steps that this rank had no batch for: the probes compare as many on every rank."""
+        while self._observe and self._step + 1 < self._config.steps:
+            self._step += 1
+            self._observe_backward(None)
+            self._end_step()
+
     def _hook_steps(self) -> int:
         """Return after how many steps the hooks probe leaves; 0: never."""
         steps = self._config.probes.hook_steps
@@ -329,20 +343,28 @@ class Trial:
 
     def _train_step(self, subject: Subject, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
         optimizer.zero_grad()
-        with enter_forward_window(self._window, subject.wrapped, batch), self._enter_mode():
-            loss = invoke(self._path, subject.wrapped, subject.inner, batch, self._loss)
-        if loss.requires_grad:
-            with enter_backward_window(self._window, subject.wrapped), self._span("backward"):
-                loss.backward()
+        parts = split_batch(self._window, batch)
+        losses = []
+        for window, part in parts:
+            with enter_forward_window(window, subject.wrapped, part), self._enter_mode():
+                loss = invoke(self._path, subject.wrapped, subject.inner, part, self._loss)
+            loss = loss / len(parts) if len(parts) > 1 else loss
+            if loss.requires_grad:
+                with enter_backward_window(window, subject.wrapped), self._span("backward"):
+                    loss.backward()
+            losses.append(loss.detach())
         if self._observe:
             self._observe_backward(batch)
         with self._span("optimizer"):
             optimizer.step()
+        self._end_step()
+        return sum(loss.item() for loss in losses)
+
+    def _end_step(self) -> None:
         if self._probes.replicas is not None:
             self._probes.replicas.end_step()
         if self._probes.modes is not None:
             self._probes.modes.end_step()
-        return loss.item()
 
     def _timeline_step(self) -> AbstractContextManager[None]:
         timeline = self._probes.timeline
@@ -370,7 +392,7 @@ class Trial:
             self._probes.modes.note_result(outputs)
         return default_loss(outputs, targets)
 
-    def _observe_backward(self, batch: Batch) -> None:
+    def _observe_backward(self, batch: Batch | None) -> None:
         probes = self._probes
         assert probes.collectives is not None
         assert probes.gradients is not None

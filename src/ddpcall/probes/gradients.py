@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ddpcall.evidence import GradientEvidence
 from ddpcall.paths import Batch
 from ddpcall.replicas import differs_between_ranks, digest_tensors, gather_over_ranks
-from ddpcall.wrappers import local_part
+from ddpcall.shards import local_part
 
 # Gradients of several steps are compared in one collective, as long as they fit in this much memory.
 BUFFER_BYTES = 32 * 2**20
@@ -29,16 +29,20 @@ class GradientsObserver:
         self._sizes: list[int] = []
         self._names: list[str] = []
         self._pending: list[Tensor] = []
+        self._took_part: list[bool] = []
         self._batches: list[Tensor] = []
         self._max_difference: list[float] = []
         self._max_magnitude: list[float] = []
         self._parameters: dict[str, float] = {}
         self._without_gradient: list[str] = []
 
-    def end_step(self, batch: Batch) -> None:
+    def end_step(self, batch: Batch | None) -> None:
         """Keep the gradients of this step; call it after the backward, before the optimizer steps.
 
         A parameter without a gradient counts as zeros, and on one rank only, as a difference.
+
+        Args:
+            batch: What this rank computed them from; None where it had no batch: it is not compared then.
         """
         parameters = self._all
         self._without_gradient = [name for name, parameter in parameters.items() if parameter.grad is None]
@@ -48,7 +52,8 @@ class GradientsObserver:
         self._names = list(compared)
         self._sizes = [gradient.numel() for gradient in gradients]
         self._pending.append(torch.cat(gradients or [torch.zeros(0)]).to("cpu", torch.float32))
-        self._batches.append(digest_tensors([batch.inputs, batch.targets]))
+        self._took_part.append(batch is not None)
+        self._batches.append(self._batches[-1] if batch is None else digest_tensors([batch.inputs, batch.targets]))
         # Every rank holds the same sizes, so every rank flushes in the same step.
         if sum(flat.numel() * flat.element_size() for flat in self._pending) >= BUFFER_BYTES:
             self.flush()
@@ -77,7 +82,8 @@ class GradientsObserver:
                 self._parameters[name] = max(value, self._parameters.get(name, 0.0))
 
     def _max_over_ranks(self, values: Tensor) -> Tensor:
-        values = values.clone()
+        absent = ~torch.tensor(self._took_part[-len(values) :])
+        values = values.masked_fill(absent[:, None], -torch.inf)
         if self._group is not None:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
         return values

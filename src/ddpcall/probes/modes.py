@@ -15,8 +15,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ddpcall.evidence import ModesEvidence
 from ddpcall.replicas import gather_over_ranks
+from ddpcall.shards import local_part
 from ddpcall.taps import wrap_method
-from ddpcall.wrappers import Subject, local_part
+from ddpcall.wrappers import Subject
 
 _LAYERS = (nn.Linear, _ConvNd)  # what autocast runs in lower precision
 # What a position of a dropout's input came to. Where the input was zero, the output does not tell.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ddpcall.evidence import ReplicaEvidence
 from ddpcall.replicas import differs_between_ranks, digest_state, digest_tensors, gather_over_ranks
+from ddpcall.shards import local_part
 from ddpcall.taps import is_lazy
-from ddpcall.wrappers import local_part
 
 # Parameters of several steps are compared with rank 0's together, as long as they fit in this much memory.
 BUFFER_BYTES = 32 * 2**20

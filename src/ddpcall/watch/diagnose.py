@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddpcall.findings import CATALOGUE, Finding, Place, Severity
+from ddpcall.findings import CATALOGUE, Finding, Place, Rule, Severity
 from ddpcall.taps import NOWHERE, CallSite
+from ddpcall.watch.advice import Advice
 from ddpcall.watch.events import Event, EventKind
 
 CODES: dict[EventKind, str] = {
     EventKind.BYPASSED: "DC101",
     EventKind.RAW_WEIGHTS: "DC101",
+    EventKind.IN_FORWARD: "DC101",
     EventKind.CONSUMED: "DC101",
     EventKind.AUTOGRAD_GRAD: "DC101",
     EventKind.WRITTEN: "DC101",
@@ -55,7 +57,7 @@ def diagnose(event: Event, rank: int) -> Finding:
         step=event.step,
         parameters=event.parameters,
         cause=event.kind.value,
-        fix=rule.fix,
+        fix=_fix(event, rule),
         called_from=_caller(event.site),
     )
 
@@ -63,6 +65,41 @@ def diagnose(event: Event, rank: int) -> Finding:
 def _caller(site: CallSite) -> Place | None:
     caller = site.called_from
     return None if caller is None else Place(caller.file, caller.line, caller.function)
+
+
+def _fix(event: Event, rule: Rule) -> str:
+    """Return what to write instead: in the script's own names, where the line tells."""
+    advice = _advice(event)
+    fix = _FIXES.get(event.kind, rule.fix)
+    if event.kind is EventKind.BYPASSED and event.others:
+        wrapper = f"the wrapper, `{advice.wrapper}`," if advice.wrapper else "the wrapper"
+        fix = f"Let `forward` do what these lines do, and call {wrapper} once."
+    elif event.kind is EventKind.BYPASSED and advice.fix:
+        fix = advice.fix
+    elif event.kind is EventKind.BYPASSED and advice.wrapper:
+        fix = fix.replace("`loss = ddp(batch)`", f"`{advice.wrapper}(...)`")
+    package = re.search(r"/(?:site|dist)-packages/([^/]+)", event.site.file)
+    if package and event.kind in _IN_THE_LINE:
+        library = package[1].removesuffix(".py")
+        fix += f" The line is {library}'s: override it in code of your own, or report it there."
+    return fix
+
+
+def _advice(event: Event) -> Advice:
+    return event.facts.get("advice", Advice())
+
+
+_AVERAGE = "`dist.all_reduce(p.grad)`, then `p.grad /= dist.get_world_size()`"
+_IN_THE_LINE = (EventKind.BYPASSED, EventKind.RAW_WEIGHTS)
+_FIXES = {
+    EventKind.RAW_WEIGHTS: "Use these weights inside the model's `forward`, and call the wrapper.",
+    EventKind.IN_FORWARD: "Average the gradients of that backward before the step, for each parameter `p`: "
+    f"{_AVERAGE}.",
+    EventKind.CONSUMED: "Add the losses up and call `backward()` once, or call the wrapper before each backward.",
+    EventKind.AUTOGRAD_GRAD: "Use `loss.backward()`, or average what `torch.autograd.grad` returns, for each "
+    "gradient `g`: `dist.all_reduce(g)`, then `g /= dist.get_world_size()`.",
+    EventKind.WRITTEN: f"Average the gradients after writing them, for each parameter `p`: {_AVERAGE}.",
+}
 
 
 def _gradients(event: Event) -> str:
@@ -79,28 +116,60 @@ def _and_lines(event: Event) -> str:
     return f" (and line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))})" if lines else ""
 
 
+def _local(event: Event) -> str:
+    """Return what the harm is, of gradients that nobody averaged."""
+    return f"optimizer step {event.step} used gradients of {_gradients(event)} as computed on this rank alone."
+
+
 def _bypassed(event: Event) -> str:
-    return (
-        f"The forward entered {_model(event)} here{_and_lines(event)}, past its DistributedDataParallel "
-        "wrapper, so the "
-        f"reducer was not armed: in optimizer step {event.step}, gradients of {_gradients(event)} were used as "
-        "computed on this rank alone."
-    )
+    advice, model, lines = _advice(event), _model(event), _and_lines(event)
+    through = f"`{advice.called}`" if advice.called else ""
+    wrapper, averaged = _wrapper(event)
+    if event.facts.get("was_called", True):
+        entered = f"The forward entered {model} here{lines}{through and f' through {through}'}, past its {wrapper}"
+    else:
+        called = f"{through} ({'a part of ' * advice.is_part}{model})" if through else model
+        entered = f"{called} is called here{lines}; its {wrapper} was never called"
+    return f"{entered}. {averaged}: {_local(event)}"
+
+
+def _wrapper(event: Event) -> tuple[str, str]:
+    """Return what a call goes past, and when that averages."""
+    if event.facts.get("is_replicate"):
+        return (
+            "`replicate` hook",
+            "`replicate` averages gradients only in a backward that follows a call of the model",
+        )
+    name = f" `{_advice(event).wrapper}`" if _advice(event).wrapper else ""
+    averaged = "DDP averages gradients only in a backward that follows a forward of the wrapper"
+    return f"DistributedDataParallel wrapper{name}", averaged
 
 
 def _raw_weights(event: Event) -> str:
+    wrapper, averaged = _wrapper(event)
+    before = "since the optimizer step before" if event.facts.get("was_called") else "at all"
     return (
-        f"Weights of {_model(event)} are used here without any forward of its wrapper, so the reducer was not "
-        "armed: "
-        f"in optimizer step {event.step}, gradients of {_gradients(event)} were used as computed on this rank "
-        "alone."
+        f"Weights of {_model(event)} are used here, and its {wrapper} was not called {before}. {averaged}: "
+        f"{_local(event)}"
     )
+
+
+def _in_forward(event: Event) -> str:
+    backward = event.facts.get("backward", NOWHERE)
+    here = " here" if backward == event.site else f" ({_line_of(backward, event.site)})"
+    return (
+        f"{_model(event)} ran a backward{here} inside its wrapper's forward. {_wrapper(event)[1]}: {_local(event)}"
+    )
+
+
+def _line_of(site: CallSite, seen_from: CallSite) -> str:
+    return f"line {site.line}" if site.file == seen_from.file else f"{site.file}:{site.line}"
 
 
 def _consumed(event: Event) -> str:
     return (
-        f"This backward came after another had used up the reducer of {_model(event)}: a forward arms it for one "
-        f"backward. In optimizer step {event.step}, gradients of {_gradients(event)} were used unreduced."
+        f"A forward of {_model(event)}'s wrapper prepares DDP to average the gradients of one backward, and an "
+        f"earlier backward had used that up when this one ran: {_local(event)}"
     )
 
 
@@ -154,8 +223,8 @@ def _sync_off(event: Event) -> str:
 
 def _no_effect(event: Event) -> str:
     return (
-        "no_sync() around a backward alone has no effect: the forward before it had armed the reducer, and the "
-        "gradients were reduced."
+        "no_sync() around a backward alone has no effect: the forward before it had already prepared DDP to "
+        "average, and the gradients were averaged."
     )
 
 
@@ -189,6 +258,7 @@ def _with_facts(template: str) -> Callable[[Event], str]:
 _MESSAGES: dict[EventKind, Callable[[Event], str]] = {
     EventKind.BYPASSED: _bypassed,
     EventKind.RAW_WEIGHTS: _raw_weights,
+    EventKind.IN_FORWARD: _in_forward,
     EventKind.CONSUMED: _consumed,
     EventKind.AUTOGRAD_GRAD: _autograd_grad,
     EventKind.WRITTEN: _written,
@@ -232,6 +302,8 @@ class Divergence:
         parameters: Names of the parameters that differ; empty before the second round.
         settings: Optimizer settings that differ: value by rank, by name.
         modules: Modes that differ and matter: mode by rank, by module.
+        is_confirmed: Whether the parameters were seen to differ more than once.
+        difference: The largest one of a parameter, relative to its norm; 0 where it was not measured.
         load_site: The line that loaded a checkpoint, on some ranks only.
         mode_site: The line that switched to eval, where that differs between ranks.
         optimizer_site: The line that set the optimizer up, or its schedule.
@@ -245,6 +317,8 @@ class Divergence:
     parameters: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
     modules: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    is_confirmed: bool = True
+    difference: float = 0.0
     load_site: CallSite | None = None
     mode_site: CallSite | None = None
     optimizer_site: CallSite = NOWHERE
@@ -298,7 +372,7 @@ def _compared(
     return Finding(
         code=code,
         name=rule.name,
-        severity=rule.severity,
+        severity=rule.severity if divergence.is_confirmed or code != "DC201" else Severity.WARNING,
         message=message,
         file=site.file,
         line=site.line,
@@ -334,7 +408,11 @@ def _loaded(divergence: Divergence) -> str:
 
 def _diverged(divergence: Divergence, groups: tuple[tuple[int, ...], ...]) -> str:
     count = f"{len(divergence.parameters)} parameters" if divergence.parameters else "Parameters"
-    return f"{count} differ between ranks after optimizer step {divergence.step} ({_groups(groups)})."
+    size = f", by up to {divergence.difference:.1e} of a parameter's norm" if divergence.difference else ""
+    doubt = (
+        "" if divergence.is_confirmed else " It was seen once; the run ended before the ranks were asked again."
+    )
+    return f"{count} differ between ranks after optimizer step {divergence.step} ({_groups(groups)}){size}.{doubt}"
 
 
 def _is_shared_out(divergence: Divergence, explained: bool) -> bool:

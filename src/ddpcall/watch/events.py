@@ -17,6 +17,8 @@ class EventKind(StrEnum):
     """Gradients of a forward outside the wrapper's arrived while its reducer was not armed."""
     RAW_WEIGHTS = "raw_weights"
     """The same, without any forward: the weights were used directly."""
+    IN_FORWARD = "in_forward"
+    """Gradients of a backward that the model ran inside the wrapper's forward, which reduces none."""
     SYNC_OFF = "sync_off"
     """Gradients of a wrapper's forward under `no_sync()` arrived, and none were reduced before the step."""
     CONSUMED = "consumed"

@@ -49,6 +49,7 @@ class Models:
                 ledger.sharing.append(previous)
         self.owner.update((id(parameter), ledger) for parameter in owned)
         ledger.owned = [weakref.ref(parameter) for parameter in owned]
+        ledger.root = weakref.ref(root)
         ledger.mark = self._mark
         self._frozen.update(id(p) for p in root.parameters() if id(p) not in ledger.names)
         self.ledgers.append(ledger)

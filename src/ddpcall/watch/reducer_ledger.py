@@ -15,10 +15,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import DDP as ReplicatedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpcall.taps import (
@@ -31,6 +33,7 @@ from ddpcall.taps import (
     is_lazy,
     outside_dynamo,
 )
+from ddpcall.watch.advice import NO_NAMES, Names, advise, read_names
 from ddpcall.watch.collectives import Mark
 from ddpcall.watch.events import EventKind
 
@@ -47,6 +50,7 @@ class Entry:
         linked: Whether its outputs were found, so that `reached` tells whether a backward went through them.
         reached: The backward (by number) that last went through an output.
         is_taken: Whether `torch.autograd.grad` went through an output; a backward of what it returned does not.
+        names: What the line can call the model.
     """
 
     site: CallSite
@@ -54,6 +58,7 @@ class Entry:
     linked: bool = False
     reached: int = 0
     is_taken: bool = False
+    names: Names = NO_NAMES
 
 
 @dataclass(eq=False)
@@ -67,6 +72,7 @@ class Unreduced:
         backward: The line that ran the backward.
         gradient: For `AUTOGRAD_GRAD`, address of the gradient that the parameter had before.
         versions: Versions of the gradients when they arrived, by parameter id: a later one was written to since.
+        names: What the line at `site` can call the model.
     """
 
     kind: EventKind
@@ -75,10 +81,17 @@ class Unreduced:
     backward: CallSite = NOWHERE
     gradient: int = 0
     versions: dict[int, int] = field(default_factory=dict)
+    names: Names = NO_NAMES
 
     def facts(self, ledger: ReducerLedger) -> dict[str, Any]:
         """Return what a message says beyond the site."""
-        return {"model": ledger.name, "backward": f"{self.backward.file}:{self.backward.line}"}
+        return {
+            "model": ledger.name,
+            "backward": self.backward,
+            "was_called": ledger.was_called,
+            "is_replicate": ledger.is_replicate(),
+            "advice": advise(self.names),
+        }
 
 
 @dataclass(eq=False)
@@ -89,11 +102,13 @@ class ReducerLedger:
         name: The wrapped module's class, for messages.
         names: Parameter names by id, for the parameters that the reducer owns.
         ddp: Returns the DDP while it lives; it is held weakly.
+        root: Returns the wrapped module while it lives.
         modules: The modules under the wrapper, by id.
         is_announced: Whether its reducer is still to be made (`replicate`).
         armed: Whether the reducer expects gradients.
         forwards: Grad-enabled forwards of the wrapper since the last optimizer step.
         forwarded: Whether there was any forward of the wrapper since then: the first one broadcasts the buffers.
+        was_called: Whether there was any forward of the wrapper at all.
         num_reductions: Backwards that its reducer has reduced.
         wrapper: What the model was wrapped with, a key of `watched.WRAPPERS`.
         num_steps: Steps of an optimizer that has parameters of it.
@@ -113,11 +128,13 @@ class ReducerLedger:
     name: str
     names: dict[int, str]
     ddp: Callable[[], DistributedDataParallel | None] = lambda: None
+    root: Callable[[], nn.Module | None] = lambda: None
     modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict)
     is_announced: bool = False
     armed: bool = False
     forwards: int = 0
     forwarded: bool = False
+    was_called: bool = False
     num_reductions: int = 0
     wrapper: str = "ddp"
     num_steps: int = 0
@@ -138,6 +155,8 @@ class ReducerLedger:
     _task: int = -1
     _unarmed: list[int] = field(default_factory=list)
     _site: CallSite = NOWHERE
+    _is_in_forward: bool = False
+    _names: dict[CallSite, Names] = field(default_factory=dict)
     _detachments: dict[CallSite, Unreduced] = field(default_factory=dict)
     mark: Callable[[], Mark] = Mark
     unarmed_since: Mark | None = None
@@ -165,10 +184,29 @@ class ReducerLedger:
         self.armed = True
         self._stats = reducer.get_backward_stats()
 
+    def is_replicate(self) -> bool:
+        """Say whether the model is called itself, and a hook of its own does what a wrapper does."""
+        return isinstance(self.root(), ReplicatedModule)
+
+    def is_in_forward(self) -> bool:
+        """Say whether the wrapper's forward is running."""
+        ddp = self.ddp()
+        return ddp is not None and DistributedDataParallel._active_ddp_module is ddp
+
+    def read_names(self, entry: Entry, frame: FrameType | None) -> None:
+        """Read what the line of an entry can call the model: once a line, since it takes a while."""
+        root = self.root()
+        if frame is None or root is None:
+            return
+        if entry.site not in self._names:
+            wrapper = root if self.is_replicate() else self.ddp()
+            self._names[entry.site] = read_names(frame, wrapper, root)
+        entry.names = self._names[entry.site]
+
     def passed(self, outputs: Any) -> None:
         """Note that the wrapper's forward ended; its reducer was prepared unless synchronisation is off."""
         ddp = self.ddp()
-        self.forwarded = True
+        self.forwarded = self.was_called = True
         if ddp is None or not torch.is_grad_enabled():
             return
         self.forwards += 1
@@ -256,6 +294,7 @@ class ReducerLedger:
         self.had_backward = True
         if not self._unarmed:
             self._site = find_call_site()
+            self._is_in_forward = self.is_in_forward()
             _queue(self._settle_later)
         self._unarmed.append(key)
         if parameter.grad is not None:
@@ -278,12 +317,14 @@ class ReducerLedger:
         self._unarmed = []
 
     def _blame(self) -> Unreduced:
+        if self._is_in_forward:
+            return Unreduced(EventKind.IN_FORWARD, self._site, (), self._site)
         reached = [entry for entry in self.entries if entry.reached == self.backward]
         reached = reached or [entry for entry in self.entries if entry.is_taken or not entry.linked]
         bypasses = [entry for entry in reached if entry.sync_off is None]
         if bypasses:
             sites = tuple(dict.fromkeys(entry.site for entry in bypasses))
-            return Unreduced(EventKind.BYPASSED, sites[0], sites[1:], self._site)
+            return Unreduced(EventKind.BYPASSED, sites[0], sites[1:], self._site, names=bypasses[0].names)
         if reached:
             off, site = reached[-1].sync_off or NOWHERE, reached[-1].site
             return Unreduced(EventKind.SYNC_OFF, off if off != NOWHERE else site, (site,), self._site)

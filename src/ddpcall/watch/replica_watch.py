@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ddpcall.findings import Finding
 from ddpcall.taps import NOWHERE, CallSite, find_call_site
 from ddpcall.watch.diagnose import Divergence, diagnose_divergence
+from ddpcall.watch.drift import Drift, largest, read_drift
 from ddpcall.watch.exchange import Comparison, DetailsComparison, Exchange, find_store
 from ddpcall.watch.suspects import Suspects
 from ddpcall.watch.trail import BufferUse, Trail
@@ -28,6 +29,7 @@ LOADED = "@load_state_dict"
 GRADIENTS = "@gradients"
 SWITCHED = "@mode"
 STARTED = "@started"
+MEASURED = "@measured "
 _UNHARMFUL_STEPS = 2
 
 
@@ -101,6 +103,9 @@ class ReplicaWatch:
         self._asked: Comparison | None = None
         self._preliminary: list[Finding] = []
         self._judged: set[str] = set()
+        self._apart: list[int] = []
+        self._look_again = 0
+        self._was_rounding = self._was_doubted = False
         self._same_batch = self._same_rng = 0
         self._uses: list[BufferUse] = []
         self._last_buffers: tuple[int, tuple[tuple[int, ...], ...]] | None = None
@@ -209,6 +214,7 @@ class ReplicaWatch:
             self._exchange = self._taker = self._models = None
 
     def _finish(self, exchange: Exchange) -> None:
+        self._look_again = 0
         exchange.finish()
         last = exchange.compare(self._last_step, wait=True)
         self.read()
@@ -224,7 +230,7 @@ class ReplicaWatch:
             details = exchange.details(wait=True)
             # Without answers what this rank knows by itself must do.
             own = DetailsComparison(self._last_step, (), (), {"modes": self._own_modes()})
-            self._explain(own if details is None or details.missing else details)
+            self._explain(own if details is None or details.missing else details, is_last=True)
 
     def _own_modes(self) -> dict[str, dict[int, Any]]:
         if self._taker is None or False not in self._trail.modes:
@@ -238,6 +244,8 @@ class ReplicaWatch:
         details = {part: self._taker.details(part) for part in parts}
         times, site = self._trail.loads
         if "parameters" in details:
+            measured = self._taker.measure_parameters()
+            details["parameters"].update((MEASURED + name, text) for name, text in measured.items())
             details["parameters"][LOADED] = f"{times} {_write_site(site)}" if times else "0"
             details["parameters"][GRADIENTS] = self._suspects.digest() or 0
             self._has_told_start = self._started is not None
@@ -255,15 +263,22 @@ class ReplicaWatch:
             self.heard.update(set(range(self._world_size)) - set(comparison.missing))
         self._count_same(comparison)
         self._note_buffers(comparison)
+        if "parameters" in comparison.differing:
+            self._apart.append(comparison.step)
+        elif not comparison.missing:
+            self._apart.clear()
         parts = [part for part in ("optimizer", "parameters", "modes") if part in comparison.differing]
         news = [part for part in parts if part not in self._judged]
+        if "parameters" in news and comparison.step < self._look_again:
+            news.remove("parameters")
         if not news:
             return
         self._judged.update(news)
-        divergence = Divergence(comparison.step, {part: comparison.differing[part] for part in news})
-        if "modes" not in news:  # which modules differ decides about modes
-            self._say(divergence, in_haste=True)
-        self._asked = replace(comparison, differing={part: comparison.differing[part] for part in news})
+        differing = {part: comparison.differing[part] for part in news}
+        # Which modules differ decides about modes; what was rounding before is so again, as a rule.
+        if "modes" not in news and not self._was_rounding:
+            self._say(Divergence(comparison.step, differing, is_confirmed=False), in_haste=True)
+        self._asked = replace(comparison, differing=differing)
         assert self._exchange is not None
         self._exchange.ask_details(self._asked)
 
@@ -278,7 +293,7 @@ class ReplicaWatch:
         optimizer = sites.created if first else sites.scheduled
         return replace(divergence, optimizer_site=optimizer if optimizer != NOWHERE else sites.step)
 
-    def _explain(self, details: DetailsComparison) -> None:
+    def _explain(self, details: DetailsComparison, is_last: bool = False) -> None:
         """Replace what was said in haste by what the details tell."""
         if self._asked is None:
             return
@@ -295,22 +310,46 @@ class ReplicaWatch:
         if not harmful:
             differing.pop("modes", None)
         is_complete = "parameters" in details.differing and not details.missing
-        if is_complete and self._has_told_start and STARTED not in parameters:
+        drifts: dict[str, Drift] = {}
+        is_kept_equal = is_complete and self._has_told_start and STARTED not in parameters
+        if is_complete and not is_kept_equal:
+            drifts = self._judge_drifts(details.step, parameters, is_last)
+        if not drifts and (is_complete or self._was_rounding):
             differing.pop("parameters", None)
-        elif GRADIENTS in parameters and not load:
+        if "parameters" in differing and GRADIENTS in parameters and not load:
             self._suspects.convict()
         self._say(
             Divergence(
-                asked.step,
+                self._apart[0] if drifts and self._apart else asked.step,
                 differing,
-                parameters=tuple(name for name in parameters if not name.startswith("@")),
+                parameters=tuple(drifts),
                 settings=details.differing.get("optimizer", {}),
                 modules={name: {rank: str(mode) for rank, mode in modes[name].items()} for name in harmful},
                 load_site=_read_site(load.split(" ", 1)[1]) if " " in load else None,
                 mode_site=_read_site(switch) if switch else None,
+                is_confirmed=is_complete or len(self._apart) > 1,
+                difference=largest(drifts.values()),
             )
         )
         self._preliminary = []
+
+    def _judge_drifts(self, step: int, parameters: dict[str, dict[int, Any]], is_last: bool) -> dict[str, Drift]:
+        """Return the parameters that are apart by more than rounding; where there are none, look again later.
+
+        Where the rate is tiny a difference as small as rounding may be one of training. Then it is as large beside
+        what was trained the next time, too.
+        """
+        names = [name for name in parameters if not name.startswith("@")]
+        drifts = {name: read_drift(parameters.get(MEASURED + name, {})) for name in names}
+        drifts = {name: drift for name, drift in drifts.items() if not drift.is_rounding(step)}
+        is_doubtful = all(drift.is_small(step) for drift in drifts.values())
+        if drifts and (not is_doubtful or self._was_doubted or is_last):
+            return drifts
+        self._was_doubted = bool(drifts)
+        self._was_rounding = not drifts
+        self._judged.discard("parameters")
+        self._look_again = 2 * step
+        return {}
 
     def _depends_on_mode(self, name: str) -> bool:
         assert self._models is not None

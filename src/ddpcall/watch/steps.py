@@ -210,7 +210,9 @@ class StepWatch:
             if not used:
                 continue
             names = tuple(ledger.names[key] for key in used)
-            event = Event(blame.kind, blame.site, step, names, blame.others, blame.facts(ledger))
+            steps_in_forward = blame.kind is EventKind.IN_FORWARD and ledger.is_in_forward()
+            site = find_call_site() if steps_in_forward else blame.site
+            event = Event(blame.kind, site, step, names, blame.others, blame.facts(ledger))
             if self._were_reduced(used, view, ledger.unarmed_since):
                 self._suspect(event, used, view)
             elif not self._averaging.is_averaged(event):

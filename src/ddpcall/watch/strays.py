@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store
 from torch.optim import Optimizer
 
-from ddpcall.replicas import SKETCH_SIZE, digest_tensor, sketch_tensor
+from ddpcall.replicas import digest_tensor
 from ddpcall.taps import NOWHERE, CallSite, find_call_site
+from ddpcall.watch.drift import SKETCH_SIZE, sketch_tensor
 from ddpcall.watch.events import Emit, Event, EventKind
 from ddpcall.watch.exchange import find_store
 
@@ -119,7 +120,10 @@ class StrayWatch:
     def _offer(self, record: _Record, look: int) -> None:
         parameters = [parameter for reference in record.parameters if (parameter := reference()) is not None]
         digests = list(map(digest_tensor, parameters))
-        gradients = [[0.0] * SKETCH_SIZE if p.grad is None else sketch_tensor(p.grad) for p in parameters]
+        nothing = [0.0] * SKETCH_SIZE
+        gradients = [
+            nothing if p.grad is None else sketch_tensor(p.grad, str(i)) for i, p in enumerate(parameters)
+        ]
         store, key = self._connect(), f"{record.name}/{look}"
         first_digests, first_gradients = json.loads(store.compare_set(key, "", json.dumps([digests, gradients])))
         if _differ(first_gradients, gradients):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddpcall.replicas import StateDigester, digest_bytes, digest_tensor
+from ddpcall.watch.drift import measure, sketch_tensor
 
 REPLICATED_PARTS = ("parameters", "buffers", "modes", "optimizer")
 OWN_PARTS = ("rng", "batch")
@@ -68,6 +69,7 @@ class VitalsTaker:
         self.optimizer = optimizer
         self._structure = _Structure(model)
         self._batch: Details = {}
+        self._origin: dict[str, list[float]] | None = None
 
     def take(self, step: int, batch: Any = None) -> Vitals:
         """Digest everything now; waits for the device where tensors are on one.
@@ -78,6 +80,8 @@ class VitalsTaker:
         """
         self._batch = {} if batch is None else dict(_digest_leaves(batch, "batch"))
         structure = self._current_structure()
+        if self._origin is None:
+            self._origin = {name: sketch_tensor(p, name) for name, p in structure.named_parameters.items()}
         parts = {
             "parameters": structure.parameters.digest() if structure.num_parameters else None,
             "buffers": structure.buffers.digest() if structure.num_buffers else None,
@@ -95,6 +99,12 @@ class VitalsTaker:
     def digest_parameters(self) -> int:
         """Return one digest of all parameters, as they are now."""
         return self._current_structure().parameters.digest()
+
+    def measure_parameters(self) -> dict[str, str]:
+        """Return, by name, what tells how far a parameter is from other ranks' and from where training began."""
+        origin = self._origin or {}
+        parameters = self._current_structure().named_parameters
+        return {name: measure(parameter, name, origin.get(name)) for name, parameter in parameters.items()}
 
     def details(self, part: str) -> Details:
         """Return what one part is made of, as it is now: what the second round compares between ranks.

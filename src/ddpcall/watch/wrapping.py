@@ -18,10 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpcall.taps import (
     ForwardTap,
     Undo,
+    find_call_frames,
     find_call_site,
     in_backward,
     is_lazy,
     replace_attribute,
+    site_of,
 )
 from ddpcall.watch.events import Emit, Event, EventKind, Guard
 from ddpcall.watch.hooks import can_be_tapped
@@ -225,13 +227,15 @@ class WrapWatch:
         if not ledgers:
             return original(*args, **kwargs)
         ledger = ledgers[-1]
-        site = find_call_site(ledger.contains)
+        line, caller = find_call_frames(ledger.contains)
+        entry = Entry(site_of(line, caller))
+        self._guard(ledger.read_names, entry, line)
         self._inside_entry = True
         try:
             outputs = original(*args, **kwargs)
         finally:
             self._inside_entry = False
-        self._guard(ledger.enter, Entry(site), outputs)
+        self._guard(ledger.enter, entry, outputs)
         return outputs
 
     # ---- windows --------------------------------------------------------------------------------------------

@@ -1,0 +1,364 @@
+"""The collector: hears of a rank's own gradients and of what its optimizers use, and keeps sketches of both.
+
+It runs no collective and changes no number. Where something goes wrong in it, it switches itself off, says why in
+its record, and the training goes on.
+
+* *Own*: a tensor hook on the parameter, which runs before the gradient is accumulated and before any reduction.
+* *Used*: what lies in `.grad` when the innermost optimizer step that holds the parameter begins, after all other
+  pre-hooks; with a closure, when the closure returns.
+* *Window*: what belongs to one step of one parameter, from the step before it to its own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ddpcall.mixing.places import SHARDED, Place, ranks_along
+from ddpcall.mixing.record import FOREIGN, NO_GRADIENT, NOT_FINITE, PRESENT, UNREAD, Column, RankSketches
+from ddpcall.mixing.shards import find_places
+from ddpcall.sketch import NUM_BUCKETS
+from ddpcall.taps import Undo, outside_dynamo, replace_attribute
+
+_KEPT_WINDOWS = 3
+
+
+@dataclass
+class _Own:
+    """One own gradient: sketches, and the backward that made it."""
+
+    task: int
+    last: Tensor | None = None
+    first: Tensor | None = None
+    captured: bool = False
+
+
+@dataclass
+class _Window:
+    """What happened to one parameter between two of its steps."""
+
+    own: list[_Own] = field(default_factory=list)
+    carry: Tensor | None = None
+    used: Tensor | None = None
+    state: int = UNREAD
+    before: int = 0
+    closed: bool = False
+
+
+@dataclass
+class _Watched:
+    """One parameter, its place in the model and its last windows."""
+
+    place: Place
+    windows: deque[_Window] = field(default_factory=lambda: deque([_Window()], maxlen=_KEPT_WINDOWS))
+    dtype: str = ""
+    own_parts: tuple[int, ...] = ()
+    own_sum: tuple[int, ...] = ()
+    own_unit: tuple[int, ...] = ()
+    used_parts: tuple[int, ...] = ()
+
+    def open_window(self) -> _Window:
+        """Return the current window; a new one if a step has ended the last."""
+        if self.windows[-1].closed:
+            self.windows.append(_Window())
+        return self.windows[-1]
+
+
+class MixingCollector:
+    """Collects a rank's sketches, step after step.
+
+    Args:
+        model: Wrapped or inner; its parameters are watched as far as the optimizers hold them.
+        optimizers: One or several. Optimizers inside them, and others that step the same parameters, are heard
+            too.
+
+    Raises:
+        ValueError: the optimizers hold none of the model's parameters.
+
+    Blind to: gradients that never pass through autograd's leaves (`torch.func`); optimizers that are no
+    `torch.optim.Optimizer`; compiled autograd, under which it stays off.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> None:
+        self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        self._watched = [_Watched(place) for place in find_places(model, self._optimizers)]
+        self._by_id: dict[int, list[_Watched]] = {}  # a flat parameter stands for many
+        for watched in self._watched:
+            self._by_id.setdefault(id(watched.place.stepped), []).append(watched)
+        self._undos: list[Undo] = []
+        self._reading: dict[int, tuple[Optimizer, Any]] = {}
+        self._stepping: list[int] = []
+        self._closures: set[int] = set()
+        self._read_now: set[int] = set()
+        self._num_steps = self._num_skipped = 0
+        self._failure = ""
+        self._on = False
+
+    # ---- on and off --------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Put the hooks on."""
+        self._on = True
+        try:
+            for watched in self._watched:
+                see = outside_dynamo(partial(self._guard, self._see_own, watched))
+                self._undos.append(watched.place.hook(see))
+            for optimizer in _with_inner(self._optimizers):
+                self._undos.append(replace_attribute(optimizer, "step", self._wrap_step(optimizer)))
+            before = outside_dynamo(partial(self._guard, self._before_step))
+            after = outside_dynamo(partial(self._guard, self._after_step))
+            self._undos += [
+                register_optimizer_step_pre_hook(before).remove,
+                register_optimizer_step_post_hook(after).remove,
+                replace_attribute(torch.amp.GradScaler, "step", self._wrap_scaler_step()),
+            ]
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Take everything off again. May be called twice."""
+        self._on = False
+        handles = [handle for _, handle in self._reading.values()]
+        self._reading.clear()
+        for undo in [*[handle.remove for handle in handles], *reversed(self._undos)]:
+            undo()
+        self._undos.clear()
+
+    def _guard(self, function: Callable[..., None], *args: Any) -> None:
+        """Call one of ours from torch: it returns nothing and raises nothing."""
+        if self._on:
+            try:
+                function(*args)
+            except Exception as error:
+                self._failure = f"{type(error).__name__}: {error}"
+                self._on = False
+
+    # ---- own ---------------------------------------------------------------------------------------------------
+
+    def _see_own(self, watched: _Watched, first: bool, gradient: Tensor) -> None:
+        """Sketch a gradient at once: what a tensor holds later may be reduced in place."""
+        window = watched.open_window()
+        task = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
+        if not window.own:
+            window.carry = watched.place.sketch_carry()
+            if len(watched.windows) == 1 and (pending := watched.place.sketch_pending()) is not None:
+                watched.windows.appendleft(_Window([_Own(-1, pending)], closed=True))
+        if not window.own or window.own[-1].task != task:
+            window.own.append(_Own(task, captured=watched.place.is_captured()))
+        own, number = window.own[-1], watched.place.sketch_own(gradient)
+        if first:
+            own.first = number
+        else:
+            own.last = number if own.last is None else own.last + number
+        watched.dtype = str(gradient.dtype).removeprefix("torch.")
+        watched.own_parts = ranks_along(gradient, SHARDED)
+        watched.own_sum = ranks_along(gradient, (*SHARDED, "Partial"))
+        watched.own_unit = ranks_along(gradient, None)
+
+    # ---- used --------------------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) in self._stepping:  # an earlier step of its raised
+            del self._stepping[self._stepping.index(id(optimizer)) :]
+        if not any(self._held_by(optimizer)):
+            return
+        self._stepping.append(id(optimizer))
+        # Last of the instance's own hooks, which run after the global ones: somebody may reduce in one of them.
+        if id(optimizer) in self._reading:
+            self._reading.pop(id(optimizer))[1].remove()
+        read = outside_dynamo(partial(self._guard, self._read_before))
+        self._reading[id(optimizer)] = (optimizer, optimizer.register_step_pre_hook(read))
+
+    def _read_before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) not in self._closures:
+            self._read(optimizer)
+
+    def _read(self, optimizer: Optimizer) -> None:
+        """Sketch what an optimizer is about to use. Of nested steps the last one counts."""
+        for watched in self._held_by(optimizer):
+            window = watched.open_window()
+            gradient = watched.place.used_gradient()
+            window.before = watched.place.digest()
+            window.used, window.state = None, NO_GRADIENT
+            if gradient is not None:
+                window.used = watched.place.sketch_used(gradient)
+                window.state = FOREIGN if watched.place.is_foreign else PRESENT
+            watched.used_parts = watched.place.used_parts(gradient)
+            self._read_now.add(id(watched.place.stepped))
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) not in self._stepping:
+            return
+        del self._stepping[self._stepping.index(id(optimizer)) :]
+        if self._stepping:
+            return
+        for key in self._read_now:
+            for watched in self._by_id[key]:
+                watched.windows[-1].closed = True
+                watched.place.rehook()
+        self._num_steps += bool(self._read_now)
+        self._read_now.clear()
+
+    def _held_by(self, optimizer: Optimizer) -> Iterator[_Watched]:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield from self._by_id.get(id(parameter), ())
+
+    def _wrap_step(self, optimizer: Optimizer) -> Callable[..., Any]:
+        """Return a `step` that reads what is used when the closure returns."""
+        original = optimizer.step
+
+        @wraps(original)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            closures = [value for value in (*args, *kwargs.values()) if callable(value)]
+            if not (self._on and closures):
+                return original(*args, **kwargs)
+
+            def watch(closure: Any) -> Any:
+                if not callable(closure):
+                    return closure
+
+                def call(*inner: Any, **named: Any) -> Any:
+                    result = closure(*inner, **named)
+                    self._guard(self._read, optimizer)
+                    return result
+
+                return call
+
+            self._closures.add(id(optimizer))
+            try:
+                return original(*map(watch, args), **{name: watch(value) for name, value in kwargs.items()})
+            finally:
+                self._closures.discard(id(optimizer))
+
+        return step
+
+    def _wrap_scaler_step(self) -> Callable[..., Any]:
+        """Return a `GradScaler.step` that ends the window where the scaler skips the step."""
+        original = torch.amp.GradScaler.step
+
+        @wraps(original)
+        def step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            before = self._num_steps
+            result = original(scaler, optimizer, *args, **kwargs)
+            if self._num_steps == before and isinstance(optimizer, Optimizer):
+                self._guard(self._skip, optimizer)
+            return result
+
+        return step
+
+    def _skip(self, optimizer: Optimizer) -> None:
+        held = list(self._held_by(optimizer))
+        for watched in held:
+            watched.open_window().closed = True
+        self._num_skipped += bool(held)
+
+    # ---- the record --------------------------------------------------------------------------------------------
+
+    def take(self) -> RankSketches:
+        """End the step and return its record: each parameter's last window that a step has read."""
+        windows = [_find_read(watched) for watched in self._watched]
+        columns, own = _number_columns(windows)
+        record = RankSketches(
+            rank=dist.get_rank() if dist.is_initialized() else 0,
+            names=tuple(watched.place.name for watched in self._watched),
+            numel=tuple(watched.place.numel for watched in self._watched),
+            dtypes=tuple(watched.dtype or watched.place.dtype for watched in self._watched),
+            used=_to_array(window.used for window, _ in windows),
+            states=tuple(_judge_state(window) for window, _ in windows),
+            own=own,
+            columns=columns,
+            carry=_to_array(window.carry for window, _ in windows),
+            before=np.array([window.before for window, _ in windows], np.int64),
+            after=np.array([watched.place.digest() for watched in self._watched], np.int64),
+            own_parts=tuple(watched.own_parts for watched in self._watched),
+            own_sum=tuple(watched.own_sum for watched in self._watched),
+            own_unit=tuple(watched.own_unit for watched in self._watched),
+            used_parts=tuple(watched.used_parts for watched in self._watched),
+            weight_parts=tuple(watched.place.weight_parts() for watched in self._watched),
+            num_steps=self._num_steps,
+            num_skipped=self._num_skipped,
+            failure=self._failure,
+        )
+        self._num_steps = self._num_skipped = 0
+        for watched in self._watched:
+            if watched.windows[-1].state != UNREAD:
+                watched.windows[-1].closed = True
+        return record
+
+
+def _with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """Return optimizers and those that they keep inside, as SAM and ZeroRedundancyOptimizer do."""
+    found = {id(optimizer): optimizer for optimizer in optimizers}
+    for optimizer in list(found.values()):
+        for value in vars(optimizer).values():
+            if isinstance(value, Optimizer):
+                found.setdefault(id(value), value)
+    return list(found.values())
+
+
+def _find_read(watched: _Watched) -> tuple[_Window, _Window | None]:
+    """Return the last window that a step has read, and the one before it."""
+    windows = list(watched.windows)
+    for index in reversed(range(len(windows))):
+        if windows[index].state != UNREAD:
+            return windows[index], windows[index - 1] if index else None
+    return windows[-1], None
+
+
+def _judge_state(window: _Window) -> int:
+    if window.used is not None and not bool(torch.isfinite(window.used).all()):
+        return NOT_FINITE
+    return window.state
+
+
+def _to_array(sketches: Iterable[Tensor | None]) -> np.ndarray:
+    rows = [np.zeros(NUM_BUCKETS) if row is None else row.cpu().numpy() for row in sketches]
+    return np.stack(rows) if rows else np.zeros((0, NUM_BUCKETS))
+
+
+def _number_columns(windows: Sequence[tuple[_Window, _Window | None]]) -> tuple[tuple[Column, ...], np.ndarray]:
+    """Number the backwards of the current windows from 0, those of the windows before down from -1."""
+    columns: list[Column] = []
+    rows: list[Tensor] = []
+    for which in (0, 1):
+        own = [(index, item) for index, pair in enumerate(windows) for item in getattr(pair[which], "own", ())]
+        numbers = _number_backwards([(item.task, index) for index, item in own])
+        for index, item in own:
+            number = numbers[item.task]
+            backward = number - max(numbers.values()) - 1 if which else number
+            for row, first in ((item.last, False), (item.first, True)):
+                if row is not None and bool(torch.isfinite(row).all()):
+                    columns.append(Column(index, backward, first, item.captured))
+                    rows.append(row)
+    return tuple(columns), _to_array(rows)
+
+
+def _number_backwards(seen: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """Number autograd's graph tasks in order; those that reach different parameters are one backward.
+
+    Reentrant checkpoints run tasks inside a task, each for the parameters of one segment.
+    """
+    reached: dict[int, set[int]] = {}
+    for task, parameter in seen:
+        reached.setdefault(task, set()).add(parameter)
+    numbers: dict[int, int] = {}
+    current: set[int] = set()
+    number = 0
+    for task in sorted(reached):
+        if current & reached[task]:
+            number, current = number + 1, set()
+        numbers[task] = number
+        current |= reached[task]
+    return numbers

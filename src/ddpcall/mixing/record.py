@@ -1,0 +1,102 @@
+"""What one rank knows of one optimizer step: sketches and digests, as plain arrays."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+UNREAD, NO_GRADIENT, PRESENT, NOT_FINITE, FOREIGN = range(5)
+"""States of a used gradient: no step read it; `.grad` was None; read; inf or nan; read from another tensor (a
+float32 master copy of the parameter)."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """Where an own gradient came from.
+
+    Attributes:
+        parameter: Index into `RankSketches.names`.
+        backward: Number of the backward in its window, from 0; those of the window before count down from -1.
+        first: Seen ahead of the parameter's other tensor hooks; the same gradient is also there as they left it.
+        captured: Asked for by `torch.autograd.grad`: it never went into `.grad`.
+    """
+
+    parameter: int
+    backward: int
+    first: bool = False
+    captured: bool = False
+
+
+@dataclass(frozen=True)
+class RankSketches:
+    """One rank's record of one optimizer step.
+
+    Attributes:
+        rank: Global rank.
+        names: The parameters, in the model's order.
+        numel: Elements of each whole parameter.
+        dtypes: Type of each gradient as computed, such as "float32".
+        used: Shape (parameters, buckets): sketches of what the optimizer consumed; zeros where it had nothing.
+        states: One of the five states above for each parameter.
+        own: Shape (columns, buckets): sketches of what this rank computed.
+        columns: Says of each row of `own` what it is.
+        carry: Shape (parameters, buckets): what lay in `.grad` before the window's first backward.
+        before: Digest of the weights before the step, by parameter.
+        after: The same when the record was taken.
+        own_parts: By parameter: ranks that hold shards of its own gradient; empty where this rank holds it whole.
+        own_sum: The same and, where the gradient is a DTensor `Partial`, the ranks whose parts add up.
+        own_unit: By parameter: ranks that compute one replica of it together (tensor parallelism).
+        used_parts: By parameter: ranks whose used sketches make up the whole; empty where it is here.
+        weight_parts: By parameter: ranks that hold shards of the weights.
+        num_steps: Optimizer steps taken since the last record.
+        num_skipped: Steps that a GradScaler skipped.
+        failure: Why measuring ended early; empty if it did not.
+    """
+
+    rank: int
+    names: tuple[str, ...] = ()
+    numel: tuple[int, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    used: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    states: tuple[int, ...] = ()
+    own: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    columns: tuple[Column, ...] = ()
+    carry: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    before: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    after: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    own_parts: tuple[tuple[int, ...], ...] = ()
+    own_sum: tuple[tuple[int, ...], ...] = ()
+    own_unit: tuple[tuple[int, ...], ...] = ()
+    used_parts: tuple[tuple[int, ...], ...] = ()
+    weight_parts: tuple[tuple[int, ...], ...] = ()
+    num_steps: int = 0
+    num_skipped: int = 0
+    failure: str = ""
+
+    def to_bytes(self) -> bytes:
+        """Return the record as bytes that hold nothing but numbers and text."""
+        plain = {name: value for name, value in vars(self).items() if name not in _ARRAYS}
+        plain["columns"] = [list(asdict(column).values()) for column in self.columns]
+        header = np.frombuffer(json.dumps(plain).encode(), np.uint8)
+        stream = io.BytesIO()
+        np.savez(stream, header=header, **{name: getattr(self, name) for name in _ARRAYS})
+        return stream.getvalue()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> RankSketches:
+        """Read what `to_bytes` wrote."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            plain = json.loads(arrays["header"].tobytes())
+            columns = tuple(Column(*column) for column in plain.pop("columns"))
+            tuples = {name: _freeze(value) for name, value in plain.items()}
+            return RankSketches(**tuples, columns=columns, **{name: arrays[name] for name in _ARRAYS})
+
+
+_ARRAYS = ("used", "own", "carry", "before", "after")
+
+
+def _freeze(value: object) -> object:
+    return tuple(_freeze(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,224 @@
+"""Places in sharded models: fully_shard computes with whole parameters, FSDP1 with whole flat ones.
+
+Private names of torch, seen in 2.11 to 2.13: `FSDPModule._get_fsdp_state`, `FSDPState._fsdp_param_group(s)`,
+`FSDPParam._unsharded_param`, `.sharded_param`, `.init_unsharded_param`, `.unsharded_accumulated_grad`,
+`._param_fqn`; `FullyShardedDataParallel._handle`, `FlatParamHandle.flat_param`, `._use_orig_params`,
+`.uses_sharded_strategy`, `FlatParameter._fqns`, `._numels`, `._numels_with_padding`, `._is_padding_mask`,
+`._params`, `._shard_param_infos`, `._saved_grad_shard`, and `_runtime_utils._reduce_grad(_no_shard)`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ddpcall.mixing.places import Place, See, clean_name
+from ddpcall.replicas import digest_tensor
+from ddpcall.sketch import sketch
+from ddpcall.taps import Undo, is_lazy, replace_attribute
+
+_RUNTIME = "torch.distributed.fsdp._runtime_utils"
+
+
+class ShardedPlace(Place):
+    """A parameter of fully_shard: its own gradient is seen on the whole parameter, the used one on the shard.
+
+    Not where gradients enter the reduction: a micro-batch without synchronization never gets there in its step.
+    """
+
+    def __init__(self, name: str, shard: Any) -> None:
+        super().__init__(name, shard.sharded_param)
+        self._shard = shard
+
+    def whole(self) -> Tensor | None:
+        return getattr(self._shard, "_unsharded_param", None)
+
+    def hook(self, see: See) -> Undo:
+        self._see = see
+        if self.whole() is not None:
+            self._put_hooks()
+            return self._remove_hooks
+        original = self._shard.init_unsharded_param
+
+        def init_unsharded_param() -> None:
+            original()
+            if not self._hooks:
+                self._put_hooks()
+
+        undo = replace_attribute(self._shard, "init_unsharded_param", init_unsharded_param)
+
+        def undo_both() -> None:
+            undo()
+            self._remove_hooks()
+
+        return undo_both
+
+    def sketch_carry(self) -> Tensor | None:
+        gradient = self.stepped.grad
+        return None if gradient is None else sketch(gradient, self.name)
+
+    def sketch_pending(self) -> Tensor | None:
+        """Sketch what earlier backwards left on the whole parameter, unreduced."""
+        gradients = [getattr(self.whole(), "grad", None), getattr(self._shard, "unsharded_accumulated_grad", None)]
+        found = [sketch(gradient, self.name) for gradient in gradients if gradient is not None]
+        return sum(found[1:], found[0]) if found else None
+
+
+class FlatPlace(Place):
+    """A parameter in a flat one of FSDP1."""
+
+    def __init__(self, name: str, index: int, handle: Any, group: Any, tap: FlatTap) -> None:
+        flat = handle.flat_param
+        super().__init__(name, flat._params[index] if handle._use_orig_params else flat)
+        self.numel = int(flat._numels[index])
+        self._index = index
+        self._handle = handle
+        self._tap = tap
+        self._ranks = tuple(dist.get_process_group_ranks(group)) if handle.uses_sharded_strategy else ()
+
+    def hook(self, see: See) -> Undo:
+        return self._tap.add(self._handle, partial(self._see_flat, see))
+
+    def rehook(self) -> None:
+        pass
+
+    def _see_flat(self, see: See, flat_gradient: Tensor) -> None:
+        flat = self._handle.flat_param
+        sizes, padding = flat._numels_with_padding, flat._is_padding_mask
+        starts = [sum(sizes[:i]) for i in range(len(sizes)) if not padding[i]]
+        first = starts[self._index]
+        see(False, flat_gradient.reshape(-1)[first : first + self.numel])
+
+    def is_captured(self) -> bool:
+        return False
+
+    def used_gradient(self) -> Tensor | None:
+        gradient = self.stepped.grad
+        if gradient is None or self._handle._use_orig_params:
+            return gradient
+        return self._cut(gradient)
+
+    def _cut(self, flat_shard: Tensor) -> Tensor | None:
+        info = self._handle.flat_param._shard_param_infos[self._index]
+        if not info.in_shard:
+            return None
+        return flat_shard.reshape(-1)[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard]
+
+    def sketch_used(self, gradient: Tensor) -> Tensor:
+        info = self._handle.flat_param._shard_param_infos[self._index]
+        return sketch(gradient.reshape(-1), self.name, start=info.intra_param_start_idx if info.in_shard else 0)
+
+    def sketch_carry(self) -> Tensor | None:
+        flat = self._handle.flat_param
+        saved = getattr(flat, "_saved_grad_shard", None) if self._handle.uses_sharded_strategy else None
+        shard = None if saved is None else self._cut(saved)
+        return None if shard is None else self.sketch_used(shard)
+
+    def used_parts(self, gradient: Tensor | None) -> tuple[int, ...]:
+        return self._ranks
+
+    def weight_parts(self) -> tuple[int, ...]:
+        return self._ranks
+
+    def digest(self) -> int:
+        values = self.stepped.detach()
+        part = values if self._handle._use_orig_params else self._cut(values)
+        return 0 if part is None else digest_tensor(part)
+
+
+class FlatTap:
+    """Hears of every flat gradient that enters FSDP1's reduction."""
+
+    def __init__(self) -> None:
+        self._listeners: dict[int, list[Any]] = {}
+        self._undos: list[Undo] = []
+
+    def add(self, handle: Any, listener: Any) -> Undo:
+        if not self._undos:
+            runtime = sys.modules[_RUNTIME]
+            for name in ("_reduce_grad", "_reduce_grad_no_shard"):
+                wrapper = partial(self._reduce, getattr(runtime, name))
+                self._undos.append(replace_attribute(runtime, name, wrapper))
+        self._listeners.setdefault(id(handle), []).append(listener)
+        return partial(self._remove, id(handle), listener)
+
+    def _remove(self, key: int, listener: Any) -> None:
+        self._listeners[key].remove(listener)
+        if not any(self._listeners.values()):
+            while self._undos:
+                undo = self._undos.pop()
+                undo()
+
+    def _reduce(self, original: Any, state: Any, handle: Any) -> Any:
+        gradient = handle.flat_param.grad
+        for listener in self._listeners.get(id(handle), ()) if gradient is not None else ():
+            listener(gradient)
+        return original(state, handle)
+
+
+def find_sharded(model: nn.Module) -> Iterator[tuple[list[int], Place]]:
+    """Yield the places of sharded parameters, and the ids of the tensors that stand for them in the model."""
+    tap = FlatTap()
+    for prefix, module in model.named_modules():
+        for shard in _shards_of(module):
+            info = shard._module_info
+            name = shard._param_fqn or f"{prefix}.{info.param_name}"
+            place = ShardedPlace(clean_name(name), shard)
+            yield [id(shard.sharded_param), id(place.whole())], place
+        handle = getattr(module, "_handle", None)
+        if hasattr(module, "_fsdp_wrapped_module") and handle is not None:
+            yield from _flat_places(prefix, module, handle, tap)
+
+
+def _flat_places(prefix: str, module: Any, handle: Any, tap: FlatTap) -> Iterator[tuple[list[int], Place]]:
+    for index, fqn in enumerate(handle.flat_param._fqns):
+        name = clean_name(f"{prefix}.{fqn}" if prefix else fqn)
+        place = FlatPlace(name, index, handle, module.process_group, tap)
+        yield [id(place.stepped)], place
+
+
+def _shards_of(module: nn.Module) -> list[Any]:
+    """Return fully_shard's parameters of one module. Before torch 2.13 a state has one group or none."""
+    get_state = getattr(module, "_get_fsdp_state", None)
+    if get_state is None:
+        return []
+    state = get_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [shard for group in groups if group is not None for shard in group.fsdp_params]
+
+
+def find_places(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[Place]:
+    """Return the model's parameters that the optimizers hold.
+
+    Raises:
+        ValueError: there is none, and they are no copies either.
+    """
+    stepped = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    held = {id(parameter) for parameter in stepped}
+    places: list[Place] = []
+    standing_for: set[int] = set()
+    for ids, place in find_sharded(model):
+        standing_for.update(ids)
+        if id(place.stepped) in held and place.stepped.requires_grad:
+            places.append(place)
+    named = {
+        clean_name(name): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not is_lazy(parameter) and id(parameter) not in standing_for
+    }
+    places += [Place(name, parameter) for name, parameter in named.items() if id(parameter) in held]
+    if places:
+        return places
+    if named and [p.shape for p in stepped] == [p.shape for p in named.values()]:
+        return [Place(name, own, copy) for (name, own), copy in zip(named.items(), stepped, strict=True)]
+    raise ValueError(
+        "the optimizer holds none of the model's parameters, so its steps do not train this model. Make the "
+        "optimizer from the model that you train, after it was wrapped or moved: "
+        "optimizer = torch.optim.AdamW(model.parameters())"
+    )
