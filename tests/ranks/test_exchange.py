@@ -203,6 +203,18 @@ def test_a_rank_that_says_it_has_ended_is_not_waited_for(tells):
     assert [exchange.failure for exchange in (first, second, early)] == [None, None, None]
 
 
+def test_a_rank_that_is_not_watched_is_not_waited_for():
+    """Rank 1 of two never announced itself; in the test above rank 2 has, and is waited for."""
+    exchange = Exchange(HashStore(), 0, 2, wait_s=60)
+    begun = time.monotonic()
+    for step in (1, 2):
+        exchange.publish(Vitals(step, HEALTHY))
+    told = [exchange.compare(step, wait=True) for step in (1, 2)]
+    assert [comparison.missing for comparison in told if comparison] == [(1,), (1,)]
+    assert time.monotonic() - begun < 30
+    exchange.close()
+
+
 @pytest.mark.ranks(2)
 def test_comparing_does_not_touch_the_users_collectives():
     with open_exchange() as exchange:

@@ -39,6 +39,7 @@ _MAX_ASKED = 16
 _MAX_TRIES = 3
 _POLL_S = 0.1
 _CONNECT_S = 30.0
+_ANNOUNCE_S = 1.0
 
 
 @dataclass
@@ -103,7 +104,9 @@ class _Worker:
             with self._changed:
                 self._inbox.connected = True
                 self._changed.notify_all()
-            self._serve(Ledger(own, self._rank, self._world_size))
+            ledger = Ledger(own, self._rank, self._world_size)
+            ledger.announce()
+            self._serve(ledger)
         except Exception as error:  # the store is gone or late; whatever it was, the training goes on without
             self._inbox.failure = f"{type(error).__name__}: {error}"
         finally:
@@ -215,11 +218,19 @@ class _Worker:
             self._write(ledger, replace(self._state, done=found[-1].step))
 
     def _is_ready(self, ledger: Ledger, attempt: str, step: int, since: float) -> bool:
-        """Say whether nobody is to be waited for: all are there, it is late, the rest left or was missing."""
-        if time.monotonic() - since >= self._wait_s or ledger.is_complete(attempt, step):
+        """Say whether nobody is to be waited for: all are there, it is late, the rest left, was missing or silent.
+
+        Ranks announce themselves when they wrap a model, which they all do together: one that has not is not
+        watched, and never comes.
+        """
+        waited_s = time.monotonic() - since
+        if waited_s >= self._wait_s or ledger.is_complete(attempt, step):
             return True
+        missing = set(ledger.find_missing(attempt, step))
         gone = self._known_missing | ledger.find_left(attempt, step)
-        return bool(gone) and gone >= set(ledger.find_missing(attempt, step))
+        if waited_s >= _ANNOUNCE_S and not gone >= missing:
+            gone |= ledger.find_silent(missing - gone)
+        return gone >= missing
 
     def _ask(self, ledger: Ledger) -> None:
         with self._changed:
@@ -273,6 +284,7 @@ class _Worker:
             self._changed.notify_all()
 
     def _leave(self, ledger: Ledger) -> None:
+        ledger.take_back()
         if self._compares and self._state is not None:
             ledger.write_state(replace(self._state, done=sys.maxsize, question=None, closed=True))
             ledger.delete_created(sys.maxsize)

@@ -188,6 +188,18 @@ class Ledger:
         entries = self._walk(f"{attempt}/{step}", top, 0, lambda bits: not bits & 1)
         return [rank for rank, bits in entries if not bits & 1]
 
+    def announce(self) -> None:
+        """Say that this rank is watched, before it has anything to compare."""
+        self._store.set(f"here/{self.rank}", "")
+
+    def take_back(self) -> None:
+        """Delete the announcement: this rank is no longer watched."""
+        self._store.delete_key(f"here/{self.rank}")
+
+    def find_silent(self, ranks: Iterable[int]) -> set[int]:
+        """Return those of `ranks` that have not announced themselves: one request for each."""
+        return {rank for rank in ranks if self._read(f"here/{rank}") is None}
+
     def leave(self, attempt: str, step: int) -> None:
         """Say that nothing comes from this rank after a step, so that nobody waits for it."""
         self._store.set(f"{attempt}/left/{self.rank}", str(step))

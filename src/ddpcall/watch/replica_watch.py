@@ -130,6 +130,19 @@ class ReplicaWatch:
         optimizer = None if self._taker is None else self._taker.optimizer
         self._taker = VitalsTaker(self._models, optimizer)
         self._numel = None
+        if self._every > 0:
+            self._connect()
+
+    def _connect(self) -> Exchange | None:
+        """Return the exchange, made when it is first asked for: so that this rank is known to be watched."""
+        if self._exchange is None:
+            store = find_store(WAIT_S)
+            if store is None:
+                self.trouble = "there is no store that all ranks share"
+                return None
+            self._world_size = dist.get_world_size()
+            self._exchange = Exchange(store, dist.get_rank(), self._world_size, wait_s=WAIT_S)
+        return self._exchange
 
     def note_inputs(self, step: int, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the wrapper was called with, for a step that is being prepared."""
@@ -169,20 +182,16 @@ class ReplicaWatch:
             scheduled=self._trail.schedulers.get(optimizer, NOWHERE),
         )
         self.num_due += 1
-        if self._exchange is None:
-            store = find_store(WAIT_S)
-            if store is None:
-                self.trouble = "there is no store that all ranks share"
-                return
-            self._world_size = dist.get_world_size()
-            self._exchange = Exchange(store, dist.get_rank(), self._world_size, wait_s=WAIT_S)
+        exchange = self._connect()
+        if exchange is None:
+            return
         self._taker.optimizer = optimizer
-        self._exchange.publish(self._taker.take(step, self.batch))
+        exchange.publish(self._taker.take(step, self.batch))
         self.batch = self._first = None
         self._last_step = step
-        parts = self._exchange.asked(step)
+        parts = exchange.asked(step)
         if parts:
-            self._exchange.post_details(step, self._details(parts))
+            exchange.post_details(step, self._details(parts))
         self.read()
         self._vitals_taken()
 
@@ -216,6 +225,8 @@ class ReplicaWatch:
     def _finish(self, exchange: Exchange) -> None:
         self._look_again = 0
         exchange.finish()
+        if not self._last_step:
+            return
         last = exchange.compare(self._last_step, wait=True)
         self.read()
         if last is not None:
