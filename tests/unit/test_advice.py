@@ -6,7 +6,7 @@ import textwrap
 import pytest
 from torch import nn
 
-from ddpcall.watch.advice import IN_A_HOOK, Advice, Names, Role, advise, read_names
+from ddpcall.watch.advice import IN_A_HOOK, Advice, Names, Role, advise, hands_over, read_names
 
 WRAPPER, INNER, PART = Role
 
@@ -187,6 +187,37 @@ def test_a_module_that_a_caller_handed_over_is_handed_over_as_the_wrapper(write)
     outer = write("def main():\n    run(ddp.module, x)\n", 2, {"ddp": WRAPPER}, "main")
     fix = advise(Names(inner.roles, inner.children, inner.file, 2, "run", outer)).fix
     assert fix == f"Hand over the wrapper in {outer.file.rpartition('/')[2]}:2 in main: `run(ddp, x)`."
+
+
+@pytest.mark.parametrize(
+    ("line", "roles", "fix", "called"),
+    [
+        ("y = super().loss(base, x)", {"model": WRAPPER, "base": INNER}, "`super().loss(model, x)`.", "base"),
+        ("fit(1, net=ddp.module)", {"ddp": WRAPPER}, "`fit(1, net=ddp)`.", "ddp.module"),
+        ("fit(unwrap_model(ddp))", {"ddp": WRAPPER}, "`fit(ddp)`.", "unwrap_model(ddp)"),
+        ("fit(net)", {"net": INNER}, "", "net"),
+    ],
+)
+def test_a_line_that_hands_the_module_to_a_library_hands_over_the_wrapper_instead(write, line, roles, fix, called):
+    names = write(line, 1, roles, is_caller=True)
+    assert hands_over(names)
+    assert (advise(names).fix, advise(names).called, advise(names).is_handed_over) == (fix, called, True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train(ddp, ddp.module)",  # both are handed over
+        "train(ddp.module, teacher=ddp.module)",
+        "trainer.train(batches)",
+        "fit(make(ddp))",  # who knows what it makes
+        "fit(ddp)",
+    ],
+)
+def test_a_line_that_may_be_right_hands_nothing_over(write, line):
+    names = write(line, 1, {"ddp": WRAPPER}, is_caller=True)
+    assert not hands_over(names)
+    assert not advise(names).is_handed_over
 
 
 def test_a_caller_that_does_not_hand_the_module_over_only_gives_the_wrappers_name(write):

@@ -64,6 +64,12 @@ def test_where_the_wrapper_was_never_called_the_message_says_what_is():
     assert "entered Net here through `policy`, past its" in bypassed(was_called=True, advice=advice).message
 
 
+def test_a_module_that_is_handed_to_a_library_is_told_as_that():
+    finding = bypassed(advice=Advice("`fit(ddp)`.", "ddp.module", "ddp", is_handed_over=True))
+    wrapper = "its DistributedDataParallel wrapper `ddp`."
+    assert finding.message.startswith(f"`ddp.module` (Net) is handed over here, and is called past {wrapper}")
+
+
 def test_advice_falls_back_to_the_general_one_with_the_wrappers_name_where_it_is_known():
     assert bypassed().fix.startswith("Call the wrapper: `loss = ddp(batch)`. To train through another method")
     assert bypassed(advice=Advice(wrapper="self.model")).fix.startswith("Call the wrapper: `self.model(...)`. To")

@@ -10,6 +10,7 @@ from ddpcall.taps.call_site import (
     find_call_frames,
     find_call_frames_among,
     find_call_site,
+    is_installed_file,
     is_user_file,
     site_of,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "find_tensors",
     "hook_arrival",
     "in_backward",
+    "is_installed_file",
     "is_lazy",
     "is_user_file",
     "name_function",

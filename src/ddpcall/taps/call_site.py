@@ -50,18 +50,18 @@ def is_user_file(file: str) -> bool:
     """Say whether a line of a file may be named: not torch's, ours, Python's or a wrapper library's."""
     if file.startswith((TORCH, _OURS, "<frozen", "<eval_with_key>")):  # the last: code that torch.fx wrote
         return False
-    if file.startswith(_STANDARD_LIBRARY) and not _is_installed(file):
+    if file.startswith(_STANDARD_LIBRARY) and not is_installed_file(file):
         return False
     return not _is_in(file, _PASSING_ON + _TRAINERS)
 
 
-def _is_installed(file: str) -> bool:
+def is_installed_file(file: str) -> bool:
     """Say whether a file is an installed package's; what is installed editable stays where the user writes it."""
     return "/site-packages/" in file or "/dist-packages/" in file
 
 
 def _is_in(file: str, packages: tuple[str, ...]) -> bool:
-    return _is_installed(file) and any(part in file for part in packages)
+    return is_installed_file(file) and any(part in file for part in packages)
 
 
 def find_call_site(inside: Callable[[Any], bool] | None = None) -> CallSite:
@@ -118,12 +118,12 @@ def find_call_frames_among(
 def _is_own(frame: FrameType) -> bool:
     """Say whether a frame runs code that the user writes: in no installed package, and not a command's stub."""
     file = frame.f_code.co_filename
-    return is_user_file(file) and not _is_installed(file) and not file.startswith(_COMMANDS)
+    return is_user_file(file) and not is_installed_file(file) and not file.startswith(_COMMANDS)
 
 
 def _is_trainer_of(model: Any, frame: FrameType) -> bool:
     """Say whether a frame runs the library whose kind of object the model is (a LightningModule, Lightning)."""
-    if not _is_installed(frame.f_code.co_filename):
+    if not is_installed_file(frame.f_code.co_filename):
         return False
     library = str(frame.f_globals.get("__name__", "")).partition(".")[0]
     return any(kind.__module__.partition(".")[0] == library for kind in type(model).__mro__)

@@ -54,6 +54,7 @@ class Names:
         file: The line's file.
         line: Its number, from 1.
         function: The function it stands in.
+        is_caller: Whether the line does not enter the model itself, but calls the library that does.
         outer: The same for the nearest calling line that knows the wrapper, where this one does not.
     """
 
@@ -63,6 +64,7 @@ class Names:
     line: int = 0
     function: str = ""
     outer: Names | None = None
+    is_caller: bool = False
 
     @property
     def wrapper(self) -> str:
@@ -82,12 +84,14 @@ class Advice:
         called: The expression that is called, as `ddp.module.compute_loss`; empty where it is not exactly one.
         wrapper: The wrapper's name; empty where none is in scope.
         is_part: Whether `called` is one of the module's own modules.
+        is_handed_over: Whether the line does not call it itself, but hands it to what does.
     """
 
     fix: str = ""
     called: str = ""
     wrapper: str = ""
     is_part: bool = False
+    is_handed_over: bool = False
 
 
 # ---- names: read where the line runs ------------------------------------------------------------------------
@@ -171,6 +175,8 @@ def advise(names: Names) -> Advice:
     if dict(names.roles).get("self") in (Role.INNER, Role.PART):
         return Advice(IN_A_HOOK)
     reading = _read_statement(names)
+    if names.is_caller and reading is not None and hands_over(names):
+        return _advise_handing_over(reading)
     if reading is None or reading.is_wrapper_called or len(reading.entries) + bool(reading.parts) != 1:
         return Advice(wrapper=names.wrapper)
     if reading.parts:
@@ -188,6 +194,25 @@ def advise(names: Names) -> Advice:
     is_alias = isinstance(called, ast.Name) and inside != wrapper
     hint = f" (`{inside}` is the module inside `{wrapper}`)" if is_alias else ""
     return Advice(f"`{reading.rewrite(call, wrapper)}`{dispatch}{hint}.", ast.unparse(call.func), wrapper)
+
+
+def hands_over(names: Names) -> bool:
+    """Say whether a line hands the inner module, and not the wrapper, to one call."""
+    reading = _read_statement(names)
+    return reading is not None and len(reading.handed_over) == 1 and not reading.entries and not reading.parts
+
+
+def _advise_handing_over(reading: Reading) -> Advice:
+    ((call, argument),) = reading.handed_over
+    wrapper, inside = reading.wrapper_within(argument), ast.unparse(argument)
+    fix = f"`{_shorten(_replace_argument(call, argument, wrapper))}`." if wrapper else ""
+    return Advice(fix, inside, wrapper, is_handed_over=True)
+
+
+def _replace_argument(call: ast.Call, argument: ast.expr, wrapper: str) -> ast.Call:
+    arguments = [ast.Name(wrapper) if other is argument else other for other in call.args]
+    keywords = [ast.keyword(k.arg, ast.Name(wrapper)) if k.value is argument else k for k in call.keywords]
+    return ast.Call(call.func, arguments, keywords)
 
 
 def _advise_parts(reading: Reading) -> Advice:
@@ -212,11 +237,8 @@ def _advise_without_wrapper(names: Names, inside: str, dispatch: str) -> str:
     if len(reading.handed_over) != 1:
         return f"Call the wrapper in place of `{inside}`: {where} has it as `{names.outer.wrapper}`{dispatch}."
     call, argument = reading.handed_over[0]
-    wrapper = ast.Name(reading.wrapper_within(argument))
-    arguments = [wrapper if other is argument else other for other in call.args]
-    return (
-        f"Hand over the wrapper in {where}: `{_shorten(ast.Call(call.func, arguments, call.keywords))}`{dispatch}."
-    )
+    changed = _shorten(_replace_argument(call, argument, reading.wrapper_within(argument)))
+    return f"Hand over the wrapper in {where}: `{changed}`{dispatch}."
 
 
 @dataclass
@@ -255,10 +277,11 @@ class Reading:
             self.is_wrapper_called = True
         elif role is Role.INNER or self._is_method(called) or self.is_class_call(call):
             self.entries.append(call)
-        for argument in call.args:
-            is_inner = self.role_of(argument) is Role.INNER
-            if is_inner and (_takes_out(argument) or not isinstance(argument, ast.Call)):
-                self.handed_over.append((call, argument))
+        given = [*call.args, *(keyword.value for keyword in call.keywords)]
+        inner = [argument for argument in given if self.role_of(argument) is Role.INNER]
+        if not any(self.role_of(argument) is Role.WRAPPER for argument in given):
+            sure = [one for one in inner if _takes_out(one) or not isinstance(one, ast.Call)]
+            self.handed_over += [(call, argument) for argument in sure]
 
     def is_class_call(self, call: ast.Call) -> bool:
         """Say whether a call is `Net.forward(model, x)`."""

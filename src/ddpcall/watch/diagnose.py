@@ -125,7 +125,9 @@ def _bypassed(event: Event) -> str:
     advice, model, lines = _advice(event), _model(event), _and_lines(event)
     through = f"`{advice.called}`" if advice.called else ""
     wrapper, averaged = _wrapper(event)
-    if event.facts.get("was_called", True):
+    if advice.is_handed_over:
+        entered = f"{through} ({model}) is handed over here{lines}, and is called past its {wrapper}"
+    elif event.facts.get("was_called", True):
         entered = f"The forward entered {model} here{lines}{through and f' through {through}'}, past its {wrapper}"
     else:
         called = f"{through} ({'a part of ' * advice.is_part}{model})" if through else model

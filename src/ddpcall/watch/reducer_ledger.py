@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -30,10 +30,12 @@ from ddpcall.taps import (
     find_call_site,
     find_tensors,
     hook_arrival,
+    is_installed_file,
     is_lazy,
     outside_dynamo,
+    site_of,
 )
-from ddpcall.watch.advice import NO_NAMES, Names, advise, read_names
+from ddpcall.watch.advice import NO_NAMES, Names, advise, hands_over, read_names
 from ddpcall.watch.collectives import Mark
 from ddpcall.watch.events import EventKind
 
@@ -156,7 +158,7 @@ class ReducerLedger:
     _unarmed: list[int] = field(default_factory=list)
     _site: CallSite = NOWHERE
     _is_in_forward: bool = False
-    _names: dict[CallSite, Names] = field(default_factory=dict)
+    _entered: dict[tuple[CallSite, CallSite | None], tuple[CallSite, Names]] = field(default_factory=dict)
     _detachments: dict[CallSite, Unreduced] = field(default_factory=dict)
     mark: Callable[[], Mark] = Mark
     unarmed_since: Mark | None = None
@@ -193,15 +195,22 @@ class ReducerLedger:
         ddp = self.ddp()
         return ddp is not None and DistributedDataParallel._active_ddp_module is ddp
 
-    def read_names(self, entry: Entry, frame: FrameType | None) -> None:
-        """Read what the line of an entry can call the model: once a line, since it takes a while."""
-        root = self.root()
-        if frame is None or root is None:
+    def read_names(self, entry: Entry, line: FrameType | None, caller: FrameType | None) -> None:
+        """Read what the line of an entry can call the model: once a line, since it takes a while.
+
+        Where the line is a library's, which only calls what the user's line handed to it, the user's is blamed.
+        """
+        root, key = self.root(), (entry.site, entry.site.called_from)
+        if line is None or root is None:
             return
-        if entry.site not in self._names:
+        if key not in self._entered:
             wrapper = root if self.is_replicate() else self.ddp()
-            self._names[entry.site] = read_names(frame, wrapper, root)
-        entry.names = self._names[entry.site]
+            site, names = entry.site, read_names(line, wrapper, root)
+            if caller is not None and is_installed_file(site.file):
+                theirs = replace(read_names(caller, wrapper, root), is_caller=True)
+                site, names = (site_of(caller), theirs) if hands_over(theirs) else (site, names)
+            self._entered[key] = site, names
+        entry.site, entry.names = self._entered[key]
 
     def passed(self, outputs: Any) -> None:
         """Note that the wrapper's forward ended; its reducer was prepared unless synchronisation is off."""

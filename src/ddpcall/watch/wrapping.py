@@ -229,7 +229,7 @@ class WrapWatch:
         ledger = ledgers[-1]
         line, caller = find_call_frames(ledger.contains)
         entry = Entry(site_of(line, caller))
-        self._guard(ledger.read_names, entry, line)
+        self._guard(ledger.read_names, entry, line, caller)
         self._inside_entry = True
         try:
             outputs = original(*args, **kwargs)
