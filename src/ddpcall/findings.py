@@ -250,9 +250,10 @@ _RULES = (
         "gives every rank another result.",
         wrong="accuracy = evaluate(ddp.module)",
         fix="Broadcast the buffers first, or convert to SyncBatchNorm before wrapping.",
-        silent_when="During training: DDP broadcasts buffers at the next forward. Non-persistent buffers: caches "
-        "and hidden states are a rank's own.",
-        blind_to="Evaluation without a mode switch.",
+        silent_when="During training: DDP broadcasts buffers at the next forward. Rank 0 alone evaluates. A "
+        "`state_dict` that is not saved, or that of a copy. Non-persistent buffers: caches and hidden states are "
+        "a rank's own. Saving what differs is a note.",
+        blind_to="Evaluation without a mode switch; evaluation on some ranks, but not on rank 0.",
         links=(_ISSUE + "13711", _ISSUE + "30718"),
     ),
     Rule(

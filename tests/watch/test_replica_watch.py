@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 
 import pytest
 import torch
@@ -153,6 +154,28 @@ def test_statistics_that_differ_are_found_where_the_inner_model_is_evaluated(ran
     found = run.findings()
     expected = line(test_statistics_that_differ_are_found_where_the_inner_model_is_evaluated)
     assert [(code, where) for code, where, _ in found] == [("DC205", expected)]
+
+
+@pytest.mark.parametrize("use", ["evaluated on rank 0", "state_dict alone", "a copy saved", "saved"])
+def test_statistics_that_differ_are_a_note_where_they_are_saved_and_nothing_where_not(rank, tmp_path, use):
+    run = Run(rank, tmp_path, batch_norm()).train(3)
+    match use:
+        case "evaluated on rank 0" if run.rank == 0:
+            run.ddp.eval()
+            with torch.no_grad():
+                run.ddp.module(torch.ones(2, 4))
+            run.ddp.train()
+        case "state_dict alone":
+            assert run.ddp.module.state_dict()
+        case "a copy saved":
+            torch.save(copy.deepcopy(run.ddp.module).state_dict(), io.BytesIO())
+        case "saved":
+            torch.save({"epoch": 1, "model": run.ddp.module.state_dict()}, io.BytesIO())  # here
+    found = run.findings()
+    where = line(test_statistics_that_differ_are_a_note_where_they_are_saved_and_nothing_where_not)
+    names = ("1.running_mean", "1.running_var")
+    assert found == ([("DC205", where, names)] if use == "saved" else [])
+    assert {finding.severity for finding in run.session.all_findings()} <= {"note"}
 
 
 def test_evaluating_through_the_wrapper_broadcasts_them_and_is_silent(rank, tmp_path):

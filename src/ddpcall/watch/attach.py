@@ -29,6 +29,7 @@ from ddpcall.watch.parameters import ParameterWatch
 from ddpcall.watch.precision import PrecisionWatch
 from ddpcall.watch.replica_watch import ReplicaWatch
 from ddpcall.watch.report import WatchError
+from ddpcall.watch.saves import SAVERS, SaveWatch
 from ddpcall.watch.sharded import FULLY_SHARD, ShardedWatch
 from ddpcall.watch.stacks import STACKS, StackWatch
 from ddpcall.watch.step_count import StepCount
@@ -119,6 +120,9 @@ class Attachment:
         self._attach_after_import("fully_shard", FULLY_SHARD, sharded.attach)
         for name, path, stack in STACKS:
             self._attach_after_import(stack, name, partial(stacks.attach, path=path, stack=stack))
+        saves = SaveWatch(models, trail.use_buffers, guard)
+        for name in SAVERS:
+            self._attach_after_import("checkpoints", name, saves.attach)
         precision = PrecisionWatch(emit, count.preparing, keep)
         self._attach_after_import("accelerate's mixed precision", "accelerate.accelerator", precision.attach)
 

@@ -301,11 +301,11 @@ class Divergence:
     Attributes:
         step: Optimizer step, from 1, after which it was first seen.
         groups: By part that differs (or, for batch and rng, that should and does not): the ranks that agree.
-        parameters: Names of the parameters that differ; empty before the second round.
+        parameters: Names of the parameters (or buffers) that differ; empty before the second round.
         settings: Optimizer settings that differ: value by rank, by name.
         modules: Modes that differ and matter: mode by rank, by module.
         is_confirmed: Whether the parameters were seen to differ more than once.
-        difference: The largest one of a parameter, relative to its norm; 0 where it was not measured.
+        difference: The largest one of a parameter (or buffer), relative to its norm; 0 where it was not measured.
         load_site: The line that loaded a checkpoint, on some ranks only.
         mode_site: The line that switched to eval, where that differs between ranks.
         optimizer_site: The line that set the optimizer up, or its schedule.
@@ -347,12 +347,7 @@ def diagnose_divergence(divergence: Divergence, explained: bool) -> Iterator[Fin
         elif part == "modes":
             yield _compared("DC204", divergence, groups, divergence.mode_site or NOWHERE, _modes(divergence))
         elif part == "buffers":
-            message = (
-                f"The model is {divergence.buffer_use} here past its wrapper after optimizer step "
-                f"{divergence.step}, "
-                f"while its buffers differ between ranks ({_groups(groups)}): they are rank-local until the next "
-                "training forward broadcasts rank 0's."
-            )
+            message = _buffers(divergence, groups)
             yield _compared("DC205", divergence, groups, divergence.buffer_site, message)
         elif part == "batch":
             message = (
@@ -374,18 +369,26 @@ def _compared(
     return Finding(
         code=code,
         name=rule.name,
-        severity=rule.severity if divergence.is_confirmed or code != "DC201" else Severity.WARNING,
+        severity=_severity(code, divergence),
         message=message,
         file=site.file,
         line=site.line,
         function=site.function,
         ranks=_odd_ranks(groups),
         step=divergence.step,
-        parameters=divergence.parameters if code in ("DC201", "DC202") else tuple(divergence.modules),
+        parameters=divergence.parameters if code in ("DC201", "DC202", "DC205") else tuple(divergence.modules),
         cause=rule.name,
         fix=rule.fix,
         called_from=_caller(site),
     )
+
+
+def _severity(code: str, divergence: Divergence) -> Severity:
+    if code == "DC201" and not divergence.is_confirmed:
+        return Severity.WARNING
+    if code == "DC205" and divergence.buffer_use == "saved":
+        return Severity.NOTE
+    return CATALOGUE[code].severity
 
 
 def _odd_ranks(groups: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
@@ -415,6 +418,22 @@ def _diverged(divergence: Divergence, groups: tuple[tuple[int, ...], ...]) -> st
         "" if divergence.is_confirmed else " It was seen once; the run ended before the ranks were asked again."
     )
     return f"{count} differ between ranks after optimizer step {divergence.step} ({_groups(groups)}){size}.{doubt}"
+
+
+def _buffers(divergence: Divergence, groups: tuple[tuple[int, ...], ...]) -> str:
+    size = f", by up to {divergence.difference:.1e} of a buffer's norm" if divergence.difference else ""
+    apart = f"buffers differ between ranks ({_groups(groups)}{size})"
+    if divergence.buffer_use == "saved":
+        return (
+            f"The checkpoint that is written here after optimizer step {divergence.step} has this rank's buffers, "
+            f"and {apart}: what the other ranks' say of their batches is lost, there and at the next training "
+            "forward."
+        )
+    return (
+        f"Ranks evaluate the model here past its wrapper after optimizer step {divergence.step}, while its "
+        f"{apart}: "
+        "each rank's result is that of a model of its own, until the next training forward broadcasts rank 0's."
+    )
 
 
 def _is_shared_out(divergence: Divergence, explained: bool) -> bool:

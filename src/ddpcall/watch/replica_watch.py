@@ -30,6 +30,7 @@ GRADIENTS = "@gradients"
 SWITCHED = "@mode"
 STARTED = "@started"
 MEASURED = "@measured "
+EVALUATED = "@evaluated"
 _UNHARMFUL_STEPS = 2
 
 
@@ -98,6 +99,7 @@ class ReplicaWatch:
         self.num_due = self.num_compared = 0
         self.heard: set[int] = set()
         self.trouble = ""
+        self._rank = 0
         self._taker: VitalsTaker | None = None
         self._models: nn.Module | None = None
         self._asked: Comparison | None = None
@@ -108,7 +110,8 @@ class ReplicaWatch:
         self._was_rounding = self._was_doubted = False
         self._same_batch = self._same_rng = 0
         self._uses: list[BufferUse] = []
-        self._last_buffers: tuple[int, tuple[tuple[int, ...], ...]] | None = None
+        self._uses_asked: list[BufferUse] = []
+        self._last_compared: Comparison | None = None
         self._last_step = 0
         self._numel: int | None = None
         self._started: int | None = None
@@ -141,7 +144,8 @@ class ReplicaWatch:
                 self.trouble = "there is no store that all ranks share"
                 return None
             self._world_size = dist.get_world_size()
-            self._exchange = Exchange(store, dist.get_rank(), self._world_size, wait_s=WAIT_S)
+            self._rank = dist.get_rank()  # also when the process group is gone
+            self._exchange = Exchange(store, self._rank, self._world_size, wait_s=WAIT_S)
         return self._exchange
 
     def note_inputs(self, step: int, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -246,22 +250,24 @@ class ReplicaWatch:
     def _own_modes(self) -> dict[str, dict[int, Any]]:
         if self._taker is None or False not in self._trail.modes:
             return {}
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        modes = {name: {rank: mode} for name, mode in self._taker.details("modes").items() if mode == "eval"}
-        return {**modes, SWITCHED: {rank: _write_site(self._trail.modes[False])}}
+        modes = {name: {self._rank: mode} for name, mode in self._taker.details("modes").items() if mode == "eval"}
+        return {**modes, SWITCHED: {self._rank: _write_site(self._trail.modes[False])}}
 
     def _details(self, parts: tuple[str, ...]) -> dict[str, Details]:
         assert self._taker is not None
         details = {part: self._taker.details(part) for part in parts}
         times, site = self._trail.loads
         if "parameters" in details:
-            measured = self._taker.measure_parameters()
-            details["parameters"].update((MEASURED + name, text) for name, text in measured.items())
+            _add_measures(details["parameters"], self._taker.measure_parameters())
             details["parameters"][LOADED] = f"{times} {_write_site(site)}" if times else "0"
             details["parameters"][GRADIENTS] = self._suspects.digest() or 0
             self._has_told_start = self._started is not None
             if self._started is not None:
                 details["parameters"][STARTED] = self._started
+        if "buffers" in details:
+            _add_measures(details["buffers"], self._taker.measure_buffers())
+            # With the rank, so that it is told from all of them.
+            details["buffers"][EVALUATED] = f"{self._rank} {self._trail.has_evaluated}"
         if "modes" in details and False in self._trail.modes:
             details["modes"][SWITCHED] = _write_site(self._trail.modes[False])
         return details
@@ -289,7 +295,12 @@ class ReplicaWatch:
         # Which modules differ decides about modes; what was rounding before is so again, as a rule.
         if "modes" not in news and not self._was_rounding:
             self._say(Divergence(comparison.step, differing, is_confirmed=False), in_haste=True)
-        self._asked = replace(comparison, differing=differing)
+        self._ask(comparison, differing)
+
+    def _ask(self, comparison: Comparison, differing: dict[str, tuple[tuple[int, ...], ...]]) -> None:
+        """Ask for details of the parts that differ, together with those that were asked for and not told yet."""
+        asked = {} if self._asked is None else self._asked.differing
+        self._asked = replace(comparison, differing={**asked, **differing})
         assert self._exchange is not None
         self._exchange.ask_details(self._asked)
 
@@ -317,6 +328,7 @@ class ReplicaWatch:
         load = next((value for value in _values(parameters, LOADED) if not value.startswith("0")), "")
         switch = next(iter(_values(modes, SWITCHED)), "")
         differing = dict(asked.differing)
+        self._explain_buffers(differing.pop("buffers", ()), details)
         harmful = [name for name in modes if not name.startswith("@") and self._depends_on_mode(name)]
         if not harmful:
             differing.pop("modes", None)
@@ -344,15 +356,36 @@ class ReplicaWatch:
         )
         self._preliminary = []
 
+    def _explain_buffers(self, groups: tuple[tuple[int, ...], ...], details: DetailsComparison) -> None:
+        """Say what is lost of buffers that differed when the model was evaluated or saved.
+
+        A rank that evaluates alone does so with what is saved and broadcast, if it is rank 0: that is no harm.
+        """
+        buffers = details.differing.get("buffers", {})
+        drifts = _read_drifts(buffers)
+        evaluated = [value for value in _values(buffers, EVALUATED) if value.endswith("True")]
+        uses, self._uses_asked = self._uses_asked, []
+        harmful = [use for use in uses if drifts and (use.use == "saved" or len(evaluated) > 1)]
+        for use in harmful[:1]:
+            self._judged.add("buffers")
+            found = Divergence(
+                use.step,
+                {"buffers": groups},
+                parameters=tuple(drifts),
+                difference=largest(drifts.values()),
+                buffer_site=use.site,
+                buffer_use=use.use,
+            )
+            for finding in diagnose_divergence(found, False):
+                self._emit(finding, False)
+
     def _judge_drifts(self, step: int, parameters: dict[str, dict[int, Any]], is_last: bool) -> dict[str, Drift]:
         """Return the parameters that are apart by more than rounding; where there are none, look again later.
 
         Where the rate is tiny a difference as small as rounding may be one of training. Then it is as large beside
         what was trained the next time, too.
         """
-        names = [name for name in parameters if not name.startswith("@")]
-        drifts = {name: read_drift(parameters.get(MEASURED + name, {})) for name in names}
-        drifts = {name: drift for name, drift in drifts.items() if not drift.is_rounding(step)}
+        drifts = {name: d for name, d in _read_drifts(parameters).items() if not d.is_rounding(step)}
         is_doubtful = all(drift.is_small(step) for drift in drifts.values())
         if drifts and (not is_doubtful or self._was_doubted or is_last):
             return drifts
@@ -387,25 +420,22 @@ class ReplicaWatch:
                     self._emit(finding, False)
 
     def _note_buffers(self, comparison: Comparison) -> None:
-        self._last_buffers = (comparison.step, comparison.differing.get("buffers", ()))
+        self._last_compared = comparison
         self._judge_uses()
 
     def _judge_uses(self) -> None:
         """Evaluations and checkpoints of a step whose buffers were compared."""
         self._uses += self._trail.buffer_uses
         self._trail.buffer_uses = []
-        if self._last_buffers is None:
+        if self._last_compared is None:
             return
-        step, groups = self._last_buffers
-        for use in [
-            use for use in self._uses if use.step == step or (use.step > step and not self.is_due(use.step))
-        ]:
-            self._uses.remove(use)
-            if groups and "buffers" not in self._judged:
-                self._judged.add("buffers")
-                found = Divergence(use.step, {"buffers": groups}, buffer_site=use.site, buffer_use=use.use)
-                for finding in diagnose_divergence(found, False):
-                    self._emit(finding, False)
+        step, groups = self._last_compared.step, self._last_compared.differing.get("buffers")
+        for use in self._uses:
+            is_comparable = use.step == step or (use.step > step and not self.is_due(use.step))
+            if is_comparable and groups and not {"buffers", use.use} & self._judged:
+                self._judged.add(use.use)
+                self._uses_asked.append(use)
+                self._ask(self._last_compared, {"buffers": groups})
         self._uses = [use for use in self._uses if use.step > step]
 
 
@@ -428,6 +458,16 @@ def _drops(module: nn.Module, any_mode: bool = False) -> bool:
 
 def _values(details: dict[str, dict[int, Any]], name: str) -> list[str]:
     return [str(value) for value in details.get(name, {}).values()]
+
+
+def _add_measures(details: Details, measures: dict[str, str]) -> None:
+    details.update((MEASURED + name, text) for name, text in measures.items())
+
+
+def _read_drifts(details: dict[str, dict[int, Any]]) -> dict[str, Drift]:
+    """Return how far apart the tensors are that differ, by name."""
+    names = [name for name in details if not name.startswith("@")]
+    return {name: read_drift(details.get(MEASURED + name, {})) for name in names}
 
 
 def _write_site(site: CallSite) -> str:

@@ -42,6 +42,7 @@ class Trail:
         additions: Last line that handed an optimizer more parameters.
         schedulers: Last line that stepped a scheduler, by optimizer.
         buffer_uses: Evaluations and checkpoints since they were last taken.
+        has_evaluated: Whether there ever was such an evaluation.
     """
 
     _MAX_EARLY = 10_000
@@ -64,6 +65,7 @@ class Trail:
         self.additions: weakref.WeakKeyDictionary[Optimizer, CallSite] = weakref.WeakKeyDictionary()
         self.schedulers: weakref.WeakKeyDictionary[Optimizer, CallSite] = weakref.WeakKeyDictionary()
         self.buffer_uses: list[BufferUse] = []
+        self.has_evaluated = False
         self._early_eval: weakref.WeakKeyDictionary[nn.Module, CallSite] = weakref.WeakKeyDictionary()
 
     def adopt(self, root: nn.Module) -> None:
@@ -78,7 +80,6 @@ class Trail:
             for owner, name, note in (
                 (nn.Module, "load_state_dict", self._note_load),
                 (nn.Module, "train", self._note_mode),
-                (nn.Module, "state_dict", self._note_save),
                 (Optimizer, "__init__", self._note_optimizer),
                 (Optimizer, "add_param_group", self._note_addition),
                 (LRScheduler, "step", self._note_scheduler),
@@ -111,12 +112,10 @@ class Trail:
         elif not mode and len(self._early_eval) < self._MAX_EARLY:
             self._early_eval[module] = find_call_site()
 
-    def _note_save(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        self.use_buffers(module, "saved")
-
     def use_buffers(self, module: nn.Module, use: str, inside: Callable[[Any], bool] | None = None) -> None:
         """Note that a module is evaluated or saved, if its buffers may differ between ranks now."""
         step = self._may_use_buffers(module)
+        self.has_evaluated |= step is not None and use == "evaluated"
         if step is not None and not any(known.step == step and known.use == use for known in self.buffer_uses):
             self.buffer_uses = [*self.buffer_uses[-15:], BufferUse(find_call_site(inside), step, use)]
 

@@ -106,6 +106,10 @@ class VitalsTaker:
         parameters = self._current_structure().named_parameters
         return {name: measure(parameter, name, origin.get(name)) for name, parameter in parameters.items()}
 
+    def measure_buffers(self) -> dict[str, str]:
+        """Return, by name, what tells how far a buffer is from other ranks'."""
+        return {name: measure(b, name, None) for name, b in self._current_structure().named_buffers.items()}
+
     def details(self, part: str) -> Details:
         """Return what one part is made of, as it is now: what the second round compares between ranks.
 

@@ -1,0 +1,70 @@
+"""Checkpoints as they are written: what a file is given, not what `state_dict()` was called for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpcall.taps import Undo, find_tensors, replace_attribute
+from ddpcall.watch.events import Guard
+from ddpcall.watch.models import Models
+
+SAVERS = {
+    "torch": ("save",),
+    "torch.serialization": ("save",),
+    "torch.distributed.checkpoint": ("save", "async_save", "save_state_dict"),
+    "safetensors.torch": ("save", "save_file", "save_model"),
+}
+_DEPTH = 6
+
+
+class SaveWatch:
+    """Tells of every wrapped model whose buffers are written to a checkpoint.
+
+    Blind to: buffers that were copied first (`.cpu()` from another device, a deep copy), as an EMA's are; other
+    libraries' writers that do not go through these.
+    """
+
+    def __init__(
+        self, models: Models, saved: Callable[[DistributedDataParallel, str], None], guard: Guard
+    ) -> None:
+        """Take the wrapped models, what hears of one that is saved, and the guard."""
+        self._models = models
+        self._saved = saved
+        self._guard = guard
+
+    def attach(self, module: ModuleType) -> Undo:
+        """Hear of what one of the modules of `SAVERS` writes; returns the undo."""
+        with ExitStack() as stack:
+            for name in SAVERS[module.__name__]:
+                if hasattr(module, name):
+                    stack.callback(replace_attribute(module, name, self._hearing(getattr(module, name))))
+            return stack.pop_all().close
+
+    def _hearing(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(save)
+        def saving(*args: Any, **kwargs: Any) -> Any:
+            self._guard(self._look, next(iter((*args, *kwargs.values())), None))
+            return save(*args, **kwargs)
+
+        return saving
+
+    def _look(self, content: Any) -> None:
+        wrappers = [ddp for ledger in self._models.ledgers if (ddp := ledger.ddp()) is not None]
+        buffers = {id(ddp): {b.data_ptr() for b in ddp.modules_buffers} for ddp in wrappers}
+        if any(buffers.values()):
+            written = {tensor.data_ptr() for tensor in _tensors_in(content)}
+            for ddp in wrappers:
+                if buffers[id(ddp)] & written:
+                    self._saved(ddp, "saved")
+
+
+def _tensors_in(content: Any) -> Iterator[Tensor]:
+    for part in content.values() if isinstance(content, Mapping) else (content,):
+        yield from part.buffers() if isinstance(part, nn.Module) else find_tensors(part, _DEPTH)
