@@ -118,7 +118,8 @@ def test_where_one_part_cannot_attach_the_others_do_and_it_is_said_once(monkeypa
 
 
 def test_ranks_other_than_the_first_do_not_repeat_it(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(attach_module.CompiledWatch, "attach", cannot)
     with ddpcall.watch(on_finding="record") as session:
         pass

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
 import ddpcall
+from ddpcall.watch import earlier
 from ddpcall.watch.sharded import ShardedWatch
 
 
@@ -252,3 +253,107 @@ def test_an_error_of_the_watchs_own_does_not_reach_the_script(session, capsys, m
     error = capsys.readouterr().err
     assert error.count("an error of its own") == 1
     assert "ZeroDivisionError: ours" in error
+
+
+# ---- made before the watch began --------------------------------------------------------------------------------
+
+
+def begin(tmp_path):
+    return ddpcall.watch(on_finding="record", json=tmp_path / "f.json", every=0)
+
+
+def test_hooks_registered_before_the_watch_began_count(tmp_path):
+    net = Net()
+    net.first.register_forward_hook(lambda *_: None)
+    with begin(tmp_path) as session:
+        net(torch.ones(1, 4))
+        assert found(session) == []
+        net.first.forward(torch.ones(1, 4))  # here
+    assert found(session) == [("DC301", *lines(test_hooks_registered_before_the_watch_began_count))]
+    assert "forward" not in vars(net.first)
+
+
+@pytest.mark.parametrize(
+    "keep", [weight_norm, spectral_norm, lambda layer: prune.random_unstructured(layer, "weight", 0.5)]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_norms_and_pruning_set_up_before_the_watch_began_count(tmp_path, keep):
+    net = Net()
+    keep(net.first)
+    with begin(tmp_path) as session:
+        net(torch.ones(1, 4))
+        assert found(session) == []
+        net.first.forward(torch.ones(1, 4))  # here
+    assert found(session) == [("DC305", *lines(test_norms_and_pruning_set_up_before_the_watch_began_count))]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_compiled_before_the_watch_began_is_followed(tmp_path, in_place):
+    net = Net()
+    if in_place:
+        net.compile(backend="eager")
+    compiled = net if in_place else torch.compile(net, backend="eager")
+    expected = compiled(torch.ones(1, 4))
+    with begin(tmp_path) as session:
+        assert torch.equal(compiled(torch.ones(1, 4)), expected)
+        assert found(session) == []
+        net.forward(torch.ones(1, 4))  # here
+    assert found(session) == [("DC302", *lines(test_a_model_compiled_before_the_watch_began_is_followed))]
+    assert torch.equal(compiled(torch.ones(1, 4)), expected)
+
+
+def test_a_model_that_accelerate_prepared_before_the_watch_began_is_followed(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    net = Net()
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator.prepare(net)
+    with begin(tmp_path) as session:
+        net(torch.ones(1, 4))
+        assert found(session) == []
+        net.first(torch.ones(1, 4))  # here
+    this = test_a_model_that_accelerate_prepared_before_the_watch_began_is_followed
+    assert found(session) == [("DC304", *lines(this))]
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_to_hand_a_watched_model_over_again_changes_nothing(tmp_path):
+    net = Net()
+    with begin(tmp_path) as session:
+        compiled = torch.compile(net, backend="eager")
+        net.first.register_forward_hook(lambda *_: None)
+        compiled(torch.ones(1, 4))
+        session.adopt(compiled)
+        compiled(torch.ones(1, 4))
+        assert found(session) == []
+        net.first.forward(torch.ones(1, 4))  # here
+    this = test_to_hand_a_watched_model_over_again_changes_nothing
+    assert sorted(found(session)) == [("DC301", *lines(this)), ("DC302", *lines(this))]
+
+
+def test_a_search_that_takes_too_long_is_given_up_and_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(earlier, "SCAN_S", -1.0)
+    net = Net()
+    net.first.register_forward_hook(lambda *_: None)
+    with begin(tmp_path) as session:
+        net.first.forward(torch.ones(1, 4))
+        assert list(session.not_attached) == ["models made before the watch began"]
+    assert "too many objects" in capsys.readouterr().err
+    with ddpcall.watch(net, on_finding="record", every=0) as session:
+        net.first.forward(torch.ones(1, 4))
+        assert [code for code, _ in found(session)] == ["DC301"]
+
+
+def test_objects_of_strangers_are_not_touched(tmp_path):
+    class Proxy:
+        @property
+        def __class__(self):
+            raise AssertionError("looked at")
+
+        def __getattr__(self, name):
+            raise AssertionError("looked at")
+
+    proxies = [Proxy()]
+    unfinished = Net.__new__(Net)
+    with begin(tmp_path) as session:
+        assert session.not_attached == {}
+    del proxies, unfinished

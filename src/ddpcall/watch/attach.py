@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,8 +23,9 @@ from ddpcall.watch.averaging import AveragingWatch
 from ddpcall.watch.backwards import BackwardWatch
 from ddpcall.watch.collectives import CollectiveLog
 from ddpcall.watch.compiled import CompiledWatch
+from ddpcall.watch.earlier import find_living
 from ddpcall.watch.events import Emit, Event
-from ddpcall.watch.hooks import HookWatch
+from ddpcall.watch.hooks import HOOK_DICTS, HookWatch, can_be_tapped
 from ddpcall.watch.models import Models
 from ddpcall.watch.parameters import ParameterWatch
 from ddpcall.watch.precision import PrecisionWatch
@@ -74,6 +76,7 @@ class Attachment:
         self._emit = emit
         self._missing = missing
         self._faults: list[str] = []
+        self._adopted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._undo = ExitStack()
         guard, keep = outside_dynamo(self._guard), self.keep
         self._count = count = StepCount()
@@ -90,7 +93,7 @@ class Attachment:
         self._stacks = stacks = StackWatch()
         self._wraps = WrapWatch(models, count, trail, self._replicas, stacks, emit, guard, keep)
         self._sharded = sharded = ShardedWatch(keep)
-        hooks = HookWatch(emit, count.preparing, keep, self._hook_registered)
+        self._hooks = hooks = HookWatch(emit, count.preparing, keep, self._hook_registered)
         self._compiled = CompiledWatch(emit, count.preparing, keep, hooks.tap)
         self._steps = StepWatch(
             models,
@@ -102,6 +105,7 @@ class Attachment:
             trail,
             self._compiled,
             sharded,
+            self._wraps.stepping,
             emit,
             guard,
         )
@@ -123,7 +127,7 @@ class Attachment:
         saves = SaveWatch(models, trail.use_buffers, guard)
         for name in SAVERS:
             self._attach_after_import("checkpoints", name, saves.attach)
-        precision = PrecisionWatch(emit, count.preparing, keep)
+        self._precision = precision = PrecisionWatch(emit, count.preparing, keep)
         self._attach_after_import("accelerate's mixed precision", "accelerate.accelerator", precision.attach)
 
     def _attach(self, part: str, attach: Callable[[], Undo]) -> None:
@@ -187,16 +191,49 @@ class Attachment:
                 return done
         return None
 
-    def adopt(self, module: nn.Module) -> None:
-        """Watch a module that was wrapped before the watch began, however it was."""
+    def adopt(self, root: nn.Module) -> None:
+        """Watch a model that was wrapped, compiled or hooked before the watch began."""
+        for module in reversed(list(root.modules())):  # from the leaves up, as fully_shard is called
+            if module in self._adopted or not can_be_tapped(module):
+                continue
+            self._adopted.add(module)
+            try:
+                self._adopt(module)
+            except Exception as error:
+                self._missing(f"{type(module).__name__}, made before the watch began", error)
+
+    def adopt_living(self) -> None:
+        """Watch all models that live in this process, whoever holds them.
+
+        Optimizers need no search: torch itself tells of every step.
+        """
+        accelerator = getattr(sys.modules.get("accelerate.accelerator"), "Accelerator", nn.Module)
+        try:
+            found = find_living(nn.Module, accelerator)
+        except TimeoutError as error:
+            self._missing("models made before the watch began", error)
+            return
+        modules = [each for each in found if issubclass(type(each), nn.Module)]
+        inner = {id(child) for module in modules for child in module.__dict__.get("_modules", {}).values()}
+        for module in modules:
+            if id(module) not in inner and "_modules" in module.__dict__:  # else its __init__ was never called
+                self.adopt(module)
+        for each in found:
+            if not issubclass(type(each), nn.Module):
+                self._guard(self._precision.adopt, each)
+
+    def _adopt(self, module: nn.Module) -> None:
         if isinstance(module, DistributedDataParallel):
-            self._wraps.adopt(module)
-        for hook in list(module._forward_pre_hooks.values()):
-            state = getattr(hook, "__self__", None)
-            if isinstance(state, _ReplicateState) and hasattr(state, "_ddp"):
-                self._wraps.adopt(state._ddp)
-            else:
-                self._hook_registered(module, "forward_pre", hook)
+            self._wraps.adopt(module, earlier=True)
+        self._compiled.adopt(module)
+        for kind, slot in HOOK_DICTS.items():
+            for hook in list(getattr(module, slot).values()):
+                self._hooks.hear(module, hook)
+                self._wraps.hook_registered(module, kind, hook)
+                self._sharded.hook_registered(module, kind, hook)
+                state = getattr(hook, "__self__", None)
+                if isinstance(state, _ReplicateState) and hasattr(state, "_ddp"):  # made in its first forward
+                    self._wraps.adopt(state._ddp, earlier=True)
 
     def explain_crash(self, error: BaseException) -> None:
         """Emit an event if a bypass caused the exception that ends the script."""
@@ -207,7 +244,7 @@ class Attachment:
     def look(self, record: Watched) -> Watched:
         """Return a record with what this rank has seen so far, also after the end."""
         ledgers = self._models.ledgers
-        followed = [WatchedModel(each.name, each.wrapper, each.num_steps) for each in ledgers]
+        followed = [WatchedModel(each.name, each.wrapper, each.num_steps) for each in ledgers if each.in_use]
         not_followed = list(self._stacks.not_followed)
         if any(ledger.num_reductions > 1 and not ledger.num_steps for ledger in ledgers):
             not_followed.append(BY_HAND)

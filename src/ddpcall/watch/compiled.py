@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -107,19 +108,38 @@ class CompiledWatch:
         @functools.wraps(in_place)
         def compile_in_place(module: nn.Module, *args: Any, **kwargs: Any) -> None:
             in_place(module, *args, **kwargs)
-            root = self._adopt(module, in_place=True)
-            call: Any = module._compiled_call_impl
-            module._compiled_call_impl = self._counting(call, root)
-            reference = weakref.ref(module)
-            counting = module._compiled_call_impl
-            self._keep(lambda: _restore_call(reference, counting, call))
+            self._adopt_in_place(module)
 
         with ExitStack() as stack:
             stack.callback(replace_attribute(torch, "compile", compiling))
             stack.callback(replace_attribute(nn.Module, "compile", compile_in_place))
             return stack.pop_all().close
 
-    def _adopt_object(self, model: nn.Module, compiled: nn.Module) -> None:
+    def adopt(self, module: nn.Module) -> None:
+        """Follow a module that was compiled before the watch began. Whether it was called since is not known."""
+        dynamo = sys.modules.get("torch._dynamo.eval_frame")
+        is_object = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+        model: Any = module._modules["_orig_mod"] if is_object else module
+        if any(root.module() is model and root.in_place is not is_object for root in self._roots):
+            return
+        if is_object:
+            root = self._adopt_object(model, module)
+        elif module._compiled_call_impl is not None:
+            root = self._adopt_in_place(module)
+        else:
+            return
+        root.calls, root.seen = 1, (1, 0)
+
+    def _adopt_in_place(self, module: nn.Module) -> CompiledRoot:
+        root = self._adopt(module, in_place=True)
+        call: Any = module._compiled_call_impl
+        counting: Any = self._counting(call, root)
+        module._compiled_call_impl = counting
+        reference = weakref.ref(module)
+        self._keep(lambda: _restore_call(reference, counting, call))
+        return root
+
+    def _adopt_object(self, model: nn.Module, compiled: nn.Module) -> CompiledRoot:
         root = self._adopt(model, in_place=False)
         forward = compiled.__dict__.get("forward")
         if forward is not None:
@@ -128,6 +148,7 @@ class CompiledWatch:
             self._getattr_patched = True
             cls = type(compiled)
             self._keep(replace_attribute(cls, "__getattr__", self._noting(cls.__getattr__)))
+        return root
 
     def _adopt(self, module: nn.Module, in_place: bool) -> CompiledRoot:
         root = CompiledRoot(weakref.ref(module), in_place)

@@ -191,10 +191,10 @@ def _written(event: Event) -> str:
 
 
 def _unowned(event: Event) -> str:
+    where = ", here" if event.facts.get("seen", True) else " and before the watch could see it"
     return (
-        f"{_gradients(event).capitalize()} of the wrapped model became trainable after wrapping, here; no "
-        "reducer owns "
-        f"them. In optimizer step {event.step} they were stepped with this rank's own gradients."
+        f"{_gradients(event).capitalize()} of the wrapped model became trainable after wrapping{where}; no "
+        f"reducer owns them. In optimizer step {event.step} they were stepped with this rank's own gradients."
     )
 
 

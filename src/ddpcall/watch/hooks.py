@@ -39,7 +39,7 @@ _ROUNDING = 1e-5
 class HookWatch:
     """Taps the forward of every module that gets a hook, and looks how it is entered.
 
-    Blind to: hooks registered before the watch began; hooks that torch itself registers (`is_users`).
+    Blind to: hooks that torch itself registers (`is_users`).
     """
 
     def __init__(
@@ -69,15 +69,16 @@ class HookWatch:
         def registering(module: nn.Module, hook: Any, *args: Any, **kwargs: Any) -> Any:
             handle = register(module, hook, *args, **kwargs)
             if not torch.compiler.is_compiling():
-                self._hear(module, kind, hook)
+                self.hear(module, hook)
+                self._registered(module, kind, hook)
             return handle
 
         return registering
 
-    def _hear(self, module: nn.Module, kind: str, hook: Any) -> None:
+    def hear(self, module: nn.Module, hook: Any) -> None:
+        """Tap a module because of a hook that it has."""
         if is_users(hook) or isinstance(hook, NORMS):
             self.tap(module)
-        self._registered(module, kind, hook)
 
     def tap(self, module: nn.Module) -> None:
         """Tap a module, if it is not.

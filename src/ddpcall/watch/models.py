@@ -1,4 +1,4 @@
-"""The models that were wrapped since the watch began, and which reducer owns which parameter."""
+"""The models that are wrapped, and which reducer owns which parameter."""
 
 from __future__ import annotations
 

@@ -51,6 +51,13 @@ class PrecisionWatch:
 
         return replace_attribute(cls, "prepare_model", preparing)
 
+    def adopt(self, accelerator: Any) -> None:
+        """Follow what an Accelerator prepared before the watch began."""
+        for prepared in accelerator._models:
+            for module in prepared.modules():
+                if accelerator.mixed_precision in ("fp16", "bf16") and hasattr(module, "_original_forward"):
+                    self._adopt(module, accelerator.mixed_precision)
+
     def _adopt(self, root: nn.Module, precision: str) -> None:
         for module in root.modules():
             if can_be_tapped(module) and module not in self._roots:

@@ -108,6 +108,8 @@ class ReducerLedger:
         modules: The modules under the wrapper, by id.
         is_announced: Whether its reducer is still to be made (`replicate`).
         armed: Whether the reducer expects gradients.
+        is_presumed: Whether that is only assumed, since the watch may have begun after a forward.
+        in_use: Whether an optimizer stepped its parameters since the watch began, or it was wrapped since then.
         forwards: Grad-enabled forwards of the wrapper since the last optimizer step.
         forwarded: Whether there was any forward of the wrapper since then: the first one broadcasts the buffers.
         was_called: Whether there was any forward of the wrapper at all.
@@ -134,6 +136,8 @@ class ReducerLedger:
     modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict)
     is_announced: bool = False
     armed: bool = False
+    is_presumed: bool = False
+    in_use: bool = True
     forwards: int = 0
     forwarded: bool = False
     was_called: bool = False
@@ -183,8 +187,14 @@ class ReducerLedger:
 
     def arm(self, reducer: Any) -> None:
         """Note that the reducer was prepared: it averages the next backward, whatever led here."""
-        self.armed = True
+        self.armed, self.is_presumed = True, False
         self._stats = reducer.get_backward_stats()
+
+    def presume(self, reducer: Any) -> None:
+        """Take over a reducer that may be prepared already, of a model that may have been trained."""
+        self.arm(reducer)
+        self.is_presumed = self.was_called = self.had_backward = True
+        self.in_use = False
 
     def is_replicate(self) -> bool:
         """Say whether the model is called itself, and a hook of its own does what a wrapper does."""
@@ -250,7 +260,7 @@ class ReducerLedger:
 
     def begin_backward(self) -> None:
         """Prepare for a backward that is about to run, perhaps through this model."""
-        if self.armed and not self.dirty:
+        if self.armed and not self.dirty and not self.is_presumed:
             return
         if not self.dirty:
             self.unarmed_since = self.mark()
@@ -278,10 +288,27 @@ class ReducerLedger:
 
     def end_backward(self) -> None:
         """Note what an armed reducer did in the backward that ended."""
-        if self.armed:
+        if self.is_presumed:
+            self._end_presumption()
+        elif self.armed:
             self.had_backward = True
             if self._has_reduced():
                 self._disarm()
+
+    def _end_presumption(self) -> None:
+        """Now it is known whether the reducer was prepared when the watch began, if any gradient came.
+
+        Of gradients that it did not reduce, nobody is blamed but a forward that was seen: another may have come
+        before the watch began.
+        """
+        if self._has_reduced():
+            self.is_presumed = False
+            self._disarm()
+        elif self._unarmed:
+            self.is_presumed = self.armed = False
+            if any(entry.reached == self.backward for entry in self.entries):
+                self._settle()
+        self._unarmed, self._versions = [], {}
 
     def _has_reduced(self) -> bool:
         """Say whether gradients came to the reducer since it was armed, or since this was last asked.
@@ -296,7 +323,9 @@ class ReducerLedger:
     def arrive(self, parameter: Tensor) -> None:
         """Note one gradient: the hook on every parameter the reducer owns."""
         key = id(parameter)
-        if self.armed or any(other.armed and key in other.names for other in self.sharing):
+        if (self.armed and not self.is_presumed) or any(
+            other.armed and key in other.names for other in self.sharing
+        ):
             self.dirty.pop(key, None)
             return
         self._begin_backward()
@@ -304,7 +333,8 @@ class ReducerLedger:
         if not self._unarmed:
             self._site = find_call_site()
             self._is_in_forward = self.is_in_forward()
-            _queue(self._settle_later)
+            if not self.is_presumed:
+                _queue(self._settle_later)
         self._unarmed.append(key)
         if parameter.grad is not None:
             self._versions[key] = parameter.grad._version
@@ -376,12 +406,20 @@ def _queue(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
-def owned_parameters(ddp: DistributedDataParallel) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield (name, parameter) for what the reducer owns: trainable when wrapped, and not ignored."""
+def owned_parameters(ddp: DistributedDataParallel, earlier: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (name, parameter) for what the reducer owns: trainable when wrapped, and not ignored.
+
+    Args:
+        ddp: The wrapper.
+        earlier: Whether parameters may have been frozen or unfrozen since it was made.
+    """
     names = {id(parameter): name for name, parameter in ddp.module.named_parameters()}
-    for parameter in ddp._module_parameters:
-        if parameter.requires_grad and not is_lazy(parameter):
-            yield names.get(id(parameter), "?"), parameter
+    owned: list[Any] = [p for p in ddp._module_parameters if p.requires_grad and not is_lazy(p)]
+    if earlier and not len(ddp._module_parameters) == len(owned) == len(ddp.reducer.get_backward_stats()):
+        # The reducer itself knows, but its answer takes the memory of all its gradients for a moment.
+        owned = [p for bucket in ddp.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()]
+    for parameter in owned:
+        yield names.get(id(parameter), "?"), parameter
 
 
 def nonzero(gradients: Iterable[Tensor | None]) -> bool:

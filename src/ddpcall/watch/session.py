@@ -113,7 +113,7 @@ class Session:
 
     def __enter__(self) -> Session:
         """Watch until the block ends."""
-        return self if self._attachment is not None else self.open().start()
+        return self if self._attachment is not None else self.open().start().adopt()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -134,11 +134,14 @@ class Session:
         """Keep the exit code of a script that failed, where no exception ended it."""
         self._error = self._error or (f"exit code {code}" if isinstance(code, int) else "an error message")
 
-    def adopt(self, model: nn.Module) -> None:
-        """Watch a model that was wrapped before the watch began."""
+    def adopt(self, model: nn.Module | None = None) -> Session:
+        """Watch a model that was wrapped before the watch began; without one, all that live in this process."""
         assert self._attachment is not None, "start() comes first"
-        for module in model.modules():
-            self._attachment.adopt(module)
+        if model is None:
+            self._attachment.adopt_living()
+        else:
+            self._attachment.adopt(model)
+        return self
 
     @property
     def findings(self) -> list[Finding]:
@@ -359,10 +362,11 @@ def watch(
     only: Any = (),
     ignore: Any = (),
 ) -> Session:
-    """Start watching this process; every model wrapped from now on is watched, and `model` if given.
+    """Start watching this process: models that are wrapped, compiled or hooked already, and all from now on.
 
     Args:
-        model: A model that is wrapped already, or holds wrapped ones.
+        model: A model that is wrapped already, or holds wrapped ones; for a process with so many objects that
+            the search for it is given up.
         on_finding: `warn` prints once to stderr, `raise` raises WatchError where the harm is done, `record` only
             collects in `session.findings`.
         json: File for the findings, kept up to date as they happen.
@@ -388,7 +392,7 @@ def watch(
     )
     if Session._running is not None and Session._running.launch.reporter is not None:
         Session._running.close()  # it began by itself, in a child of a watched process
-    session = Session(options).open().start()
+    session = Session(options).open().start().adopt()
     if model is not None:
         session.adopt(model)
     return session

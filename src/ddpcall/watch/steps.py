@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -43,6 +43,7 @@ class StepWatch:
         trail: Trail,
         compiled: CompiledWatch,
         sharded: ShardedWatch,
+        stepping: Callable[[list[ReducerLedger]], None],
         emit: Emit,
         guard: Guard,
     ) -> None:
@@ -57,6 +58,7 @@ class StepWatch:
         self._strays = StrayWatch(emit)
         self._compiled = compiled
         self._sharded = sharded
+        self._models_stepped = stepping
         self._emit = emit
         self._guard = guard
         self._views: dict[int, OptimizerView] = {}
@@ -79,6 +81,7 @@ class StepWatch:
         self._stepping.append(id(optimizer))
         view = self._view(optimizer)
         self._count_models(optimizer, view)
+        self._models_stepped(view.ledgers)
         self._compiled.before_step(view.get)
         for event in self._sharded.before_step(self._count.of(optimizer), view.parameters.__contains__):
             self._emit(event)
@@ -253,7 +256,7 @@ class StepWatch:
                 continue
             site = origin if origin != NOWHERE else find_call_site()
             names = tuple(view.unowned[key][0] for key in keys)
-            self._emit(Event(EventKind.UNOWNED, site, step, names))
+            self._emit(Event(EventKind.UNOWNED, site, step, names, (), {"seen": origin != NOWHERE}))
 
     # ---- raw weights: the line is looked for in the next step ------------------------------------------------
 

@@ -63,6 +63,7 @@ class WrapWatch:
         self._guard = guard
         self._keep = keep
         self._inside_entry = False
+        self._compared: list[ReducerLedger] = []
         self._tap = ForwardTap(self._observe_forward, self._is_quiet)
 
     def attach(self) -> Undo:
@@ -146,14 +147,22 @@ class WrapWatch:
             if ddp is not None and ddp.reducer is reducer:
                 ledger.arm(reducer)
 
-    def adopt(self, ddp: DistributedDataParallel) -> None:
-        """Watch one DDP, if its process group has more than one rank."""
-        if dist.get_world_size(ddp.process_group) == 1 or self._models.ledger_of(ddp) is not None:
+    def adopt(self, ddp: DistributedDataParallel, earlier: bool = False) -> None:
+        """Watch one DDP, if its process group has more than one rank.
+
+        Args:
+            ddp: The wrapper.
+            earlier: Whether it was made before the watch began. Its replicas are compared once an optimizer
+                steps them: it may be a model of yesterday, and ranks agree on the order of steps alone.
+        """
+        if not dist.is_initialized() or dist.get_world_size(ddp.process_group) == 1:
+            return
+        if self._models.ledger_of(ddp) is not None:
             return
         if ddp._use_python_reducer or ddp._delay_all_reduce_all_params:
             self._stacks.note(PYTHON_REDUCER if ddp._use_python_reducer else DELAYED_ALL_REDUCE)
             return
-        owned = dict(owned_parameters(ddp))
+        owned = dict(owned_parameters(ddp, earlier))
         owner = self._models.owner
         ledger = next((owner[id(p)] for p in owned.values() if id(p) in owner), None)
         if ledger is not None and ledger.is_announced:
@@ -162,7 +171,19 @@ class WrapWatch:
             ledger = ReducerLedger(type(ddp.module).__name__, {id(p): n for n, p in owned.items()})
             self._open(ledger, ddp.module, list(owned.values()))
         self._models.bind(ledger, ddp)
-        self._adopt_replicas()
+        if earlier:
+            ledger.presume(ddp.reducer)
+        else:
+            self._compared.append(ledger)
+            self._adopt_replicas()
+
+    def stepping(self, ledgers: Iterable[ReducerLedger]) -> None:
+        """Note that an optimizer is about to step parameters of these reducers."""
+        for ledger in ledgers:
+            if not ledger.in_use:
+                ledger.in_use = True
+                self._compared.append(ledger)
+                self._adopt_replicas()
 
     def hook_registered(self, module: nn.Module, kind: str, hook: Any) -> None:
         """See `replicate` by the hook it registers; it makes its DDP in the first call, if one ever comes."""
@@ -170,7 +191,8 @@ class WrapWatch:
             self._guard(self._announce, module)
 
     def _announce(self, root: nn.Module) -> None:
-        if dist.get_world_size() == 1:
+        known = any(ledger.is_announced for ledger in self._models.ledgers_with(root))
+        if known or not dist.is_initialized() or dist.get_world_size() == 1:
             return
         owned = {name: p for name, p in root.named_parameters() if p.requires_grad and not is_lazy(p)}
         ledger = ReducerLedger(type(root).__name__, {id(p): n for n, p in owned.items()}, is_announced=True)
@@ -190,7 +212,7 @@ class WrapWatch:
 
     def _adopt_replicas(self) -> None:
         """Compare the replicas of wrapped models that span the world and are meant to stay equal."""
-        wrappers = [ddp for ledger in self._models.ledgers if (ddp := ledger.ddp()) is not None]
+        wrappers = [ddp for ledger in self._compared if (ddp := ledger.ddp()) is not None]
         models = [ddp.module for ddp in wrappers if _is_replicated(ddp)]
         self._replicas.adopt(models)
 
