@@ -8,9 +8,10 @@ same records.
 
 from ddpcall.mixing.collect import MixingCollector
 from ddpcall.mixing.exchange import RanksMissing, exchange_records
-from ddpcall.mixing.judge import Mixing, judge_records
+from ddpcall.mixing.judge import judge_records
 from ddpcall.mixing.measure import MixingMeasurement, measure_mixing
 from ddpcall.mixing.record import RankSketches
+from ddpcall.mixing.result import Mixing
 from ddpcall.mixing.shapes import SHAPES
 
 __all__ = [

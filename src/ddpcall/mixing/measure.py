@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from ddpcall.mixing.collect import MixingCollector
 from ddpcall.mixing.exchange import exchange_records
-from ddpcall.mixing.judge import Mixing, judge_records
+from ddpcall.mixing.judge import judge_records
 from ddpcall.mixing.record import RankSketches
+from ddpcall.mixing.result import Mixing
 
 
 class MixingMeasurement:
@@ -88,7 +89,7 @@ def _check_stepped(records: Sequence[RankSketches]) -> None:
     raised = [record.rank for record in records if record.failure == "the block raised"]
     if raised:
         raise RuntimeError(f"the block of measure_mixing raised on rank {', '.join(map(str, raised))}; see there")
-    if sum(record.num_steps > 0 for record in records) >= 2:
+    if any(record.failure for record in records) or sum(record.num_steps > 0 for record in records) >= 2:
         return
     if any(record.num_skipped for record in records):
         raise RuntimeError(

@@ -220,22 +220,45 @@ def _last_kept(batch: Batch) -> int:
 def _name_mean(one: Batch, coefficients: np.ndarray, distance: np.ndarray) -> Verdict:
     """Name a multiple of the mean by its size; late where the last backward is not in it."""
     num_ranks, num_backwards = one.own.shape[1:3]
-    columns = one.own[0]
-    sizes = np.linalg.norm(columns, axis=-1).mean(axis=0)
-    parts = np.abs(coefficients[0, :num_backwards]) * sizes
+    sizes = np.linalg.norm(one.own[0], axis=-1).mean(axis=0)
     tau = 5 * float(one.eta[0])
-    unused = tuple(k for k in range(num_backwards) if parts[k] <= _FAR * tau * parts.sum())
     last = _last_kept(one)
-    if last in unused and len(unused) < num_backwards:
+    kept = _find_kept(one, np.abs(coefficients[0, :num_backwards]) * sizes)
+    unused = tuple(k for k in range(num_backwards) if k not in kept)
+    if last in unused and kept:
         why = "the last backward's gradient is not in what this step used; it arrives later, or never"
         return Verdict("late", residual=distance, unused=unused, reason=why)
-    scale = float(np.mean(coefficients[:, last]))
-    mean = float(np.linalg.norm(columns[:, last].mean(axis=0)))
-    error = tau * sizes[last] / mean if mean else math.inf
+    together = _join_backwards(one, kept)
+    common = fit_mean(together) if len(kept) > 1 or unused else None
+    alike = common is not None and (common.distance <= tau).all()
+    scale = float(np.mean(common.coefficients[0, :, 0] if common and alike else coefficients[:, last]))
+    size = float(np.linalg.norm(together.own[0, :, 0], axis=-1).mean()) if alike else sizes[last]
+    mean = float(np.linalg.norm((together.own[0, :, 0] if alike else one.own[0, :, last]).mean(axis=0)))
+    error = tau * size / mean if mean else math.inf
     shape = (
         "averaged" if abs(scale - 1) <= error else "summed" if abs(scale / num_ranks - 1) <= error else "scaled"
     )
     return Verdict(shape, scale, distance, unused=unused)
+
+
+def _find_kept(one: Batch, parts: np.ndarray) -> list[int]:
+    """Return the backwards that are in the used gradient, by the simplest explanation that holds.
+
+    Gradients of two backwards are often almost parallel, and the coefficients of a fit are then worth little: all
+    alike, or the last alone, is tried first.
+    """
+    tau = 5 * float(one.eta[0])
+    every = [k for k in range(len(parts)) if k not in one.captured]
+    for chosen in (every, [_last_kept(one)]) if len(parts) > 1 else (every,):
+        if chosen and (fit_mean(_join_backwards(one, chosen)).distance <= tau).all():
+            return chosen
+    return [k for k in range(len(parts)) if parts[k] > _FAR * tau * parts.sum()]
+
+
+def _join_backwards(one: Batch, chosen: Sequence[int]) -> Batch:
+    """Return the batch with the sum of some backwards as its only one."""
+    own = one.own[:, :, list(chosen)].sum(axis=2, keepdims=True)
+    return Batch(one.used, own, one.eta, one.numel, one.carry)
 
 
 def explain(one: Batch, agree: bool) -> Verdict:
