@@ -128,13 +128,13 @@ def test_ranks_other_than_the_first_do_not_repeat_it(monkeypatch, capsys):
 
 
 def test_a_part_that_fails_half_way_leaves_nothing_behind(monkeypatch):
-    register, state_dict = nn.Module.register_forward_hook, nn.Module.state_dict
+    register, load = nn.Module.register_forward_hook, nn.Module.load_state_dict
     monkeypatch.setattr(attach_module.HookWatch, "_hearing", cannot)
     with ddpcall.watch(on_finding="record") as session:
         assert nn.Module.register_forward_hook is register
-        assert nn.Module.state_dict is not state_dict
+        assert nn.Module.load_state_dict is not load
     assert list(session.not_attached) == ["hooks of modules"]
-    assert nn.Module.state_dict is state_dict
+    assert nn.Module.load_state_dict is load
 
 
 def test_a_library_imported_later_that_cannot_be_watched_does_not_fail_its_import(tmp_path, monkeypatch, capsys):
