@@ -11,6 +11,7 @@ from tests.ranks.lab_process import clean_environment
 TIMEOUT_S = 300
 PYTHON = [sys.executable, "-u"]
 WATCH = ["-m", "ddpcall", "watch"]
+METHODS = ["fork"]
 
 SPAWNING = """
 import gc, sys, tempfile
@@ -92,6 +93,46 @@ def test_spawned_ranks_are_watched_and_their_error_is_shown(tmp_path):
     assert "ProcessRaisedException: \n\n-- Process 1 terminated with the following error:\n" in finished.stderr
     assert "LookupError: the rank's own" in finished.stderr
     assert "ddpcall/watch" not in finished.stderr, "none of the watch's frames"
+
+
+BY_HAND = """
+import multiprocessing, os, sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+def train(rank):
+    store = "file://" + os.path.abspath("store")
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    model = DistributedDataParallel(torch.nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        outputs = model.module(torch.randn(3, 4))  # the bypass
+        optimizer.zero_grad()
+        outputs.square().mean().backward()
+        optimizer.step()
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    ranks = [context.Process(target=train, args=(rank,)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    print([rank.exitcode for rank in ranks])
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_that_multiprocessing_starts_are_watched(tmp_path, method):
+    (tmp_path / "train.py").write_text(BY_HAND)
+    finished = run([*PYTHON, *WATCH, "--json", "f.json", "train.py", method], tmp_path)
+    found = [(finding["code"], finding["line"], finding["ranks"]) for finding in findings_of(tmp_path)]
+    assert found == [("DC101", line_of(BY_HAND, "the bypass"), [0, 1])], finished.stderr
+    assert (finished.returncode, finished.stdout) == (1, "[0, 0]\n")
+    assert finished.stderr.count("ddpcall: DC101") == 1
+    assert "2 of 2 ranks" in finished.stderr.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "store") == ["f.json", "train.py"]
 
 
 ACCELERATED = """

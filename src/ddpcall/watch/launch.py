@@ -58,6 +58,11 @@ class Launch:
         """Whether this process is the first rank of the first attempt."""
         return self.author == "0/0"
 
+    def forked(self) -> Launch:
+        """Return the place of this process, which one of that place has forked."""
+        reporter = self.reporter or name_process(os.getppid())
+        return replace(self.spawned(self.rank), reporter=reporter)
+
     def spawned(self, index: int) -> Launch:
         """Return the place of a process that this one spawns: one of no host, for this one reports."""
         author = f"{self.author}.{os.getpid()}"  # called there; the index comes back with the next spawn

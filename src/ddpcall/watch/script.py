@@ -255,6 +255,8 @@ class Ending:
             status = self.finish(status, in_order=threading.current_thread() is threading.main_thread())
             sys.stderr.flush()
             self._let_others_go_first()
+        elif not self.is_ours() and self._session.has_said:  # a rank that `multiprocessing.Process` forked
+            self._session.close(in_order=status == 0)
         self._leave(status)
 
     def _let_others_go_first(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import threading
 import time
@@ -36,10 +37,12 @@ class Session:
 
     Attributes:
         script: What is watched, as it was named on the command line.
+        has_said: Whether this process has written to the findings file.
         not_attached: What of a script is not watched, in plain words, and why in one line; empty when all is.
     """
 
     _running: Session | None = None
+    _follows_forks = False
 
     def __init__(self, options: Options, launch: Launch | None = None) -> None:
         """Take the options and where this process stands; nothing is attached yet."""
@@ -59,6 +62,7 @@ class Session:
         self._rank = self.launch.rank
         self._may_raise = options.on_finding == "raise"
         self._lock = threading.RLock()
+        self.has_said = False
         self.journal = Journal(options.json or self.launch.file, self.launch.run)
 
     def open(self) -> Session:
@@ -93,6 +97,9 @@ class Session:
             explained=self._is_divergence_explained,
             vitals_taken=self._keep_up,
         )
+        if Session._running is None and not Session._follows_forks:
+            Session._follows_forks = True
+            os.register_at_fork(after_in_child=Session._forked)
         Session._running = self
         self._keep_up()
         return self
@@ -243,6 +250,17 @@ class Session:
             self.journal.remove_state(keep=True)
 
     @staticmethod
+    def _forked() -> None:
+        """Go on in a forked child as another author: it may be a rank that `multiprocessing.Process` started."""
+        session = Session._running
+        if session is not None:
+            session.launch = session.launch.forked()
+            session._lock = threading.RLock()
+            session._found = {}
+            session._watched = None
+            session.has_said = False
+
+    @staticmethod
     def abandon_inherited() -> None:
         """Detach, in a forked child, what it has from its parent: the run is the parent's."""
         session, Session._running = Session._running, None
@@ -314,6 +332,7 @@ class Session:
 
     def _write(self, done: bool = False) -> Said:
         """Put on disk what was found; where that fails it is said once, and the run goes on."""
+        self.has_said = True
         try:
             return self.journal.write(self.launch.author, list(self._found.values()), self.watched, done)
         except OSError as error:
