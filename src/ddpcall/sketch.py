@@ -28,6 +28,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ddpcall import torch_internals as internals
+
 NUM_BUCKETS = 64
 TILE = 64 * 1021
 """Elements in a tile: no round number, so that a column of a matrix does not fall into few places of the tile."""
@@ -132,7 +134,8 @@ def _find_runs(mesh: Any, shape: tuple[int, ...], placements: tuple[Any, ...]) -
             continue
         dim = placement.dim % len(shape)
         spread = indices[dim].reshape([-1 if d == dim else 1 for d in range(len(shape))])
-        parts, _ = placement._split_tensor(spread, mesh.size(mesh_dim), with_padding=False, contiguous=False)
+        split = internals.SPLIT_TENSOR.of(placement)
+        parts, _ = split(spread, mesh.size(mesh_dim), with_padding=False, contiguous=False)
         indices[dim] = parts[coordinate[mesh_dim]].reshape(-1)
     return [list(_group_runs(places.numpy())) for places in indices]
 

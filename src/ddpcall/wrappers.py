@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ddpcall import torch_internals as internals
 from ddpcall.paths import CallPath, SyncWindow
 from ddpcall.reductions import (
     average_parameters_periodically,
@@ -243,11 +244,9 @@ def apply_ddp_buffers_after(model: nn.Module, settings: Settings) -> nn.Module:
 
     Source: `torch/nn/parallel/distributed.py`, `_register_buffer_comm_hook` (private; no public way exists).
     """
-    from torch.nn.parallel.distributed import _BufferCommHookLocation
-
-    location: Any = _BufferCommHookLocation.POST_FORWARD
+    location = _private(internals.BUFFER_COMM_HOOK_LOCATION).POST_FORWARD
     ddp = apply_ddp(model, settings)
-    ddp._register_buffer_comm_hook(None, _send_buffers_of_rank_0, location)
+    internals.REGISTER_BUFFER_COMM_HOOK.of(ddp)(None, _send_buffers_of_rank_0, location)
     return ddp
 
 
@@ -306,10 +305,8 @@ def apply_ddp_python_reducer(model: nn.Module, settings: Settings) -> nn.Module:
 @contextmanager
 def _python_reducer() -> Iterator[None]:
     """Choose the python reducer; DDP's constructor then changes inductor's settings, which are put back."""
-    import torch._dynamo.config as dynamo_config
-    import torch._inductor.config as inductor_config
-
-    before: Any = inductor_config.save_config_portable()
+    dynamo_config, inductor_config = map(_private, internals.COMPILER_CONFIGS.values())
+    before = inductor_config.save_config_portable()
     with dynamo_config.patch(optimize_ddp="python_reducer"):
         try:
             yield
@@ -325,10 +322,17 @@ def _join(ddp: Any) -> Iterator[None]:
         yield
 
 
+def _private(name: internals.Private) -> Any:
+    """Return what a private name of torch stands for; a wrapper that needs one that is gone is missing."""
+    try:
+        return name.get()
+    except internals.TorchNameMissing as error:
+        raise WrapperMissing(str(error)) from None
+
+
 def apply_replicate(model: nn.Module, settings: Settings) -> nn.Module:
     """Apply the hook-based `torch.distributed._composable.replicate`: it arms from forward hooks, in place."""
-    from torch.distributed._composable.replicate import replicate
-
+    replicate = _private(internals.REPLICATE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it announces its successor, `replicate_with_fsdp`
         return replicate(model, device_id=settings.device)
@@ -336,9 +340,7 @@ def apply_replicate(model: nn.Module, settings: Settings) -> nn.Module:
 
 def apply_replicate_with_fsdp(model: nn.Module, settings: Settings) -> nn.Module:
     """Apply `replicate` as FSDP2 does it: parameters are replicated DTensors, gathered by forward-pre hooks."""
-    from torch.distributed._composable.replicate_with_fsdp import replicate
-
-    replicated: Any = replicate(model, mesh=_mesh(settings))
+    replicated: Any = _private(internals.REPLICATE_WITH_FSDP)(model, mesh=_mesh(settings))
     return replicated
 
 
@@ -568,7 +570,7 @@ def find_reducers(subject: Subject) -> list[DistributedDataParallel]:
     found = [module for module in subject.wrapped.modules() if isinstance(module, DistributedDataParallel)]
     state = replicate_state(subject)
     if state is not None and state.has_initialized:
-        found.append(state._ddp)
+        found.append(internals.REPLICATE_STATE_DDP.of(state))
     return found
 
 
@@ -576,6 +578,4 @@ def replicate_state(subject: Subject) -> Any:
     """Return the state object that `replicate` keeps for the subject, or None."""
     if subject.wrapper is not Wrapper.REPLICATE:
         return None
-    from torch.distributed._composable.replicate import replicate
-
-    return replicate.state(subject.wrapped)
+    return internals.REPLICATE.get().state(subject.wrapped)

@@ -8,22 +8,35 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "ddpcall"
-LEAVES = {"paths", "reductions", "wrappers", "shards", "evidence", "findings", "imports", "taps", "ranks"}
+INTERNALS = {"torch_internals"}
+LEAVES = {
+    "paths",
+    "reductions",
+    "wrappers",
+    "shards",
+    "evidence",
+    "findings",
+    "imports",
+    "taps",
+    "ranks",
+} | INTERNALS
 MIDDLE = LEAVES | {"verdicts", "replicas", "sketch", "mixing", "probes"}
 MAY_IMPORT = {
     "paths": set(),
     "evidence": set(),
     "findings": set(),
     "imports": set(),
-    "taps": set(),
-    "ranks": {"ranks"},
-    "reductions": set(),
-    "wrappers": {"paths", "reductions"},
-    "shards": {"wrappers"},
+    "private_name": set(),
+    "torch_internals": {"private_name"},
+    "taps": INTERNALS,
+    "ranks": INTERNALS | {"ranks"},
+    "reductions": INTERNALS,
+    "wrappers": INTERNALS | {"paths", "reductions"},
+    "shards": INTERNALS | {"wrappers"},
     "verdicts": LEAVES,
     "replicas": LEAVES,
-    "sketch": set(),
-    "mixing": {"taps", "replicas", "sketch"},
+    "sketch": INTERNALS,
+    "mixing": INTERNALS | {"taps", "replicas", "sketch"},
     "probes": MIDDLE,
     "lab": MIDDLE | {"lab"},
     "watch": MIDDLE | {"watch"},
@@ -39,7 +52,15 @@ ONLY_IN_LAB = {"hydra", "omegaconf", "sklearn", "jinja2", "markupsafe", "yaml"}
 # Exercises are scripts as users write them; they are handed out, never imported.
 MAY_SPELL_FORWARD = {"paths.py", "lab/claims", "course/exercises"}
 # taps, watch and the course's witness look at what users have wrapped.
-MAY_WRAP = {"wrappers.py", "lab/claims", "course/exercises", "course/witness.py", "taps", "watch"}
+MAY_WRAP = {
+    "wrappers.py",
+    "torch_internals.py",
+    "lab/claims",
+    "course/exercises",
+    "course/witness.py",
+    "taps",
+    "watch",
+}
 WRAPPING = ("torch.nn.parallel", "torch.distributed._composable", "torch.distributed.fsdp")
 
 

@@ -167,6 +167,17 @@ def test_steps_are_not_judged_without_the_log_of_collectives(monkeypatch):
     assert steps.num == 0
 
 
+def test_what_needs_a_private_name_that_torch_no_longer_has_says_so(monkeypatch, capsys):
+    monkeypatch.delattr(torch.autograd.graph, "_engine_run_backward")
+    with ddpcall.watch(on_finding="record") as session:
+        use_hooks()
+    assert list(session.not_attached) == ["what needs _engine_run_backward", "backwards"]
+    sentence = "_engine_run_backward: gradients that torch.autograd.grad takes are not seen"
+    assert all(sentence in reason for reason in session.not_attached.values())
+    assert sentence in capsys.readouterr().err
+    assert [finding.code for finding in session.findings] == ["DC301"]
+
+
 def test_nothing_is_missing_as_a_rule():
     with ddpcall.watch(on_finding="record") as session:
         pass

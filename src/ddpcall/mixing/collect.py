@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from ddpcall import torch_internals as internals
 from ddpcall.mixing.places import SHARDED, Place, ranks_along
 from ddpcall.mixing.record import FOREIGN, NO_GRADIENT, NOT_FINITE, PRESENT, UNREAD, Column, RankSketches
 from ddpcall.mixing.shards import find_places
@@ -149,7 +150,7 @@ class MixingCollector:
     def _see_own(self, watched: _Watched, first: bool, gradient: Tensor) -> None:
         """Sketch a gradient at once: what a tensor holds later may be reduced in place."""
         window = watched.open_window()
-        task = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
+        task = internals.graph_task()
         if not window.own:
             window.carry = watched.place.sketch_carry()
             if len(watched.windows) == 1 and (pending := watched.place.sketch_pending()) is not None:

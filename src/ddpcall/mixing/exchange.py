@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore
-from torch.distributed.distributed_c10d import _get_default_store
+
+from ddpcall import torch_internals as internals
 
 _MAX_PAUSE_S = 0.02
 
@@ -43,7 +44,7 @@ def exchange_records(data: bytes, timeout_s: float, *, wait: bool = True) -> lis
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"ddpcall/mixing/{attempt}", _get_default_store())
+    store = PrefixStore(f"ddpcall/mixing/{attempt}", internals.GET_DEFAULT_STORE.get()())
     number = store.add(f"calls/{rank}", 1)
     store.set(f"{number}/{rank}", data)  # pyright: ignore[reportArgumentType]  # bytes are taken
     if not wait:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpcall import torch_internals as internals
 from ddpcall.replicas import digest_tensor
 from ddpcall.sketch import sketch
 from ddpcall.taps import Undo
@@ -64,14 +65,14 @@ class Place:
         self._hooks = [leaf.register_hook(lambda gradient: see(False, gradient))]
         if others:
             self._hooks.append(leaf.register_hook(lambda gradient: see(True, gradient)))
-            hooks: Any = leaf._backward_hooks
+            hooks = internals.TENSOR_BACKWARD_HOOKS.of(leaf)
             # Autograd walks the dict itself, in the order of insertion: moving to the front is not enough.
             ordered = list(hooks.items())
             hooks.clear()
             hooks.update([ordered[-1], *ordered[:-1]])
 
     def _other_hooks(self) -> int:
-        return len(getattr(self.whole(), "_backward_hooks", None) or ()) - len(self._hooks)
+        return len(internals.TENSOR_BACKWARD_HOOKS.of(self.whole(), None) or ()) - len(self._hooks)
 
     def _remove_hooks(self) -> None:
         for handle in self._hooks:
@@ -84,7 +85,7 @@ class Place:
         if self._accumulator is None and leaf is not None:
             self._accumulator = torch.autograd.graph.get_gradient_edge(leaf).node
         try:
-            return not torch._C._will_engine_execute_node(self._accumulator)  # pyright: ignore
+            return not internals.WILL_ENGINE_EXECUTE_NODE.get()(self._accumulator)
         except RuntimeError:  # what torch says of a leaf under autograd.grad
             return True
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ddpcall import torch_internals as internals
 from ddpcall.evidence import CollectiveEvidence, ReducerEvidence
 
 
@@ -115,7 +116,7 @@ def time_collectives() -> Iterator[list[TimedCollective]]:
     Source: `torch/csrc/distributed/c10d/ProcessGroupGloo.cpp` (`AsyncWork::recordAsyncWorkProfilingInfo`).
     """
     found: list[TimedCollective] = []
-    if torch.autograd.profiler._is_profiler_enabled:
+    if internals.IS_PROFILER_ENABLED.get(True):
         yield found
         return
     with _quiet_kineto():
@@ -180,10 +181,9 @@ def count_all_reduces(entries: list[dict[str, Any]], marks_ns: list[int]) -> lis
 
 def _recorded_entries() -> list[dict[str, Any]] | None:
     """Read the entries of the default group (name "0" or description "default_pg") from torch's private dump."""
-    try:
-        from torch._C._distributed_c10d import _dump_fr_trace_json  # pyright: ignore[reportAttributeAccessIssue]
-    except ImportError:
+    dump = internals.DUMP_FLIGHT_RECORDER.get(None)
+    if dump is None:
         return None
-    entries = json.loads(_dump_fr_trace_json()).get("entries", [])
+    entries = json.loads(dump()).get("entries", [])
     ours = [entry for entry in entries if entry["process_group"][1] == "default_pg"]
     return sorted(ours, key=lambda entry: entry["record_id"])

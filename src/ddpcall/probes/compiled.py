@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ddpcall import torch_internals as internals
 from ddpcall.evidence import CompiledEvidence
 from ddpcall.taps import SpanLog
 
@@ -28,9 +29,7 @@ class CompiledObserver:
 
     def backend(self, graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile with the named backend; the result counts its runs. To be given to torch.compile."""
-        from torch._dynamo.backends.registry import lookup_backend
-
-        compiled = lookup_backend(self._backend)(graph_module, example_inputs)
+        compiled = internals.LOOKUP_BACKEND.get()(self._backend)(graph_module, example_inputs)
         name = f"compiled graph {self._graphs}"
         self._graphs += 1
 
@@ -79,8 +78,7 @@ def observe_compiled(requested: bool, backend: str, log: SpanLog | None = None) 
     if not requested:
         yield observer
         return
-    from torch._dynamo.utils import counters
-
+    counters = internals.COUNTERS.get()
     torch.compiler.reset()
     before = counters["frames"]["ok"]
     try:

@@ -9,17 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
 
+from ddpcall import torch_internals as internals
 from ddpcall.evidence import ModesEvidence
 from ddpcall.replicas import gather_over_ranks
 from ddpcall.shards import local_part
 from ddpcall.taps import wrap_method
 from ddpcall.wrappers import Subject
 
-_LAYERS = (nn.Linear, _ConvNd)  # what autocast runs in lower precision
+_LAYERS = (nn.Linear, internals.CONV_ND.get(nn.Conv2d))  # what autocast runs in lower precision
 # What a position of a dropout's input came to. Where the input was zero, the output does not tell.
 ZERO_BEFORE, DROPPED, KEPT = 0, 1, 2
 
@@ -64,7 +62,7 @@ class ModesObserver:
         self._masks.append(codes)
         told = int((codes != ZERO_BEFORE).sum())
         self._kept.append(int((codes == KEPT).sum()) / told if told else None)
-        norms: list[Any] = [module for module in modules if isinstance(module, _NormBase)]
+        norms: list[Any] = [module for module in modules if isinstance(module, internals.NORM_BASE.get())]
         self._mean_norms.append(_joint_norm([norm.running_mean for norm in norms]))
         self._var_norms.append(_joint_norm([norm.running_var for norm in norms]))
         buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
@@ -181,7 +179,7 @@ def observe_modes(subject: Subject, group: dist.ProcessGroup | None) -> Iterator
     observer = ModesObserver(subject, group)
     with ExitStack() as stack:
         for module in subject.inner.modules():
-            if isinstance(module, _DropoutNd):
+            if isinstance(module, internals.DROPOUT_ND.get()):
                 stack.callback(wrap_method(module, "forward", _noting_dropout(observer)))
             elif isinstance(module, _LAYERS):
                 stack.callback(wrap_method(module, "forward", _noting_layer(observer)))

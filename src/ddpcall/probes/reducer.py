@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from ddpcall import torch_internals as internals
 from ddpcall.evidence import ReducerEvidence
 from ddpcall.taps import ReducerLog, tap_gradient_arrivals, tap_lazy_reducer, tap_reducer
 from ddpcall.wrappers import Subject, find_reducers, replicate_state
@@ -34,7 +35,7 @@ class ReducerObserver:
         reducers = find_reducers(self._subject)
         self._num_reducers = len(reducers)
         for ddp in reducers:
-            self._logged = ddp._get_ddp_logging_data()
+            self._logged = internals.DDP_LOGGING_DATA.of(ddp, dict)()
 
     def evidence(self) -> ReducerEvidence:
         """Return what was counted, one entry a step."""

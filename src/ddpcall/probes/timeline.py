@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ddpcall import torch_internals as internals
 from ddpcall.evidence import HookCount, HooksOfStep, StepTimeline, TimelineEvent
 from ddpcall.probes.collectives import TimedCollective, time_collectives
 from ddpcall.probes.compiled import CompiledObserver
@@ -19,7 +20,7 @@ from ddpcall.probes.reducer import ReducerObserver
 from ddpcall.taps import HOOK_DICTS, Span, SpanLog, SpanPlace, count_forwards, name_hooks, time_hooks
 from ddpcall.wrappers import COMPILING, Subject, find_reducers, replicate_state
 
-REDUCTIONS = frozenset({"all_reduce", "allreduce", "reduce", "reduce_scatter", "_reduce_scatter_base"})
+REDUCTIONS = frozenset({"all_reduce", "allreduce", "reduce", "reduce_scatter", internals.REDUCE_SCATTER_BASE.name})
 
 
 @dataclass(frozen=True)

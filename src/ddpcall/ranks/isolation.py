@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.nn.modules import module as torch_module
 
+from ddpcall import torch_internals as internals
+
 _LEAK_GRACE_S = 0.5
 _DEVICE_TYPES = ("cpu", "cuda")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1, signal.SIGHUP)
@@ -93,7 +95,7 @@ class RankState:
         sys.last_value = sys.last_traceback = None  # they keep a failed task's DDP alive
 
     def _restore_compilers(self) -> None:
-        if (dynamo := sys.modules.get("torch._dynamo")) is None:
+        if (dynamo := internals.DYNAMO.if_imported()) is None:
             return
         dynamo.reset()
         for name, config in _compiler_configs().items():
@@ -102,8 +104,8 @@ class RankState:
 
 
 def _compiler_configs() -> dict[str, Any]:
-    names = ("torch._dynamo.config", "torch._inductor.config")
-    return {name: sys.modules[name] for name in names if name in sys.modules}
+    found = {path: entry.if_imported() for path, entry in internals.COMPILER_CONFIGS.items()}
+    return {path: config for path, config in found.items() if config is not None}
 
 
 def seed_everything(seed: int = 0) -> None:

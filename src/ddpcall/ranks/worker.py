@@ -236,7 +236,8 @@ def _reuse_gloo_device(interface: str) -> Iterator[None]:
     """Have the default group use this worker's one gloo device, so that leaving the group takes no time.
 
     A device owns the thread that polls the sockets; ending it takes up to 10 ms each time, twice per group. The
-    connections themselves are new for every group either way. torch offers no argument for this.
+    connections themselves are new for every group either way. torch offers no argument for this. Where a torch
+    hands its constructor something that the options do not know, the group gets a device of its own.
 
     Source: gloo/transport/tcp/loop.cc (`epoll_wait` with 10 ms); torch distributed_c10d.py,
     `_new_process_group_helper`.
@@ -244,22 +245,38 @@ def _reuse_gloo_device(interface: str) -> Iterator[None]:
     from torch.distributed import distributed_c10d
 
     gloo = getattr(distributed_c10d, "ProcessGroupGloo", None)
-    if gloo is None or not hasattr(gloo, "_Options") or not interface or "," in interface:
+    if gloo is None or not interface or "," in interface:
         yield
         return
 
     class ProcessGroupGloo(gloo):
-        def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
-            options = gloo._Options()
-            options._devices = [_create_gloo_device(interface)]
-            options._timeout = timeout
-            super().__init__(store, rank, size, options)
+        def __init__(self, store: Any, rank: int, size: int, *others: Any, **settings: Any) -> None:
+            options = None if others else _gloo_options(interface, settings)
+            if options is None:
+                super().__init__(store, rank, size, *others, **settings)
+            else:
+                super().__init__(store, rank, size, options)
 
     distributed_c10d.ProcessGroupGloo = ProcessGroupGloo  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
         distributed_c10d.ProcessGroupGloo = gloo  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _gloo_options(interface: str, settings: dict[str, Any]) -> Any:
+    """Return options with this worker's device and the constructor's settings; None where torch has others."""
+    from ddpcall import torch_internals as internals
+
+    make = internals.GLOO_OPTIONS.get(None)
+    options = None if make is None else make()
+    values = {internals.GLOO_TIMEOUT.name if name == "timeout" else name: settings[name] for name in settings}
+    if options is None or not all(hasattr(options, name) for name in (internals.GLOO_DEVICES.name, *values)):
+        return None
+    setattr(options, internals.GLOO_DEVICES.name, [_create_gloo_device(interface)])
+    for name, value in values.items():
+        setattr(options, name, value)
+    return options
 
 
 @functools.cache
@@ -291,7 +308,10 @@ def _leave_group(task: Task) -> None:
     sys.last_value = sys.last_traceback = None
     gc.collect()
     if dist.is_initialized():
-        if len(dist.distributed_c10d._world.pg_map) > 1:
+        from ddpcall import torch_internals as internals
+
+        world = internals.WORLD.get(None)
+        if world is None or len(world.pg_map) > 1:
             _let_others_connect(task)
         dist.destroy_process_group()
 

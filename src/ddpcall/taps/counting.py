@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps.undo import Undo, wrap_method
 
-HOOK_DICTS = {
-    "forward_pre": "_forward_pre_hooks",
-    "forward": "_forward_hooks",
-    "full_backward": "_backward_hooks",
-}
+HOOK_DICTS = {kind: internals.HOOK_DICTS[kind].name for kind in ("forward_pre", "forward", "full_backward")}
 
 
 TIMED = "_ddpcall_timed"
@@ -141,13 +138,13 @@ def count_hook(module: nn.Module, kind: str, counter: Tensor) -> Undo:
         "full_backward": module.register_full_backward_hook,
     }[kind]
     # A compiled module writes this flag through to the module it holds, and keeps its own.
-    flag_owner = getattr(module, "_orig_mod", module)
-    had_full = flag_owner._is_full_backward_hook
+    flag_owner = internals.ORIG_MOD.of(module, module)
+    had_full = internals.IS_FULL_BACKWARD_HOOK.of(flag_owner)
     handle: Any = register(witness)
 
     def undo() -> None:
         handle.remove()
-        flag_owner._is_full_backward_hook = had_full
+        setattr(flag_owner, internals.IS_FULL_BACKWARD_HOOK.name, had_full)
 
     return undo
 
@@ -166,12 +163,12 @@ def count_global_hook(kind: str, counters: dict[int, Tensor]) -> Undo:
         "forward": hooks.register_module_forward_hook,
         "full_backward": hooks.register_module_full_backward_hook,
     }[kind]
-    had_full = hooks._global_is_full_backward_hook
+    had_full = internals.GLOBAL_IS_FULL_BACKWARD_HOOK.of(hooks)
     handle = register(witness)
 
     def undo() -> None:
         handle.remove()
-        hooks._global_is_full_backward_hook = had_full
+        setattr(hooks, internals.GLOBAL_IS_FULL_BACKWARD_HOOK.name, had_full)
 
     return undo
 

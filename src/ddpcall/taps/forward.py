@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.jit import _recursive
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps.call_site import TORCH
 from ddpcall.taps.undo import Undo, replace_attribute
 
@@ -29,13 +28,16 @@ def outside_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    return torch._disable_dynamo(call)
+    return internals.disable_dynamo(call)
 
 
 ForwardObserver = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _CALL_CODES = frozenset(
-    {nn.Module._call_impl.__code__, nn.Module._slow_forward.__code__}
-    | {code for code in nn.Module._call_impl.__code__.co_consts if isinstance(code, CodeType)}
+    code
+    for entry in internals.CALLS.values()
+    if (method := entry.get(None)) is not None
+    for code in (method.__code__, *method.__code__.co_consts)
+    if isinstance(code, CodeType)
 )
 _CALL_NAMES = frozenset(code.co_name for code in _CALL_CODES)
 
@@ -120,9 +122,9 @@ def _skip_in_dynamo(code: CodeType) -> None:
 
     Blind to: dynamo imported later; DDP and torch.compile import it.
     """
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is not None:
-        dynamo.skip_code(code)
+    skip_code = internals.SKIP_CODE.if_imported()
+    if skip_code is not None:
+        skip_code(code)
 
 
 def _is_tap(value: Any) -> bool:
@@ -168,8 +170,8 @@ def strip_forward_taps() -> Undo:
 
     Blind to: subclasses whose own `__getstate__` takes `self.__dict__`; their copies carry an idle tap.
     """
-    get_state, replicate = nn.Module.__getstate__, nn.Module._replicate_for_data_parallel
-    script = _recursive.create_script_module
+    get_state, replicate = nn.Module.__getstate__, internals.REPLICATE_FOR_DATA_PARALLEL.get()
+    script, recursive = internals.CREATE_SCRIPT_MODULE.get(), internals.CREATE_SCRIPT_MODULE.owner()
 
     def __getstate__(self: nn.Module) -> Any:
         state = get_state(self)
@@ -188,6 +190,6 @@ def strip_forward_taps() -> Undo:
 
     with ExitStack() as stack:
         stack.callback(replace_attribute(nn.Module, "__getstate__", __getstate__))
-        stack.callback(replace_attribute(nn.Module, "_replicate_for_data_parallel", _replicate_for_data_parallel))
-        stack.callback(replace_attribute(_recursive, "create_script_module", create_script_module))
+        stack.callback(replace_attribute(nn.Module, replicate.__name__, _replicate_for_data_parallel))
+        stack.callback(replace_attribute(recursive, script.__name__, create_script_module))
         return stack.pop_all().close

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue]
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps.undo import Undo, wrap_method
 
 
@@ -51,7 +52,7 @@ class ReducerLog:
         self.arrivals_armed += 1
         if not self._disarm_queued:
             self._disarm_queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._disarm)
+            internals.EXECUTION_ENGINE.get().queue_callback(self._disarm)
 
     def _disarm(self) -> None:
         self.armed = self._disarm_queued = False
@@ -74,7 +75,7 @@ def tap_reducer(ddp: nn.Module, log: ReducerLog) -> Undo:
 
         return torch.compiler.disable(_post_forward)
 
-    return wrap_method(ddp, "_post_forward", arming)
+    return wrap_method(ddp, internals.DDP_POST_FORWARD.name, arming)
 
 
 def tap_lazy_reducer(replicate_state: Any, log: ReducerLog) -> Undo:
@@ -85,11 +86,11 @@ def tap_lazy_reducer(replicate_state: Any, log: ReducerLog) -> Undo:
     def tapping(original: Callable[..., Any]) -> Callable[..., Any]:
         def init(*args: Any, **kwargs: Any) -> None:
             original(*args, **kwargs)
-            undos.callback(tap_reducer(replicate_state._ddp, log))
+            undos.callback(tap_reducer(internals.REPLICATE_STATE_DDP.of(replicate_state), log))
 
         return init
 
-    undos.callback(wrap_method(replicate_state, "init", tapping))
+    undos.callback(wrap_method(replicate_state, internals.REPLICATE_STATE_INIT.name, tapping))
     return undos.close
 
 
@@ -129,7 +130,8 @@ def hook_arrival(parameter: Tensor, hook: Callable[[Tensor], None]) -> Undo:
     def undo() -> None:
         handle.remove()
         hooked = reference()
-        if hooked is not None and not hooked._post_accumulate_grad_hooks:
-            setattr(hooked, "_post_accumulate_grad_hooks", None)  # noqa: B010 (typed as a dict, None at first)
+        hooks = internals.POST_ACCUMULATE_GRAD_HOOKS
+        if hooked is not None and not hooks.of(hooked):
+            setattr(hooked, hooks.name, None)
 
     return undo

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from ddpcall import torch_internals as internals
 
 Undo = Callable[[], None]
 
@@ -79,7 +80,7 @@ def remove_handles(*handles: Any) -> Undo:
 
 def in_backward() -> bool:
     """Say whether this thread is running a backward."""
-    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
+    return internals.graph_task() != -1
 
 
 def find_tensors(values: Any, depth: int = 4) -> list[Tensor]:

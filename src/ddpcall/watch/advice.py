@@ -20,6 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpcall import torch_internals as internals
+
 IN_A_HOOK = (
     "Compute this in the method that the trainer calls through the wrapper (`training_step` in Lightning), as "
     "part of the loss that it returns; the trainer calls its other hooks past the wrapper."
@@ -150,7 +152,7 @@ def _role_of(value: Any, wrapper: nn.Module | None, inner: nn.Module, parts: set
     if id(value) in parts:
         return Role.PART
     is_librarys = type(value).__module__.partition(".")[0] in _WRAPPERS_OF_WRAPPERS
-    is_around = wrapper is not None and any(child is wrapper for child in value._modules.values())
+    is_around = wrapper is not None and any(child is wrapper for child in value.children())
     return Role.WRAPPER if is_librarys and is_around else None
 
 
@@ -158,7 +160,8 @@ def _attributes_of(holder: Any) -> list[tuple[str, Any]]:
     """Return what an object of the script's holds, as a trainer holds its model."""
     if isinstance(holder, type | ModuleType | str | int | float | Tensor):
         return []
-    attributes = holder._modules if isinstance(holder, nn.Module) else getattr(holder, "__dict__", None)
+    is_module = isinstance(holder, nn.Module)
+    attributes = dict(holder.named_children()) if is_module else getattr(holder, "__dict__", None)
     return list(attributes.items()) if isinstance(attributes, dict) else []
 
 
@@ -312,7 +315,7 @@ class Reading:
     def _role_of_attribute(self, holder: Role | None, attribute: str) -> Role | None:
         if holder is Role.WRAPPER and attribute == "module":
             return Role.INNER
-        if holder in (Role.WRAPPER, Role.INNER) and attribute == "_orig_mod":
+        if holder in (Role.WRAPPER, Role.INNER) and attribute == internals.ORIG_MOD.name:
             return holder
         if holder in (Role.WRAPPER, Role.INNER) and attribute in self.names.children:
             return Role.PART

@@ -13,9 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from torch import nn
-from torch.distributed._composable.replicate import _ReplicateState
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpcall import torch_internals as internals
 from ddpcall.findings import Finding
 from ddpcall.imports import after_import
 from ddpcall.taps import Undo, outside_dynamo, strip_forward_taps
@@ -25,7 +25,7 @@ from ddpcall.watch.collectives import CollectiveLog
 from ddpcall.watch.compiled import CompiledWatch
 from ddpcall.watch.earlier import find_living
 from ddpcall.watch.events import Emit, Event
-from ddpcall.watch.hooks import HOOK_DICTS, HookWatch, can_be_tapped
+from ddpcall.watch.hooks import HookWatch, can_be_tapped
 from ddpcall.watch.models import Models
 from ddpcall.watch.parameters import ParameterWatch
 from ddpcall.watch.precision import PrecisionWatch
@@ -109,6 +109,8 @@ class Attachment:
             emit,
             guard,
         )
+        for entry in internals.list_missing("watch"):
+            missing(f"what needs {entry.name}", internals.TorchNameMissing(entry.sentence()))
         for part, attach in (
             ("copies of watched models", strip_forward_taps),
             ("DistributedDataParallel and replicate", self._wraps.attach),
@@ -214,9 +216,10 @@ class Attachment:
             self._missing("models made before the watch began", error)
             return
         modules = [each for each in found if issubclass(type(each), nn.Module)]
-        inner = {id(child) for module in modules for child in module.__dict__.get("_modules", {}).values()}
+        children = internals.MODULE_TABLES["modules"].name
+        inner = {id(child) for module in modules for child in module.__dict__.get(children, {}).values()}
         for module in modules:
-            if id(module) not in inner and "_modules" in module.__dict__:  # else its __init__ was never called
+            if id(module) not in inner and children in module.__dict__:  # else its __init__ was never called
                 self.adopt(module)
         for each in found:
             if not issubclass(type(each), nn.Module):
@@ -226,14 +229,17 @@ class Attachment:
         if isinstance(module, DistributedDataParallel):
             self._wraps.adopt(module, earlier=True)
         self._compiled.adopt(module)
-        for kind, slot in HOOK_DICTS.items():
-            for hook in list(getattr(module, slot).values()):
+        for kind, slot in internals.HOOK_DICTS.items():
+            for hook in list(slot.of(module).values()):
                 self._hooks.hear(module, hook)
                 self._wraps.hook_registered(module, kind, hook)
                 self._sharded.hook_registered(module, kind, hook)
                 state = getattr(hook, "__self__", None)
-                if isinstance(state, _ReplicateState) and hasattr(state, "_ddp"):  # made in its first forward
-                    self._wraps.adopt(state._ddp, earlier=True)
+                ddp = internals.REPLICATE_STATE_DDP.of(state, None)
+                if (
+                    isinstance(state, internals.REPLICATE_STATE.get(())) and ddp is not None
+                ):  # made in its first forward
+                    self._wraps.adopt(ddp, earlier=True)
 
     def explain_crash(self, error: BaseException) -> None:
         """Emit an event if a bypass caused the exception that ends the script."""

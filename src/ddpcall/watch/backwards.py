@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps import Undo, find_call_site, in_backward, replace_attribute
 from ddpcall.watch.events import EventKind, Guard
 from ddpcall.watch.models import Models
@@ -32,7 +33,7 @@ class BackwardWatch:
 
     def attach(self) -> Undo:
         """Watch from now on; returns the undo."""
-        run = torch.autograd.graph._engine_run_backward
+        run = internals.ENGINE_RUN_BACKWARD.get()
 
         @functools.wraps(run)
         def _engine_run_backward(*args: Any, **kwargs: Any) -> Any:
@@ -46,10 +47,10 @@ class BackwardWatch:
                 self._guard(self._gradients_taken, args[_INPUTS])
             return taken
 
-        patched = torch._disable_dynamo(_engine_run_backward, recursive=False)
+        patched = internals.disable_dynamo(_engine_run_backward, recursive=False)
         with ExitStack() as stack:
             for owner in (torch.autograd.graph, torch.autograd):
-                stack.callback(replace_attribute(owner, "_engine_run_backward", patched))
+                stack.callback(replace_attribute(owner, internals.ENGINE_RUN_BACKWARD.name, patched))
             return stack.pop_all().close
 
     def _begin(self, accumulates: bool) -> None:

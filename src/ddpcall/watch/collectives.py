@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps import Undo, find_tensors, replace_attribute
 
 # DDP's reducer calls the C++ side directly, so these see the script's own calls alone.
@@ -19,9 +20,9 @@ METHODS = (
     "allreduce_coalesced",
     "reduce",
     "reduce_scatter",
-    "_reduce_scatter_base",
+    internals.REDUCE_SCATTER_BASE.name,
     "allgather",
-    "_allgather_base",
+    internals.ALLGATHER_BASE.name,
     "broadcast",
     "alltoall",
     "alltoall_base",
@@ -62,16 +63,17 @@ class CollectiveLog:
 
     def attach(self) -> Undo:
         """Watch the process group class and the functional collectives; returns the undo."""
-        from torch.distributed import ProcessGroup, _functional_collectives
+        from torch.distributed import ProcessGroup
 
         with ExitStack() as stack:
-            for owner, names in ((ProcessGroup, METHODS), (_functional_collectives, FUNCTIONAL)):
+            functional = internals.FUNCTIONAL_COLLECTIVES.get(None)
+            for owner, names in ((ProcessGroup, METHODS), (functional, FUNCTIONAL)):
                 for name in names:
                     original = getattr(owner, name, None)
                     if original is not None:
                         noting = self._noting(original)
                         if owner is ProcessGroup:  # dynamo traces the functional ones, and none of these
-                            noting = torch._disable_dynamo(noting, recursive=False)
+                            noting = internals.disable_dynamo(noting, recursive=False)
                         stack.callback(replace_attribute(owner, name, noting))
             return stack.pop_all().close
 
@@ -130,5 +132,5 @@ def _in_graph_node() -> bool:
     What such a node sends (a differentiable collective, batch statistics) is no reduction of gradients; what a
     parameter's hooks send may be.
     """
-    node = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
+    node = internals.autograd_node()
     return node is not None and node.name() != "torch::autograd::AccumulateGrad"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps import (
     CallSite,
     ForwardTap,
@@ -93,6 +93,7 @@ class CompiledWatch:
 
     def attach(self) -> Undo:
         """Hear of models as they are compiled; returns the undo."""
+        internals.require(internals.COMPILED_CALL_IMPL, internals.CURRENT_GRAPH_TASK)
         compile_, in_place = torch.compile, nn.Module.compile
 
         @functools.wraps(compile_)
@@ -117,14 +118,13 @@ class CompiledWatch:
 
     def adopt(self, module: nn.Module) -> None:
         """Follow a module that was compiled before the watch began. Whether it was called since is not known."""
-        dynamo = sys.modules.get("torch._dynamo.eval_frame")
-        is_object = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
-        model: Any = module._modules["_orig_mod"] if is_object else module
+        is_object = isinstance(module, internals.OPTIMIZED_MODULE.if_imported() or ())
+        model = internals.ORIG_MOD.of(module) if is_object else module
         if any(root.module() is model and root.in_place is not is_object for root in self._roots):
             return
         if is_object:
             root = self._adopt_object(model, module)
-        elif module._compiled_call_impl is not None:
+        elif internals.COMPILED_CALL_IMPL.of(module) is not None:
             root = self._adopt_in_place(module)
         else:
             return
@@ -132,9 +132,9 @@ class CompiledWatch:
 
     def _adopt_in_place(self, module: nn.Module) -> CompiledRoot:
         root = self._adopt(module, in_place=True)
-        call: Any = module._compiled_call_impl
-        counting: Any = self._counting(call, root)
-        module._compiled_call_impl = counting
+        call = internals.COMPILED_CALL_IMPL.of(module)
+        counting = self._counting(call, root)
+        setattr(module, internals.COMPILED_CALL_IMPL.name, counting)
         reference = weakref.ref(module)
         self._keep(lambda: _restore_call(reference, counting, call))
         return root
@@ -183,7 +183,7 @@ class CompiledWatch:
         def __getattr__(compiled: Any, name: str) -> Any:
             value = get(compiled, name)
             if isinstance(value, MethodType) and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-                root = self._of_module.get(compiled._modules["_orig_mod"])
+                root = self._of_module.get(get(compiled, internals.ORIG_MOD.name))
                 if root is not None and is_user_file(value.__func__.__code__.co_filename):
                     root.methods = [*root.methods[-15:], find_call_site()]
             return value
@@ -282,5 +282,5 @@ def _name(root: CompiledRoot) -> str:
 
 def _restore_call(reference: weakref.ref[nn.Module], counting: Any, call: Any) -> None:
     module = reference()
-    if module is not None and module._compiled_call_impl is counting:
-        module._compiled_call_impl = call
+    if module is not None and internals.COMPILED_CALL_IMPL.of(module) is counting:
+        setattr(module, internals.COMPILED_CALL_IMPL.name, call)

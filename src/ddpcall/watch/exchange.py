@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from ddpcall import torch_internals as internals
 from ddpcall.watch.ledger import (
     MAX_KEPT_STEPS,
     Comparison,
@@ -315,7 +316,7 @@ def find_store(wait_s: float = 10.0) -> Store | None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         timeout = timedelta(seconds=wait_s)
         return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+    return internals.GET_DEFAULT_STORE.get()() if dist.is_initialized() else None
 
 
 class Exchange:

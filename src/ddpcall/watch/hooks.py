@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps import ForwardTap, Undo, came_through_call, find_call_site, replace_attribute
 from ddpcall.watch.events import Event, EventKind
 
@@ -24,12 +25,6 @@ REGISTRATIONS = {
     "register_forward_hook": "forward",
     "register_full_backward_pre_hook": "full_backward_pre",
     "register_full_backward_hook": "full_backward",
-}
-HOOK_DICTS = {
-    "forward_pre": "_forward_pre_hooks",
-    "forward": "_forward_hooks",
-    "full_backward_pre": "_backward_pre_hooks",
-    "full_backward": "_backward_hooks",
 }
 NORMS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 _DEEPEST = 40
@@ -59,6 +54,7 @@ class HookWatch:
 
     def attach(self) -> Undo:
         """Hear of hooks as they are registered; returns the undo."""
+        internals.require(*internals.CALLS.values(), *internals.HOOK_DICTS.values())
         with ExitStack() as stack:
             for name, kind in REGISTRATIONS.items():
                 stack.callback(replace_attribute(nn.Module, name, self._hearing(getattr(nn.Module, name), kind)))
@@ -100,13 +96,14 @@ class HookWatch:
 
     def _look_at(self, module: nn.Module) -> Iterator[Event]:
         name = type(module).__name__
-        for hook in module._forward_pre_hooks.values():
+        for hook in internals.HOOK_DICTS["forward_pre"].of(module).values():
             if isinstance(hook, NORMS) and _is_stale(hook, module):
                 facts = {"module": name, "hook": type(hook).__name__, "name": _weight_name(hook)}
                 yield Event(
                     EventKind.STALE_WEIGHT, find_call_site(), self._step(), (_weight_name(hook),), (), facts
                 )
-        counts = {kind: sum(map(is_users, getattr(module, slot).values())) for kind, slot in HOOK_DICTS.items()}
+        slots = internals.HOOK_DICTS.items()
+        counts = {kind: sum(map(is_users, slot.of(module).values())) for kind, slot in slots}
         skipped = [f"{count} {kind} hook{'s' * (count != 1)}" for kind, count in counts.items() if count]
         if skipped:
             facts = {"module": name, "hooks": " and ".join(skipped)}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps import CallSite, find_call_site, in_backward
 from ddpcall.watch.reducer_ledger import ReducerLedger
 
@@ -20,7 +19,7 @@ def has_compiled() -> bool:
 
     It would trace a mode for torch functions too: other frames, and an error where graphs must not break.
     """
-    return getattr(sys.modules.get("torch._dynamo.convert_frame"), "FRAME_COUNTER", 0) > 0
+    return (internals.FRAME_COUNTER.if_imported() or 0) > 0
 
 
 class WeightLocator(TorchFunctionMode):
@@ -53,7 +52,7 @@ class WeightLocator(TorchFunctionMode):
         return outputs
 
     def _is_use(self, func: Any, args: Any, kwargs: Any, outputs: Any) -> bool:
-        if DistributedDataParallel._active_ddp_module is not None or in_backward():
+        if internals.is_ddp_running() or in_backward():
             return False
         if getattr(func, "__name__", "") in _READS:
             return False

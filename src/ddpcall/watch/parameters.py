@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps import Undo, find_call_site, remove_handles, replace_attribute
 from ddpcall.watch.events import Guard
 from ddpcall.watch.models import Models
@@ -37,7 +38,7 @@ class ParameterWatch:
             return stack.pop_all().close
 
     def _patch_conversion(self) -> Undo:
-        apply = nn.Module._apply
+        apply = internals.APPLY.get()
 
         @functools.wraps(apply)
         def _apply(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -53,7 +54,7 @@ class ParameterWatch:
                 for ledger, nodes in before:
                     self._guard(self._compare_accumulators, ledger, nodes)
 
-        return replace_attribute(nn.Module, "_apply", _apply)
+        return replace_attribute(nn.Module, internals.APPLY.name, _apply)
 
     def _touches(self, module: nn.Module, ledger: ReducerLedger) -> bool:
         return ledger.contains(module) or any(child is ledger.ddp() for child in module.modules())
@@ -71,7 +72,7 @@ class ParameterWatch:
                 ledger.detached.setdefault(id(parameter), find_call_site())
 
     def _patch_unfreezing(self) -> Undo:
-        slot: Any = torch._C.TensorBase.requires_grad
+        slot = internals.TENSOR_REQUIRES_GRAD.get()
         in_place = nn.Parameter.requires_grad_
 
         def set_requires_grad(parameter: Tensor, value: bool) -> None:

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._composable.replicate import DDP as ReplicatedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps import (
     NOWHERE,
     CallSite,
@@ -178,7 +178,7 @@ class ReducerLedger:
     def parameters(self) -> list[nn.Parameter]:
         """Return what the reducer owns, as it is now."""
         ddp = self.ddp()
-        return [] if ddp is None else [p for p in ddp._module_parameters if id(p) in self.names]
+        return [] if ddp is None else [p for p in internals.MODULE_PARAMETERS.of(ddp) if id(p) in self.names]
 
     def contains(self, candidate: Any) -> bool:
         """Say whether an object is one of the wrapped module's modules (not the wrapper itself)."""
@@ -198,12 +198,12 @@ class ReducerLedger:
 
     def is_replicate(self) -> bool:
         """Say whether the model is called itself, and a hook of its own does what a wrapper does."""
-        return isinstance(self.root(), ReplicatedModule)
+        return isinstance(self.root(), internals.REPLICATED_MODULE.get(()))
 
     def is_in_forward(self) -> bool:
         """Say whether the wrapper's forward is running."""
         ddp = self.ddp()
-        return ddp is not None and DistributedDataParallel._active_ddp_module is ddp
+        return ddp is not None and internals.ACTIVE_DDP_MODULE.of(DistributedDataParallel) is ddp
 
     def read_names(self, entry: Entry, line: FrameType | None, caller: FrameType | None) -> None:
         """Read what the line of an entry can call the model: once a line, since it takes a while.
@@ -253,7 +253,7 @@ class ReducerLedger:
         entry.is_taken = entry.is_taken or self._is_taking
 
     def _begin_backward(self) -> None:
-        task = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
+        task = internals.graph_task()
         if task != self._task:
             self._task = task
             self.backward += 1
@@ -337,7 +337,7 @@ class ReducerLedger:
                 _queue(self._settle_later)
         self._unarmed.append(key)
         if parameter.grad is not None:
-            self._versions[key] = parameter.grad._version
+            self._versions[key] = internals.TENSOR_VERSION.of(parameter.grad)
 
     def _disarm(self) -> None:
         self.num_reductions += 1
@@ -396,14 +396,14 @@ class ReducerLedger:
 def is_finalized(ddp: DistributedDataParallel) -> bool:
     """Say whether the reducer has reduced everything it began: false in between two partial backwards."""
     try:
-        ddp.reducer._check_reducer_finalized()
+        internals.CHECK_REDUCER_FINALIZED.of(ddp.reducer)()
     except RuntimeError:
         return False
     return True
 
 
 def _queue(callback: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
+    internals.EXECUTION_ENGINE.get().queue_callback(callback)
 
 
 def owned_parameters(ddp: DistributedDataParallel, earlier: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
@@ -414,10 +414,12 @@ def owned_parameters(ddp: DistributedDataParallel, earlier: bool = False) -> Ite
         earlier: Whether parameters may have been frozen or unfrozen since it was made.
     """
     names = {id(parameter): name for name, parameter in ddp.module.named_parameters()}
-    owned: list[Any] = [p for p in ddp._module_parameters if p.requires_grad and not is_lazy(p)]
-    if earlier and not len(ddp._module_parameters) == len(owned) == len(ddp.reducer.get_backward_stats()):
+    parameters: list[Any] = list(internals.MODULE_PARAMETERS.of(ddp))
+    owned = [p for p in parameters if p.requires_grad and not is_lazy(p)]
+    if earlier and not len(parameters) == len(owned) == len(ddp.reducer.get_backward_stats()):
         # The reducer itself knows, but its answer takes the memory of all its gradients for a moment.
-        owned = [p for bucket in ddp.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()]
+        buckets = internals.GRAD_BUCKETS.of(ddp.reducer)()
+        owned = [parameter for bucket in buckets for parameter in bucket.parameters()]
     for parameter in owned:
         yield names.get(id(parameter), "?"), parameter
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
+from ddpcall import torch_internals as internals
 from ddpcall.findings import Finding
 from ddpcall.taps import NOWHERE, CallSite, find_call_site
 from ddpcall.watch.diagnose import Divergence, diagnose_divergence
@@ -439,17 +438,17 @@ class ReplicaWatch:
         self._uses = [use for use in self._uses if use.step > step]
 
 
-def _depends_on_mode(module: nn.Module) -> bool:
-    if isinstance(module, _NormBase):
+def _depends_on_mode(module: Any) -> bool:
+    if isinstance(module, internals.NORM_BASE.get(())):
         return module.track_running_stats
     return _drops(module, any_mode=True)
 
 
-def _drops(module: nn.Module, any_mode: bool = False) -> bool:
+def _drops(module: Any, any_mode: bool = False) -> bool:
     """Say whether a module draws dropout masks now."""
     if not (any_mode or module.training):
         return False
-    if isinstance(module, _DropoutNd):
+    if isinstance(module, internals.DROPOUT_ND.get(())):
         return module.p > 0
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
         return module.dropout > 0

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps import (
     NOWHERE,
     CallSite,
@@ -33,9 +34,9 @@ from ddpcall.watch.hooks import can_be_tapped
 from ddpcall.watch.watched import WatchedModel
 
 _MIXED = "mixed torch.Tensor and DTensor"
-FULLY_SHARD = "torch.distributed.fsdp._fully_shard._fully_shard"
+FULLY_SHARD = internals.FSDP_MODULE.owner_path
 _FULLY_SHARDING = "torch.distributed.fsdp."
-_SHARDING = ("torch.distributed.fsdp", "torch.distributed._composable", "torch.distributed.tensor")
+_SHARDING = ("torch.distributed.fsdp", internals.COMPOSABLE.path, "torch.distributed.tensor")
 
 
 class ShardedWatch:
@@ -61,6 +62,7 @@ class ShardedWatch:
 
     def attach(self, fully_shard: ModuleType) -> Undo:
         """Hear where synchronisation is switched off; returns the undo."""
+        internals.require(*internals.TO_WATCH_SHARDS)
         switch = fully_shard.FSDPModule.set_requires_gradient_sync
 
         @functools.wraps(switch)
@@ -181,14 +183,14 @@ def _gathers(frame: FrameType, gatherer: nn.Module) -> bool:
 
 def _state_of(module: nn.Module) -> Any:
     """Return the state fully_shard keeps of a module, None where it keeps none."""
-    get_state = getattr(module, "_get_fsdp_state", None)
+    get_state = internals.GET_FSDP_STATE.of(module, None)
     return None if get_state is None else get_state()
 
 
 def _is_running(module: nn.Module) -> bool:
     """Say whether a sharded module is between its own forward or backward hooks."""
     state = _state_of(module)
-    return state is not None and state._training_state.name != "IDLE"
+    return state is not None and internals.FSDP_TRAINING_STATE.of(state).name != "IDLE"
 
 
 def _groups_below(root: nn.Module) -> list[Any]:
@@ -197,18 +199,20 @@ def _groups_below(root: nn.Module) -> list[Any]:
     Before torch 2.13 a state has one group or none; from then on a list.
     """
     states = [state for module in root.modules() if (state := _state_of(module)) is not None]
-    groups = [getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] for state in states]
+    groups = [
+        internals.FSDP_PARAM_GROUPS.of(state, None) or [internals.FSDP_PARAM_GROUP.of(state)] for state in states
+    ]
     return [group for its_groups in groups for group in its_groups if group is not None]
 
 
 def _unreduced(group: Any, is_stepped: Callable[[int], bool]) -> list[str]:
     """Return the parameters of a group whose gradients lie on the whole parameter still."""
     return [
-        parameter._param_fqn or parameter._module_info.param_name
+        internals.FSDP_PARAM_FQN.of(parameter) or internals.FSDP_MODULE_INFO.of(parameter).param_name
         for parameter in group.fsdp_params
         if is_stepped(id(parameter.sharded_param))
         and (
             parameter.unsharded_accumulated_grad is not None
-            or getattr(getattr(parameter, "_unsharded_param", None), "grad", None) is not None
+            or getattr(internals.FSDP_UNSHARDED_PARAM.of(parameter, None), "grad", None) is not None
         )
     ]

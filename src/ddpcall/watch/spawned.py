@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps import replace_attribute
 from ddpcall.watch.launch import Launch
 from ddpcall.watch.options import Options
 from ddpcall.watch.session import Session
-
-_SPAWN = "torch.multiprocessing.spawn"  # the module; the package has a function of that name in its place
 
 
 def watch_spawned(session: Session) -> None:
@@ -27,7 +25,8 @@ def watch_spawned(session: Session) -> None:
     Source: `torch/multiprocessing/spawn.py`: what is started runs `_wrap(fn, index, args, error_file)`.
     """
     options = dataclasses.replace(session.options, json=session.journal.path, sarif=None)
-    session.keep(replace_attribute(sys.modules[_SPAWN], "_wrap", _WatchedStart(options, session.launch)))
+    start, owner = _WatchedStart(options, session.launch), internals.SPAWN_WRAP.owner()
+    session.keep(replace_attribute(owner, internals.SPAWN_WRAP.name, start))
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class _WatchedStart:
         session.start()
         succeeded = False
         try:
-            sys.modules[_SPAWN]._wrap(function, index, args, error_file)
+            internals.SPAWN_WRAP.get()(function, index, args, error_file)
             succeeded = True
         except SystemExit as exit_:  # after the error was written for the parent
             if exit_.__context__ is not None:

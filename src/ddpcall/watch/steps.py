@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_site, in_backward, remove_handles
 from ddpcall.watch.averaging import AveragingWatch
 from ddpcall.watch.collectives import CollectiveLog, Mark
@@ -173,7 +174,8 @@ class StepWatch:
     def _stepped_in_backward(self, optimizer: Optimizer, view: OptimizerView) -> None:
         early = [ledger for ledger in view.ledgers if ledger.armed and _is_distributed(ledger)]
         for ledger in early:
-            if any(hasattr(parameter, "_in_backward_optimizers") for parameter in ledger.parameters()):
+            own = internals.IN_BACKWARD_OPTIMIZERS
+            if any(own.of(parameter, None) is not None for parameter in ledger.parameters()):
                 continue
             names = tuple(name for key, name in ledger.names.items() if key in view.parameters)
             self._emit(Event(EventKind.STEPPED_EARLY, find_call_site(), self._count.of(optimizer), names))
@@ -239,7 +241,8 @@ class StepWatch:
             return False
         if not nonzero([parameter.grad]):
             # Computed as zero, past the wrapper: not synchronised. Zeroed since: nothing to synchronise.
-            return blame.kind is EventKind.BYPASSED and blame.versions.get(key) == parameter.grad._version
+            version = internals.TENSOR_VERSION.of(parameter.grad)
+            return blame.kind is EventKind.BYPASSED and blame.versions.get(key) == version
         return blame.kind is not EventKind.AUTOGRAD_GRAD or address_of(parameter.grad) != blame.gradient
 
     def _were_reduced(self, keys: list[int], view: OptimizerView, since: Mark | None = None) -> bool:
@@ -333,7 +336,7 @@ def _is_judged_after(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) ->
     torch/optim/optimizer.py.
     """
     has_own_way = not type(optimizer).step.__module__.startswith("torch.")
-    return has_own_way or bool(optimizer._optimizer_step_pre_hooks) or _has_closure(args, kwargs)
+    return has_own_way or bool(internals.OPTIMIZER_STEP_PRE_HOOKS.of(optimizer, ())) or _has_closure(args, kwargs)
 
 
 def _has_closure(args: Any, kwargs: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ddpcall import torch_internals as internals
 from ddpcall.replicas import StateDigester, digest_bytes, digest_tensor
 from ddpcall.watch.drift import measure, sketch_tensor
 
@@ -160,9 +161,7 @@ class _Structure:
         named_modules = dict(model.named_modules())
         self._modules = list(named_modules.values())
         self._names = list(named_modules)
-        self._tables = [
-            table for module in self._modules for table in (module._modules, module._parameters, module._buffers)
-        ]
+        self._tables = [entry.of(module) for module in self._modules for entry in internals.MODULE_TABLES.values()]
         self._entries = self._read_entries()
         ignored = set(_ignored_names(named_modules))
         self.named_parameters = {n: p for n, p in model.named_parameters() if n not in ignored}
@@ -197,14 +196,14 @@ class _Structure:
 def _ignored_names(named_modules: Mapping[str, nn.Module]) -> Iterator[str]:
     """Yield what DDP was told to leave alone, named from the root of the model and from that of its wrapper."""
     for prefix, module in named_modules.items():
-        for name in getattr(module, "_ddp_params_and_buffers_to_ignore", ()):
+        for name in internals.IGNORED_BY_DDP.of(module, ()):
             yield f"{prefix}.{name}" if prefix else name
 
 
 def _passing_names(named_modules: Mapping[str, nn.Module]) -> Iterator[str]:
     """Yield the buffers that are in no checkpoint: caches and hidden states, a rank's own."""
     for prefix, module in named_modules.items():
-        for name in getattr(module, "_non_persistent_buffers_set", ()):
+        for name in internals.NON_PERSISTENT_BUFFERS.of(module, ()):
             yield f"{prefix}.{name}" if prefix else name
 
 

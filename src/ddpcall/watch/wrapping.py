@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._composable.replicate import DDP as ReplicatedModule
-from torch.distributed._composable.replicate import _ReplicateState
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps import (
     ForwardTap,
     Undo,
@@ -68,9 +67,10 @@ class WrapWatch:
 
     def attach(self) -> Undo:
         """Find every DDP that is made from now on; returns the undo."""
+        internals.require(*internals.TO_WATCH_WRAPPERS)
         ddp_class: Any = DistributedDataParallel
         init, set_attribute = ddp_class.__init__, ddp_class.__setattr__
-        pre_forward, post_forward = ddp_class._pre_forward, ddp_class._post_forward
+        pre_forward, post_forward = internals.DDP_PRE_FORWARD.get(), internals.DDP_POST_FORWARD.get()
 
         @functools.wraps(init)
         def __init__(ddp: Any, *args: Any, **kwargs: Any) -> None:
@@ -109,16 +109,8 @@ class WrapWatch:
             register(ddp, state, hook)
             self._guard(self._adopt_replicas)  # local SGD is one
 
-        switch = ReplicatedModule.set_requires_gradient_sync
-
-        @functools.wraps(switch)
-        def set_requires_gradient_sync(module: Any, requires_gradient_sync: bool) -> None:
-            switch(module, requires_gradient_sync)
-            for ledger in self._models.ledgers_with(module):
-                ledger.switched_off = None if requires_gradient_sync else find_call_site()
-
         with ExitStack() as stack:
-            stack.callback(replace_attribute(ReplicatedModule, switch.__name__, set_requires_gradient_sync))
+            stack.callback(self._patch_switch())
             stack.callback(replace_attribute(ddp_class, "__init__", __init__))
             stack.callback(replace_attribute(ddp_class, "register_comm_hook", register_comm_hook))
             for owner, method in (
@@ -127,9 +119,24 @@ class WrapWatch:
                 (ddp_class, _post_forward),
                 (reducer_class, prepare_for_backward),
             ):
-                disabled = torch._disable_dynamo(method, recursive=False)
+                disabled = internals.disable_dynamo(method, recursive=False)
                 stack.callback(replace_attribute(owner, method.__name__, disabled))
             return stack.pop_all().close
+
+    def _patch_switch(self) -> Undo:
+        """See where `replicate` is told not to synchronize, if this torch has it."""
+        replicated = internals.REPLICATED_MODULE.get(None)
+        if replicated is None:
+            return lambda: None
+        switch = replicated.set_requires_gradient_sync
+
+        @functools.wraps(switch)
+        def set_requires_gradient_sync(module: Any, requires_gradient_sync: bool) -> None:
+            switch(module, requires_gradient_sync)
+            for ledger in self._models.ledgers_with(module):
+                ledger.switched_off = None if requires_gradient_sync else find_call_site()
+
+        return replace_attribute(replicated, switch.__name__, set_requires_gradient_sync)
 
     def _entering(self, ddp: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._models.ledger_of(ddp) is not None:
@@ -159,8 +166,9 @@ class WrapWatch:
             return
         if self._models.ledger_of(ddp) is not None:
             return
-        if ddp._use_python_reducer or ddp._delay_all_reduce_all_params:
-            self._stacks.note(PYTHON_REDUCER if ddp._use_python_reducer else DELAYED_ALL_REDUCE)
+        in_python, delayed = (entry.of(ddp, False) for entry in internals.OTHER_REDUCERS.values())
+        if in_python or delayed:
+            self._stacks.note(PYTHON_REDUCER if in_python else DELAYED_ALL_REDUCE)
             return
         owned = dict(owned_parameters(ddp, earlier))
         owner = self._models.owner
@@ -187,7 +195,8 @@ class WrapWatch:
 
     def hook_registered(self, module: nn.Module, kind: str, hook: Any) -> None:
         """See `replicate` by the hook it registers; it makes its DDP in the first call, if one ever comes."""
-        if isinstance(getattr(hook, "__self__", None), _ReplicateState) and kind == "forward_pre":
+        is_first = kind == "forward_pre"
+        if is_first and isinstance(getattr(hook, "__self__", None), internals.REPLICATE_STATE.get(())):
             self._guard(self._announce, module)
 
     def _announce(self, root: nn.Module) -> None:
@@ -221,7 +230,7 @@ class WrapWatch:
     def _is_quiet(self) -> bool:
         # In a training step the first is true; the others are looked at outside the wrapper alone.
         return (
-            DistributedDataParallel._active_ddp_module is not None
+            internals.is_ddp_running()
             or self._inside_entry
             or not (torch.is_grad_enabled() or self._count.evaluation_due)
         )
@@ -280,5 +289,5 @@ class WrapWatch:
 
 def _is_replicated(ddp: DistributedDataParallel) -> bool:
     """Say whether all ranks are meant to hold the same model after every step."""
-    hooks = " ".join(type(state).__name__ for _, state in ddp._comm_hooks)
+    hooks = " ".join(type(state).__name__ for _, state in internals.COMM_HOOKS.of(ddp, ()))
     return "LocalSGD" not in hooks and dist.get_world_size(ddp.process_group) == dist.get_world_size()
