@@ -141,9 +141,13 @@ os.kill(os.getpid(), 9)
 def test_a_rank_that_outlives_its_dead_parent_gives_the_answer(tmp_path):
     (tmp_path / "rank.py").write_text(SKIPS_HOOKS)
     (tmp_path / "launch.py").write_text(LEAVES)
-    watched = run(tmp_path, *WATCH, "launch.py")  # its output ends when the rank has ended too
+    (tmp_path / "scratch").mkdir()
+    watched = run(
+        tmp_path, *WATCH, "launch.py", TMPDIR=str(tmp_path / "scratch")
+    )  # its output ends when the rank has ended too
     assert watched.returncode == -9
     assert "warning[DC301] hooks-skipped" in watched.stderr
+    assert not list((tmp_path / "scratch").iterdir()), "no findings file is left"
 
 
 # Every process is asked what it sees; the watch's own two variables are left out, for they are documented.

@@ -11,7 +11,7 @@ from tests.ranks.lab_process import clean_environment
 TIMEOUT_S = 300
 PYTHON = [sys.executable, "-u"]
 WATCH = ["-m", "ddpcall", "watch"]
-METHODS = ["fork"]
+METHODS = ["fork", "spawn", "forkserver"]
 
 SPAWNING = """
 import gc, sys, tempfile

@@ -1,7 +1,6 @@
 """Watch this process, which a watched one started as a rank: with `subprocess`, through a shell, by a launcher.
 
-Blind to: ranks started with an environment of their own, by `python -c`, or with `-I`, `-E` or `-S`; children that
-`multiprocessing` forks or spawns.
+Blind to: ranks started with an environment of their own, by `python -c`, or with `-I`, `-E` or `-S`.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ import sys
 import threading
 from typing import Any
 
-from ddpcall.watch.inherited import hand_on, read_inherited
+from ddpcall.watch.inherited import Inherited, hand_on, read_inherited
 from ddpcall.watch.script import Ending
+from ddpcall.watch.session import Session
 
 
 def begin() -> None:
@@ -21,8 +21,18 @@ def begin() -> None:
     The interpreter runs the script itself, so its exit code, traceback and arguments are not the watch's affair.
     """
     inherited = read_inherited()
-    if inherited is None:
-        return
+    if inherited is not None and inherited.is_of_another_rank():
+        _begin(inherited)
+
+
+def begin_as_rank() -> None:
+    """Begin the watch in a process that has just made a process group, unless it is watched already."""
+    inherited = read_inherited()
+    if inherited is not None and not Session.is_running():
+        _begin(inherited)
+
+
+def _begin(inherited: Inherited) -> None:
     session = inherited.make_session()
     hand_on(session)
     ending = Ending.for_child(session)

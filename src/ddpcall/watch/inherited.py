@@ -29,6 +29,7 @@ class Inherited:
         script: What is watched, as it was named on the command line.
         run: The run's id.
         file: Where its processes write their findings.
+        is_kept: Whether the file was asked for, and stays.
         author: The author above.
         reporter: The process that reports, as `name_process` names it.
         place: The launcher's variables above; the child is a rank of its own where it has others.
@@ -38,15 +39,23 @@ class Inherited:
     script: str
     run: str
     file: str
+    is_kept: bool
     author: str
     reporter: str
     place: dict[str, str]
     options: dict[str, object]
 
+    def is_of_another_rank(self) -> bool:
+        """Say whether the launcher's variables make this process a rank, and another than the one above."""
+        here = read_place().variables
+        return bool(here) and here != self.place
+
     def get_options(self) -> Options:
         """Return the options for the child."""
         sets = {name: frozenset(self.options[name]) for name in ("only", "ignore")}  # pyright: ignore[reportArgumentType]
-        return Options(**{**self.options, **sets, "json": Path(self.file), "brief": True})  # pyright: ignore[reportArgumentType]
+        return Options(
+            **{**self.options, **sets, "json": Path(self.file) if self.is_kept else None, "brief": True}
+        )  # pyright: ignore[reportArgumentType]
 
     def make_session(self) -> Session:
         """Return a session for this process that takes part in the watch above."""
@@ -73,13 +82,11 @@ class Inherited:
 
 @functools.cache  # before this process hands on something itself
 def read_inherited() -> Inherited | None:
-    """Return what the process above handed on, if this one is a rank of its own; None otherwise."""
+    """Return what the process above handed on; None if it is not watched."""
     try:
-        inherited = Inherited(**json.loads(os.environ[VARIABLE]))
+        return Inherited(**json.loads(os.environ[VARIABLE]))
     except (KeyError, ValueError, TypeError):  # none, or another version's
         return None
-    here = read_place().variables
-    return inherited if here and here != inherited.place else None
 
 
 def hand_on(session: Session, *, to_all: bool = True) -> None:
@@ -95,6 +102,7 @@ def hand_on(session: Session, *, to_all: bool = True) -> None:
         script=session.script,
         run=launch.run,
         file=str(session.journal.path),
+        is_kept=options.json is not None,
         author=launch.author,
         reporter=launch.reporter or name_process(os.getpid()),
         place=read_place().variables,

@@ -77,7 +77,7 @@ def run_program(program: Program, arguments: list[str], options: Options) -> Non
     """
     Ending.stand_down()
     inherited = None if options.json or options.sarif else read_inherited()
-    if inherited is None:
+    if inherited is None or not inherited.is_of_another_rank():
         session = Session(options)
         session.script = program.name if program.source is not None else f"-m {program.name}"
     else:  # a rank of a watched run: what holds there holds here

@@ -104,6 +104,11 @@ class Session:
         self._keep_up()
         return self
 
+    @staticmethod
+    def is_running() -> bool:
+        """Say whether a watch is on torch in this process."""
+        return Session._running is not None
+
     @property
     def is_attached(self) -> bool:
         """Whether the watch is on torch now."""

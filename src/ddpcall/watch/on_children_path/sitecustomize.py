@@ -9,7 +9,12 @@ import sys
 
 
 def _is_training():
-    """Say whether this may be a rank: it runs a script or module, and a launcher has told it which rank it is."""
+    """Say whether this may be a rank: it runs a script or module, and a launcher has told it which rank it is.
+
+    Or it is a process of `multiprocessing`, in which a function may say so.
+    """
+    if _is_of_multiprocessing():
+        return True
     if not hasattr(sys, "orig_argv") or not getattr(sys, "argv", None) or sys.argv[0] in ("", "-", "-c"):
         return False
     if os.path.join("torch", "_inductor") in sys.argv[0]:
@@ -17,9 +22,17 @@ def _is_training():
     return any(name in os.environ for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
 
 
+def _is_of_multiprocessing():
+    command = getattr(sys, "orig_argv", [])
+    return "--multiprocessing-fork" in command or any("multiprocessing.forkserver" in part for part in command)
+
+
 def _watch():
     try:
-        from ddpcall.watch.children import begin
+        if _is_of_multiprocessing():
+            from ddpcall.watch.group_hook import begin_with_group as begin
+        else:
+            from ddpcall.watch.children import begin
     except ImportError:  # an environment without ddpcall
         return
     begin()
