@@ -82,6 +82,8 @@ def watch(arguments: list[str]) -> None:
         run_program(program, own_arguments, settings)
     except OSError as error:  # the program's own do not come here
         parser.error(f"the findings cannot be written: {error}")
+    except ValueError as error:
+        parser.error(str(error))
 
 
 class _ParserOfManyRanks(argparse.ArgumentParser):

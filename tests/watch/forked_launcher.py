@@ -40,7 +40,7 @@ def run_rank(rank, request, port_pipe):
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_RUN_ID": "forked",
-    }
+    } | request.get("environment", {})
     import ddpcall.watch.replica_watch as replica_watch
     from ddpcall.cli import main
 
@@ -67,8 +67,9 @@ def in_child(work, *arguments):
         status = 1
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if not stream.closed:
+            stream.flush()
     return leave(status)
 
 

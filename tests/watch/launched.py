@@ -40,7 +40,7 @@ def forked_launcher() -> Iterator[subprocess.Popen[str]]:
 class Launched:
     """How a launch ended, and what it left."""
 
-    def __init__(self, launcher, directory, script, *arguments, options=(), afterwards=()):
+    def __init__(self, launcher, directory, script, *arguments, options=(), afterwards=(), environment=None):
         (directory / "train.py").write_text(script)
         request = {
             "arguments": ["watch", "--json", "f.json", *options, "train.py", *arguments],
@@ -48,6 +48,7 @@ class Launched:
             "ranks": 2,
             "wait_s": WAIT_S,
             "afterwards": afterwards,
+            "environment": environment or {},
         }
         launcher.stdin.write(json.dumps(request) + "\n")
         launcher.stdin.flush()
@@ -57,7 +58,8 @@ class Launched:
         answer = json.loads(launcher.stdout.readline())
         self.codes, self.seconds = answer["codes"], answer["seconds"]
         self.out, self.err = (directory / "out").read_text(), (directory / "err").read_text()
-        findings = json.loads((directory / "f.json").read_text())["findings"]
+        file = directory / "f.json"
+        findings = json.loads(file.read_text())["findings"] if file.exists() else []
         self.found = sorted((finding["code"], finding["line"]) for finding in findings)
         self.num_ended = self.out.count("came to its end")
         self.num_said = self.err.count("ddpcall: DC101")

@@ -62,7 +62,7 @@ def test_the_line_that_led_there_is_in_the_file_and_comes_back_from_it(tmp_path)
     inside = replace(FINDING, called_from=Place("main.py", 40, "main"))
     journal.write("0", [inside])
     assert read(journal.path)[0]["called_from"] == {"file": "main.py", "line": 40, "function": "main"}
-    assert journal.read() == [inside]
+    assert journal.read().findings == {"0": [inside]}
 
 
 def test_what_a_rank_withdraws_is_gone_and_what_others_said_stays(tmp_path):
@@ -77,7 +77,7 @@ def test_what_a_rank_withdraws_is_gone_and_what_others_said_stays(tmp_path):
 def test_another_run_starts_anew(tmp_path):
     Journal(tmp_path / "f.json", "yesterday").write("0", [FINDING], done=True)
     today = Journal(tmp_path / "f.json", "today")
-    assert today.read() == []
+    assert today.read().findings == {}
     assert today.write("1", []).done == set()
     assert read(tmp_path / "f.json") == []
 

@@ -90,7 +90,7 @@ def test_in_a_pipe_each_paragraph_is_one_line_without_color(script, monkeypatch)
         "   parameters: w",
         "   write instead: write this",
         "",
-        "ddpcall watch: 1 error; `ddpcall explain DC101` says more",
+        "ddpcall watch: 1 error",
     ]
 
 

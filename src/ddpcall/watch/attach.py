@@ -27,6 +27,7 @@ from ddpcall.watch.earlier import find_living
 from ddpcall.watch.events import Emit, Event
 from ddpcall.watch.hooks import HookWatch, can_be_tapped
 from ddpcall.watch.models import Models
+from ddpcall.watch.output import say
 from ddpcall.watch.parameters import ParameterWatch
 from ddpcall.watch.precision import PrecisionWatch
 from ddpcall.watch.replica_watch import ReplicaWatch
@@ -167,10 +168,7 @@ class Attachment:
         except Exception as error:
             self._faults.append(f"{type(error).__name__}: {error}".splitlines()[0])
             if len(self._faults) == 1:
-                print(
-                    f"ddpcall watch: an error of its own, please report it\n{traceback.format_exc()}",
-                    file=sys.stderr,
-                )
+                say(f"ddpcall watch: an error of its own, please report it\n{traceback.format_exc()}")
 
     def keep(self, undo: Undo) -> None:
         """Take an undo, for the end."""

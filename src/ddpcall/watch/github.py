@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ddpcall.findings import Finding
+from ddpcall.watch.output import write_text
 from ddpcall.watch.report import describe_place
 
 _COMMANDS = {"error": "error", "warning": "warning", "note": "notice"}
@@ -17,9 +18,7 @@ _COMMANDS = {"error": "error", "warning": "warning", "note": "notice"}
 
 def annotate(findings: list[Finding], stream: TextIO) -> None:
     """Print one workflow command a finding; the runner reads both streams."""
-    for finding in findings:
-        stream.write(render_annotation(finding) + "\n")
-    stream.flush()
+    write_text(stream, "".join(render_annotation(finding) + "\n" for finding in findings))
 
 
 def render_annotation(finding: Finding) -> str:

@@ -53,8 +53,7 @@ def run_ranks(num_ranks: str, command: list[str], options: Options) -> None:
     if ended_by is not None or code != 0:
         session.note_exit(code if ended_by is None else SHELL_SIGNAL + ended_by)
     session.close(in_order=code == 0 and ended_by is None)
-    verdict = session.exit_code()
-    session.report()
+    verdict = session.report()
     if ended_by is not None:
         signal.signal(ended_by, signal.SIG_DFL)
         os.kill(os.getpid(), ended_by)

@@ -70,7 +70,7 @@ def render_line(finding: Finding) -> str:
 def conclude(findings: list[Finding], answer: Answer) -> str:
     """Return the answer's last line: what was found, and what was watched or why too little was."""
     if not findings:
-        return f"ddpcall watch: {'no findings: ' if answer.is_evidence else ''}{answer.text}"
+        return f"ddpcall watch: {answer.start}{answer.text}"
     counts = [(sum(f.severity == name for f in findings), name) for name in ("error", "warning", "note")]
     total = ", ".join(f"{count} {name}{'s' * (count != 1)}" for count, name in counts if count)
     return f"ddpcall watch: {total}; `ddpcall explain {findings[0].code}` says more; {answer.text}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from ddpcall import __version__
 from ddpcall.findings import CATALOGUE, Finding
+from ddpcall.watch.output import write_atomically
 from ddpcall.watch.source_line import read_source_line
 
 
@@ -87,4 +88,4 @@ def _fingerprints(findings: list[Finding]) -> list[str]:
 
 def write_sarif(findings: Iterable[Finding], path: Path) -> None:
     """Write the SARIF log."""
-    path.write_text(json.dumps(to_sarif(findings), indent=2) + "\n")
+    write_atomically(path, json.dumps(to_sarif(findings), indent=2) + "\n")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import contextlib
 import importlib.util
+import math
 import os
 import runpy
 import signal
@@ -18,6 +20,7 @@ from typing import Any
 from ddpcall.imports import Undo, after_import
 from ddpcall.watch.inherited import hand_on, read_inherited
 from ddpcall.watch.options import Options
+from ddpcall.watch.output import say
 from ddpcall.watch.session import Session
 from ddpcall.watch.tracebacks import drop_own_frames
 
@@ -105,7 +108,10 @@ def _execute(program: Program, arguments: list[str], session: Session, ending: E
     except BaseException as error_:
         error = error_
     # Out of the handler: in it, an exception of the hook's own would have this one for a context.
-    code = _show(error)
+    try:
+        code = _show(error)
+    except Exception:  # there is no stderr
+        code = 1
     session.explain_crash(error)
     if isinstance(error, KeyboardInterrupt):
         ending.signal = signal.SIGINT
@@ -230,30 +236,35 @@ class Ending:
         watch_spawned(self._session)
 
     def finish(self, code: Any, in_order: bool = True) -> Any:
-        """End the watch and return the exit code to leave with. Nothing that goes wrong here is the script's."""
+        """End the watch and return the exit code to leave with. Nothing that goes wrong here is the script's.
+
+        A code that would make the launcher train again what has succeeded is withheld.
+        """
         self.is_finished = True
         self._stop_awaiting()
+        session = self._session
         succeeded = code is None or code == 0
+        if not succeeded:
+            session.note_exit(code)
         try:
-            if len(self._session.launch.on_host) > 1:
-                self._session.journal.stay()
-            if not succeeded:
-                self._session.note_exit(code)
-            self._session.close(in_order=succeeded and in_order)
-            if self._session.is_last():
-                verdict = self._session.exit_code()
-                self._session.report()
-                self._is_failing = succeeded and verdict != 0
-                return verdict if self._is_failing else code
+            session.close(in_order=succeeded and in_order, stays=True)
         except Exception as error:
-            print(f"ddpcall watch: an error of its own at the end: {error!r}", file=sys.__stderr__)
-        return code
+            session.note_fault(error)
+            say(f"ddpcall watch: an error of its own at the end: {error!r}")
+        try:
+            verdict = session.report() if session.is_last() else 0
+        except Exception as error:
+            verdict = 2
+            say(f"ddpcall watch: an error of its own at the end: {error!r}")
+        self._is_failing = succeeded and verdict != 0 and not session.launch.may_restart
+        return verdict if self._is_failing else code
 
     def _leave_at_once(self, status: int) -> None:
         """Stand in for `os._exit`, which skips every exit handler; forked children have their own end."""
         if self.is_ours() and not self.is_finished:
             status = self.finish(status, in_order=threading.current_thread() is threading.main_thread())
-            sys.stderr.flush()
+            with contextlib.suppress(Exception):  # closed, or None
+                sys.stderr.flush()
             self._let_others_go_first()
         elif not self.is_ours() and self._session.has_said:  # a rank that `multiprocessing.Process` forked
             self._session.close(in_order=status == 0)
@@ -265,7 +276,7 @@ class Ending:
         They came to their end too, and may be busy in exit handlers.
         """
         if self._is_failing:
-            self._session.journal.outstay(OTHERS_LEAVE_S)
+            self._session.journal.outstay(math.inf if self._session.is_alone else OTHERS_LEAVE_S)
 
     def _depart(self) -> None:
         """Die by the signal, where there was one, as the interpreter does on an unhandled KeyboardInterrupt."""
@@ -273,7 +284,8 @@ class Ending:
             return
         self._let_others_go_first()
         if self.signal is not None:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):
+                    stream.flush()
             signal.signal(self.signal, signal.SIG_DFL)
             os.kill(os.getpid(), self.signal)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ddpcall.findings import Finding
 from ddpcall.watch import report
-from ddpcall.watch.journal import Journal, Key, Said, key_of, merge_findings
+from ddpcall.watch.journal import Contents, Journal, Key, Said, key_of, merge_findings
 from ddpcall.watch.launch import Launch, current_launch, is_running, is_started_alone
 from ddpcall.watch.options import Options, parse_codes
+from ddpcall.watch.output import check_output, print_anywhere, say
 from ddpcall.watch.report import WatchError
-from ddpcall.watch.watched import Answer, Watched, merge_watched, weigh
+from ddpcall.watch.watched import Answer, Watched, weigh
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,28 +52,38 @@ class Session:
         self.not_attached: dict[str, str] = {}
         self._found: dict[Key, Finding] = {}
         self._attachment: Attachment | None = None
-        self._collected: list[Finding] | None = None
+        self._collected: tuple[list[Finding], Watched] | None = None
         self._is_open = True
-        self._has_failed = False
+        self._not_written: list[str] = []
+        self._faults: list[str] = []
         self._error = ""
         self._watched: Watched | None = None
-        self._all_watched: Watched | None = None
         self._next_write = 0.0
         self._rank = self.launch.rank
         self._may_raise = options.on_finding == "raise"
         self._lock = threading.RLock()
+        paths = dict.fromkeys(path.absolute() for path in (options.json or self.launch.file, self.launch.file))
+        self._journals = [Journal(path, self.launch.run) for path in paths]
+        self._writable = list(self._journals)
+        self.journal = self._journals[0]
+        self.is_alone = False
+        self._has_left = False
         self.has_said = False
-        self.journal = Journal(options.json or self.launch.file, self.launch.run)
 
     def open(self) -> Session:
-        """Write the empty JSON file, so that there is one whatever happens.
+        """Make sure that the answer can be written; write the empty JSON file, so that there is one in any case.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: A file cannot be written.
+            ValueError: A file is something that must not be replaced.
+            BusyError: Another watch that is still running writes to the same file.
         """
-        if self.launch.begins_run and self.launch.spans_hosts and self._is_shared():
-            self.journal.discard()
-        if self.options.json is not None and self.launch.rank == 0:
+        for path, option in ((self.options.json, "--json"), (self.options.sarif, "--sarif")):
+            if path is not None:
+                check_output(path, option)
+        if self._is_shared():
+            begins = self.launch.begins_run and self.launch.spans_hosts
+            self.journal.stay(self.launch.author, self.script, begins)
             self.journal.write(self.launch.author, [], self.watched)
         return self
 
@@ -121,7 +131,7 @@ class Session:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         self.not_attached[part] = reason
         if self.launch.rank == 0:
-            print(f"ddpcall watch: not watched: {part} ({reason})", file=sys.stderr, flush=True)
+            say(f"ddpcall watch: not watched: {part} ({reason})")
 
     def __enter__(self) -> Session:
         """Watch until the block ends."""
@@ -141,6 +151,13 @@ class Session:
         self._error = type(error).__name__
         if self._attachment is not None:
             self._attachment.explain_crash(error)
+
+    def note_fault(self, error: Exception) -> None:
+        """Keep an error of the watch's own at the end; a rank that could not leave in order reports by itself."""
+        self._faults.append(f"{type(error).__name__}: {error}".splitlines()[0])
+        if not self._has_left:
+            self.is_alone = True
+            self._collected = self.findings, self.watched
 
     def note_exit(self, code: Any) -> None:
         """Keep the exit code of a script that failed, where no exception ended it."""
@@ -166,8 +183,14 @@ class Session:
         if self._attachment is not None:
             self._watched = self._attachment.look(self._standing())
         record = self._watched or self._standing()
-        ended = {"error": self._error, "ended": not self._is_open}
-        return dataclasses.replace(record, not_attached=dict(self.not_attached), **ended)
+        return dataclasses.replace(
+            record,
+            not_attached=dict(self.not_attached),
+            not_written=tuple(self._not_written),
+            faults=(*record.faults, *self._faults),
+            error=self._error,
+            ended=not self._is_open,
+        )
 
     def _standing(self) -> Watched:
         """Return what is known of this rank's place before anything is watched."""
@@ -183,27 +206,33 @@ class Session:
             started_alone=is_started_alone(),
         )
 
-    def all_watched(self) -> Watched:
-        """What the ranks of this host, and processes they spawned, have watched so far, merged."""
-        if self._all_watched is not None:
-            return self._all_watched
-        return merge_watched({**self.journal.read_watched(), self.launch.author: self.watched}.values())
-
-    def answer(self) -> Answer:
-        """Say what that amounts to: whether "no findings" means something."""
-        return weigh(self.all_watched())
+    def collect(self) -> tuple[list[Finding], Watched]:
+        """Return what the ranks of this host and processes they spawned have found and watched so far, merged."""
+        if self._collected is not None:
+            return self._collected
+        contents = Contents()
+        for journal in self._journals:
+            contents.update(journal.read())
+        contents.update(Contents({self.launch.author: self.findings}, {self.launch.author: self.watched}))
+        if self.launch.spans_hosts:  # other hosts may go on still, and say themselves what they watched
+            here = self.launch.on_host | {self.launch.author}
+            contents.watched = {a: each for a, each in contents.watched.items() if a.partition(".")[0] in here}
+        return contents.merged()
 
     def all_findings(self) -> list[Finding]:
         """What the ranks of this host, and processes they spawned, have found so far, merged."""
-        if self._collected is not None:
-            return self._collected
-        return merge_findings([*self.findings, *self.journal.read()])
+        return self.collect()[0]
 
-    def close(self, in_order: bool = True) -> None:
+    def answer(self) -> Answer:
+        """Say what was watched, and whether that is enough for "no findings" to mean something."""
+        return weigh(self.collect()[1])
+
+    def close(self, in_order: bool = True, stays: bool = False) -> None:
         """Detach, and leave this rank's last word in the journal.
 
         Args:
             in_order: Whether the script came to its end; where it did not, no other rank is waited for.
+            stays: Whether the process ends soon, and other ranks are to see when it has.
 
         Raises:
             WatchError: With `on_finding="raise"`, for what only the end of the run showed.
@@ -220,6 +249,8 @@ class Session:
                 self._is_open = False
                 self._await_children(CHILDREN_LEAVE_S if in_order else FAILED_LEAVE_S)
                 self._leave()
+            if not stays:
+                self.journal.depart()
 
     def _await_children(self, patience_s: float) -> None:
         """Wait for ranks that this process started: they are at their end too, and about to say what they found.
@@ -235,21 +266,40 @@ class Session:
             time.sleep(0.01)
 
     def _leave(self) -> None:
-        """Say the last word; the last of this host to do so collects what all have said, and clears up."""
+        """Say the last word; the last of this host to do so collects what all have said, and clears up.
+
+        A rank whose last word nobody can read reports by itself, with what it can read.
+        """
         author = self.launch.author
-        done = self._write(done=True).done if self._is_shared() else {author}
+        said = self._write(done=True) if self._is_shared() else Said(set(), {author})
+        self.is_alone = said is None
         reporter = self.launch.reporter
         if reporter is not None and not is_running(reporter):  # it died: what is left of the run reports
             left = not self.journal.find_present(self.launch.above)
         else:
-            left = bool(self.launch.on_host) and self.launch.on_host <= done | {author}
+            left = bool(self.launch.on_host) and (said is None or self.launch.on_host <= said.done | {author})
+        self._has_left = True
         if not left:
             return
-        self._all_watched = self.all_watched()
-        self._collected = self.all_findings()
-        if self.launch.may_restart:
+        self._collected = self.collect()
+        if said is not None:
+            self._clear_up(said.done)
+
+    def _clear_up(self, done: set[str]) -> None:
+        assert self._collected is not None
+        findings, watched = self._collected
+        if self.launch.may_restart and watched.error:
             return
-        if self.options.json is None:
+        is_kept = self.options.json is not None or bool(self._withheld_code())
+        if self._not_written:  # what the other file holds, this one may hold now
+            try:
+                self.journal.publish(findings, watched)
+            except OSError:
+                self._journals[-1].remove_state(keep=True)
+                return
+        for journal in self._journals[1:]:
+            journal.remove_state(keep=False)
+        if not is_kept:
             self.journal.remove_state(keep=False)
         elif not self.launch.spans_hosts or self.launch.everywhere <= done:
             self.journal.remove_state(keep=True)
@@ -283,28 +333,66 @@ class Session:
         """Say whether all ranks of this host have left: the last one reports. Nobody waits for anybody."""
         return self._collected is not None
 
-    def report(self) -> None:
-        """Print what all ranks found to stderr, and write what other tools read."""
-        from ddpcall.watch.terminal import print_findings
+    def report(self) -> int:
+        """Write what other tools read, print what all ranks found, and return the exit code; raises nothing.
 
-        findings = self.all_findings()
-        conclusion = report.conclude(findings, self.answer())
-        print_findings(findings, conclusion, sys.stderr)
+        Returns:
+            1 where a finding reaches `fail_on`; 2 where none does and too little was watched, or the answer could
+            not be written; else 0.
+        """
+        findings, _ = self.collect()
+        conclusion = self._write_for_tools(findings)
+
+        def print_list(stream: TextIO) -> None:
+            from ddpcall.watch.terminal import print_findings
+
+            print_findings(findings, conclusion, stream)
+
+        if not print_anywhere(print_list) and self.options.json is None:
+            self._not_written.append("stderr and stdout")
+        return self._exit_code()
+
+    def _write_for_tools(self, findings: list[Finding]) -> str:
+        """Write the SARIF log and GitHub's summary; return the last line, which tells of what could not be."""
+        from ddpcall.watch import github, sarif
+
         if self.options.sarif is not None:
-            from ddpcall.watch.sarif import write_sarif
-
-            write_sarif(findings, self.options.sarif)
+            self._try_to_write(str(self.options.sarif), sarif.write_sarif, findings, self.options.sarif)
+        conclusion = self._conclude()
         if self.options.github:
-            from ddpcall.watch import github
+            print_anywhere(lambda stream: github.annotate(findings, stream))
+            self._try_to_write("GITHUB_STEP_SUMMARY", github.append_summary, findings, conclusion)
+        return self._conclude()
 
-            github.annotate(findings, sys.stderr)
-            github.append_summary(findings, conclusion)
+    def _try_to_write(self, name: str, write: Callable[..., None], *args: Any) -> None:
+        try:
+            write(*args)
+        except Exception as error:
+            self._not_written.append(f"{name} ({error})")
 
-    def exit_code(self) -> int:
-        """Return 1 where a finding reaches `fail_on`, 2 where none does and too little was watched, else 0."""
+    def _conclude(self) -> str:
+        """Return the last line of the answer."""
+        findings, watched = self.collect()
+        not_written = tuple(dict.fromkeys([*watched.not_written, *self._not_written]))
+        line = report.conclude(findings, weigh(dataclasses.replace(watched, not_written=not_written)))
+        code = self._withheld_code()
+        if code:
+            line += (
+                f". Exit code {code} is withheld: with --max-restarts the launcher would train again. "
+                f"The findings are in {self.journal.path}"
+            )
+        return line
+
+    def _exit_code(self) -> int:
         if any(self.options.fails(finding.severity) for finding in self.all_findings()):
             return 1
-        return 0 if self.answer().is_evidence or self.options.fail_on == "never" else 2
+        is_answer = self.answer().is_evidence and not self._not_written
+        return 0 if is_answer or self.options.fail_on == "never" else 2
+
+    def _withheld_code(self) -> int:
+        """Return the exit code that would make the launcher train again what succeeded; 0 where there is none."""
+        _, watched = self.collect()
+        return self._exit_code() if self.launch.may_restart and not watched.error else 0
 
     def _is_shared(self) -> bool:
         return self.options.json is not None or len(self.launch.on_host) != 1 or self.journal.has_begun()
@@ -335,16 +423,25 @@ class Session:
             if self._found.pop(key_of(finding), None) is not None and self._is_shared():
                 self._write()
 
-    def _write(self, done: bool = False) -> Said:
-        """Put on disk what was found; where that fails it is said once, and the run goes on."""
+    def _write(self, done: bool = False) -> Said | None:
+        """Put on disk what was found: in the findings file; where that fails, in the temporary directory.
+
+        Returns:
+            What that changed; None where neither can be written. The run goes on all the same.
+        """
         self.has_said = True
-        try:
-            return self.journal.write(self.launch.author, list(self._found.values()), self.watched, done)
-        except OSError as error:
-            if not self._has_failed:
-                self._has_failed = True
-                print(f"ddpcall watch: cannot write findings to {self.journal.path}: {error}", file=sys.stderr)
-            return Said(set(self._found), set())
+        for journal in list(self._writable):
+            try:
+                said = journal.write(self.launch.author, self._found.values(), self.watched, done)
+            except OSError as error:
+                self._writable.remove(journal)
+                self._not_written.append(f"{journal.path} ({error.strerror or error})")
+                others = f"; findings go to {self._writable[0].path}" if self._writable else ""
+                say(f"ddpcall watch: cannot write findings to {self._not_written[-1]}{others}")
+            else:
+                elsewhere = [other.read_done() for other in self._journals if done and other is not journal]
+                return Said(said.new, said.done.union(*elsewhere))
+        return None
 
     def _keep_up(self) -> None:
         """Put on disk, at most once a second, what was watched: a rank that is killed has said it."""
@@ -366,14 +463,15 @@ class Session:
             is_new_here = known is None
             is_new_anywhere = is_new_here
             if self._is_shared() and count & (count - 1) == 0:  # at 1, 2, 4, …: not at every step
-                is_new_anywhere = key in self._write().new
+                said = self._write()
+                is_new_anywhere = is_new_here if said is None else key in said.new
         if not is_new_here or in_haste:
             return
         if self._may_raise:
             raise WatchError(finding)
         if self.options.on_finding != "record" and is_new_anywhere:
             render = report.render_line if self.options.brief else report.render_text
-            print(render(finding), file=sys.stderr, flush=True)
+            say(render(finding))
 
 
 def watch(

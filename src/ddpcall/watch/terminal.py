@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from ddpcall.findings import Finding
+from ddpcall.watch.output import write_text
 from ddpcall.watch.report import describe_parameters, describe_place
 from ddpcall.watch.source_line import read_source_line
 
@@ -18,9 +19,11 @@ _COLORS = {"error": "red", "warning": "yellow", "note": "blue"}
 def print_findings(findings: list[Finding], conclusion: str, stream: TextIO) -> None:
     """Print all findings, and the conclusion."""
     console = Console(file=stream, highlight=False, markup=False, emoji=False)
-    for finding in findings:
-        _print_finding(console, finding)
-    _print_lines(console, Text(conclusion))
+    with console.capture() as capture:  # rich ends the process where it writes to a pipe that nobody reads
+        for finding in findings:
+            _print_finding(console, finding)
+        _print_lines(console, Text(conclusion))
+    write_text(stream, capture.get())
 
 
 def _print_finding(console: Console, finding: Finding) -> None:

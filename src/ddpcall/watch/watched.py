@@ -66,6 +66,7 @@ class Watched:
         started_alone: Whether a launcher prepared for several processes, and started one.
         not_followed: Wrappers and optimizers that were used, and that the watch does not know.
         not_attached: Parts of the watch that could not attach, and why.
+        not_written: Files of the watch's own that could not be written, and why.
         faults: Errors of the watch's own.
         error: The error that ended the script; empty where it came to its end.
         ended: Whether every rank's record is its last.
@@ -87,6 +88,7 @@ class Watched:
     started_alone: bool = False
     not_followed: tuple[str, ...] = ()
     not_attached: dict[str, str] = field(default_factory=dict)
+    not_written: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
     error: str = ""
     ended: bool = False
@@ -103,10 +105,12 @@ class Answer:
 
     Attributes:
         text: What was watched; or why nothing could be found out, and the line to write.
+        start: What stands before it where nothing was found.
         is_evidence: Whether enough was watched for "no findings" to mean something.
     """
 
     text: str
+    start: str
     is_evidence: bool
 
 
@@ -148,6 +152,7 @@ def merge_watched(records: Iterable[Watched]) -> Watched:
         started_alone=all(record.started_alone for record in of_world),
         not_followed=tuple(dict.fromkeys(each for record in records for each in record.not_followed)),
         not_attached={part: why for record in records for part, why in record.not_attached.items()},
+        not_written=tuple(dict.fromkeys(each for record in records for each in record.not_written)),
         faults=tuple(dict.fromkeys(each for record in records for each in record.faults)),
         error=next((record.error for record in records if record.error), ""),
         ended=all(record.ended for record in records),
@@ -173,9 +178,15 @@ def weigh(watched: Watched) -> Answer:
     """Say whether enough was watched for "no findings" to mean something, and what it was."""
     reason = _find_obstacle(watched)
     text = _describe(watched) if reason is None else reason
+    if watched.not_written:
+        text += f"; could not be written: {_join(watched.not_written)}"
     if watched.not_attached and watched.attached:
         text += f"; watched without: {_join(f'{part} ({why})' for part, why in watched.not_attached.items())}"
-    return Answer(text, is_evidence=reason is None)
+    is_evidence = reason is None and not watched.not_written
+    start = (
+        "no findings: " if is_evidence else "" if reason else "nothing was found, but not all could be written: "
+    )
+    return Answer(text, start, is_evidence)
 
 
 def _find_obstacle(watched: Watched) -> str | None:
@@ -186,6 +197,8 @@ def _find_obstacle(watched: Watched) -> str | None:
         return f"{_NOTHING}{watched.script} ended with {watched.error} before its first optimizer step"
     if watched.faults:
         return f"{_NOTHING}the watch failed with an error of its own ({watched.faults[0]}); please report it"
+    if not watched.ended and not watched.error:
+        return f"{_NOTHING}{watched.script} is still running, or a rank was ended before its last word"
     if watched.missing_ranks:
         return _explain_missing_ranks(watched)
     if watched.world_size > 1 and any(part in watched.not_attached for part in ESSENTIAL_PARTS):
