@@ -13,6 +13,7 @@ The body runs on every rank, inside an initialised default process group, on a p
 from __future__ import annotations
 
 import os
+import random
 import re
 import sys
 import time
@@ -117,7 +118,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(_SIZE_FIXTURE, mark.sizes, ids=[f"ranks{size}" for size in mark.sizes])
 
 
-@pytest.fixture
+def _rank_scope(fixture_name: str, config: pytest.Config) -> str:
+    """A rank is one for all examples that Hypothesis draws; each test on ranks tears down all scopes."""
+    return "session" if _is_rank(config) else "function"
+
+
+@pytest.fixture(scope=_rank_scope)  # pyright: ignore[reportCallIssue, reportArgumentType]
 def rank(request: pytest.FixtureRequest) -> Rank:
     """The rank this test body runs on: `.rank`, `.world_size`, `.device`, `.barrier()`."""
     if not _is_rank(request.config):
@@ -256,9 +262,15 @@ class RanksPlugin:
                 basetemp=str(self._basetemp()),
                 worker_id=getattr(self._config, "workerinput", {}).get("workerid", "master"),
                 captures=self._captures(),
+                seed=self._seed(),
                 coverage=_read_coverage_options(),
             )
         return self._request
+
+    def _seed(self) -> int:
+        """Return pytest-randomly's seed where it has one, else one for this run."""
+        seed = getattr(self._config.option, "randomly_seed", None)
+        return seed if isinstance(seed, int) else random.getrandbits(32)
 
     def _forward_warnings(self, outcomes: list[RankOutcome]) -> None:
         """Give each warning once, however many ranks it was recorded on."""

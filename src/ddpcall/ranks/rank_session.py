@@ -63,6 +63,7 @@ class SessionRequest:
         basetemp: directory for the temporary files of all ranks.
         worker_id: pytest-xdist's id of the parent, "master" without it.
         captures: whether output belongs into the reports; False under `-s`.
+        seed: the parent's, for plugins that draw at random: all ranks must draw the same.
         coverage: options of the coverage measurement running in the parent, empty if there is none.
     """
 
@@ -71,6 +72,7 @@ class SessionRequest:
     basetemp: str
     worker_id: str
     captures: bool
+    seed: int
     coverage: tuple[tuple[str, Any], ...] = ()
 
 
@@ -169,6 +171,9 @@ def _configure(request: SessionRequest, rank: str) -> pytest.Config:
     config.option.basetemp = str(Path(request.basetemp) / f"rank{rank}")
     # Plugins that write reports or caches leave that to the main process when they see this, as under xdist.
     worker_input = {"workerid": request.worker_id, "workercount": 1, "testrunuid": "", "mainargv": sys.argv}
+    worker_input["randomly_seed"] = request.seed  # pytest-randomly looks there, as under xdist
+    if getattr(config.option, "hypothesis_seed", 0) is None:
+        config.option.hypothesis_seed = request.seed
     config.workerinput = worker_input | {RANK_KEY: rank}  # pyright: ignore[reportAttributeAccessIssue]
     config.workeroutput = {}  # pyright: ignore[reportAttributeAccessIssue]
     config._do_configure()
