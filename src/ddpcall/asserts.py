@@ -8,14 +8,17 @@ none. All ranks must call them, in the same order, inside an initialised default
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from ddpcall import torch_internals as internals
+from ddpcall.mixing import MixingMeasurement, measure_mixing
 from ddpcall.replicas import digest_tensor
 from ddpcall.taps import count_forwards, count_hook
 
@@ -46,6 +49,10 @@ def assert_gradients_synchronized(model: nn.Module) -> None:
 
     Give each rank its own data: with the same batch everywhere, gradients agree without any synchronization.
 
+    Which of the two: this one looks at gradients after a backward, needs no optimizer, and accepts whatever all
+    ranks agree on. `assert_gradients_averaged` goes around a whole training step and proves more: that each rank
+    used the mean of all ranks' gradients, also where they are sharded, and not a sum, or a mean of some ranks.
+
     Raises:
         AssertionError: on every rank; names parameters, ranks and the largest difference from rank 0.
         ValueError: a gradient is sharded (a DTensor).
@@ -60,6 +67,51 @@ def assert_gradients_synchronized(model: nn.Module) -> None:
         raise AssertionError(f"no parameter has a gradient on {_name_ranks(missing)}; call backward() first")
     hint = "Usual cause: the forward went past the wrapper, as in model.module(x); write model(x)."
     _assert_same_tensors(gradients, "gradients differ between ranks", hint)
+
+
+@contextmanager
+def assert_gradients_averaged(
+    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], *, timeout_s: float = 60.0
+) -> Iterator[MixingMeasurement]:
+    """Assert that in the optimizer step of the block every rank used the mean of all ranks' gradients.
+
+        with assert_gradients_averaged(model, optimizer):
+            train_step(model, optimizer, batch)
+
+    A common factor is allowed (clipping, a loss scale), and so are parameters that DDP was told to ignore. Give
+    each rank its own data: equal batches prove nothing, and fail.
+
+    Args:
+        model: Wrapped or inner.
+        optimizer: One, or all that step the model's parameters.
+        timeout_s: Seconds to wait for other ranks at the end of the block.
+
+    Yields:
+        The measurement: after the block it has the attributes of `ddpcall.mixing.Mixing`.
+
+    Raises:
+        AssertionError: on every rank; shows the mixing matrix and says what its shape means.
+        RuntimeError, ValueError: there is nothing to measure; see `ddpcall.measure_mixing`.
+    """
+    __tracebackhide__ = True
+    with measure_mixing(model, optimizer, timeout_s=timeout_s) as mixing:
+        yield mixing
+    ignored = _names_ignored_by_ddp(model)
+    others = {
+        shape: [name for name in names if name not in ignored]
+        for shape, names in mixing.by_parameter.items()
+        if shape not in ("averaged", "scaled", "unidentifiable")
+    }
+    if mixing.shape not in ("averaged", "scaled") or any(others.values()):
+        raise AssertionError(f"not every rank used the mean of all ranks' gradients:\n{mixing}")
+
+
+def _names_ignored_by_ddp(model: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in internals.IGNORED_BY_DDP.of(module, ())
+    }
 
 
 def assert_same_on_all_ranks(value: Any) -> None:

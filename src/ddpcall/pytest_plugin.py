@@ -31,6 +31,7 @@ from ddpcall.ranks.rank_session import RANK_KEY, SessionRequest, TestRequest, ru
 
 if TYPE_CHECKING:
     from ddpcall.asserts import (
+        assert_gradients_averaged,
         assert_gradients_synchronized,
         assert_hooks_fire,
         assert_replicated,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Rank",
+    "assert_gradients_averaged",
     "assert_gradients_synchronized",
     "assert_hooks_fire",
     "assert_replicated",

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpcall.pytest_plugin import (
+    assert_gradients_averaged,
     assert_gradients_synchronized,
     assert_hooks_fire,
     assert_replicated,
@@ -76,6 +77,62 @@ def test_a_gradient_on_one_rank_only_is_found(rank, model):
     all_fail(
         assert_gradients_synchronized, model, match=r"(?s)rank 1: module\.first\.weight is tensor.*rank 0 has None"
     )
+
+
+def make_step(model, batch, reduce=lambda parameter: None):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(call):
+        # Squared, so that a rank's gradients are not a multiple of another's.
+        (call(batch).square().sum() + call(batch**2).sum()).backward()
+        for parameter in model.parameters():
+            reduce(parameter)
+        optimizer.step()
+
+    return optimizer, step
+
+
+def test_a_step_that_uses_the_mean_passes(model, rank):
+    optimizer, step = make_step(model, torch.randn(2, 3) + rank.rank * torch.randn(2, 3))
+    with assert_gradients_averaged(model, optimizer) as mixing:
+        step(model.forward)
+    assert mixing.shape == "averaged"
+
+
+MATRIX = r"(?s)not every rank used the mean of all ranks' gradients.*{}.*rank 0 +rank 1\n *rank 0 +{}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "entries", "reduce"),
+    [
+        ("local", r"1\.0000 +0\.0000", lambda parameter: None),
+        ("summed", r"1\.0000 +1\.0000", lambda parameter: dist.all_reduce(parameter.grad)),
+    ],
+)
+def test_a_step_that_uses_something_else_fails_on_all_ranks_and_shows_the_matrix(rank, shape, entries, reduce):
+    model = Net()
+    optimizer, step = make_step(model, torch.randn(2, 3) + rank.rank * torch.randn(2, 3), reduce)
+    with pytest.raises(AssertionError, match=MATRIX.format(shape, entries)):  # noqa: SIM117
+        with assert_gradients_averaged(model, optimizer):
+            step(model)
+    dist.barrier()
+
+
+def test_a_step_on_equal_batches_proves_nothing(model):
+    optimizer, step = make_step(model, torch.ones(2, 3))
+    with pytest.raises(AssertionError, match="give each rank its own batch"):  # noqa: SIM117
+        with assert_gradients_averaged(model, optimizer):
+            step(model)
+
+
+@pytest.mark.ranks(4)
+def test_a_step_in_groups_that_never_meet_fails(rank):
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    model = DistributedDataParallel(Net(), process_group=groups[rank.rank // 2])
+    optimizer, step = make_step(model, torch.randn(2, 3) + rank.rank * torch.randn(2, 3))
+    with pytest.raises(AssertionError, match=r"groups that never meet.*\{0, 1\}, \{2, 3\}"):  # noqa: SIM117
+        with assert_gradients_averaged(model, optimizer):
+            step(model)
 
 
 def test_fresh_ddp_is_replicated(model):

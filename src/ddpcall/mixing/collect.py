@@ -63,6 +63,7 @@ class _Watched:
     place: Place
     windows: deque[_Window] = field(default_factory=lambda: deque([_Window()], maxlen=_KEPT_WINDOWS))
     dtype: str = ""
+    reduced_in: str = ""
     own_parts: tuple[int, ...] = ()
     own_sum: tuple[int, ...] = ()
     own_unit: tuple[int, ...] = ()
@@ -194,6 +195,7 @@ class MixingCollector:
             window.used, window.state = None, NO_GRADIENT
             if gradient is not None:
                 window.used = watched.place.sketch_used(gradient)
+                watched.reduced_in = watched.place.reduced_in(gradient)
                 window.state = FOREIGN if watched.place.is_foreign else PRESENT
             watched.used_parts = watched.place.used_parts(gradient)
             self._read_now.add(id(watched.place.stepped))
@@ -275,7 +277,7 @@ class MixingCollector:
             rank=dist.get_rank() if dist.is_initialized() else 0,
             names=tuple(watched.place.name for watched in self._watched),
             numel=tuple(watched.place.numel for watched in self._watched),
-            dtypes=tuple(watched.dtype or watched.place.dtype for watched in self._watched),
+            dtypes=tuple(w.reduced_in or w.dtype or w.place.dtype for w in self._watched),
             used=_to_array(window.used for window, _ in windows),
             states=tuple(_judge_state(window) for window, _ in windows),
             own=own,

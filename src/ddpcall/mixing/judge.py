@@ -13,7 +13,7 @@ from ddpcall.mixing.matrix import measure_matrix
 from ddpcall.mixing.parameters import Parameter, gather_parameters, join_parameters
 from ddpcall.mixing.record import FOREIGN, NO_GRADIENT, NOT_FINITE, PRESENT, UNREAD, RankSketches
 from ddpcall.mixing.result import Mixing, name_some
-from ddpcall.mixing.shapes import MIN_ELEMENTS, TOO_SMALL, Batch, Verdict, judge
+from ddpcall.mixing.shapes import MIN_ELEMENTS, TOO_FEW, TOO_SMALL, Batch, Verdict, judge
 
 _POOLED_BELOW = 64
 # What is told first where parameters differ.
@@ -113,19 +113,19 @@ def _judge_by_layout(parameters: Sequence[Parameter]) -> None:
 
 
 def _judge_pools(parameters: Sequence[Parameter]) -> None:
-    """Judge small parameters that say nothing alone together: their sketches side by side."""
+    """Judge parameters that say nothing alone together: their sketches side by side."""
     pools: dict[tuple[Any, ...], list[Parameter]] = {}
     for parameter in parameters:
-        silent = parameter.verdict.shape == "unidentifiable" and parameter.used.any() and parameter.own.any()
-        if silent and parameter.numel < _POOLED_BELOW and set(parameter.states) == {PRESENT}:
-            pools.setdefault((*parameter.layout(), parameter.eta), []).append(parameter)
-    for members in pools.values():
+        reason = parameter.verdict.reason
+        is_silent = reason == TOO_FEW or (reason == TOO_SMALL and parameter.numel < _POOLED_BELOW)
+        if is_silent and parameter.used.any() and parameter.own.any() and set(parameter.states) == {PRESENT}:
+            pools.setdefault((*parameter.layout(), parameter.eta, reason), []).append(parameter)
+    for key, members in pools.items():
         if len(members) < 2 or sum(member.numel for member in members) < MIN_ELEMENTS:
             continue
-        pool = join_parameters(members)
-        [verdict] = judge(_make_batch([pool]))
-        # Anything else may mean no more than that they are not mixed alike.
-        if verdict.shape in _FOLLOWED:
+        [verdict] = judge(_make_batch([join_parameters(members)]))
+        # Of small ones, anything else may mean no more than that they are not mixed alike.
+        if verdict.shape in _FOLLOWED or key[-1] == TOO_FEW:
             for member in members:
                 member.verdict = verdict
 

@@ -89,11 +89,11 @@ def _gather(
         earlier.append({backward: row for backward, row in whole.items() if backward < 0})
     buckets = by_rank[ranks[0]].used.shape[1]
     first_rank = by_rank[ranks[0]]
-    dtype = first_rank.dtypes[index(ranks[0])]
+    eta = max(find_eta(by_rank[rank].dtypes[index(rank)], len(ranks)) for rank in ranks)
     return Parameter(
         name,
         first_rank.numel[index(ranks[0])],
-        find_eta(dtype, len(ranks)),
+        eta,
         np.stack(used),
         _stack_columns(own, buckets),
         _stack_columns(earlier, buckets),

@@ -38,7 +38,7 @@ class RankSketches:
         rank: Global rank.
         names: The parameters, in the model's order.
         numel: Elements of each whole parameter.
-        dtypes: Type of each gradient as computed, such as "float32".
+        dtypes: The precision in which each gradient was reduced, as far as it is known: such as "float32".
         used: Shape (parameters, buckets): sketches of what the optimizer consumed; zeros where it had nothing.
         states: One of the five states above for each parameter.
         own: Shape (columns, buckets): sketches of what this rank computed.

@@ -21,17 +21,20 @@ SHAPES = (
     "transformed", "different", "thrown_away", "unaccounted", "unidentifiable",
 )  # fmt: skip
 
+# Relative rounding of a reduction: the largest measured on four ranks, and what it grows by with the ranks' root.
 _ETA = {"float64": 1e-13, "complex128": 1e-13, "float16": 1.2e-3, "bfloat16": 5e-3}
 _ETA_SINGLE = 3e-7
+_GROWTH = 0.2
 _SAME = 1e-6  # the sketches of equal tensors differ by their own rounding at most
 _FAR = 3.0
 MIN_ELEMENTS = 8
+TOO_FEW = "all ranks used the same gradient, which is not the mean; too few numbers to say which mixture it is"
 TOO_SMALL = "too few elements to tell"
 
 
 def find_eta(dtype: str, num_ranks: int) -> float:
-    """Return the relative rounding of a mean over ranks: what was measured on four, growing with their root."""
-    return _ETA.get(dtype, _ETA_SINGLE) * max(1.0, math.sqrt(num_ranks) / 2)
+    """Return the relative rounding of a mean over ranks in a precision such as "float32"."""
+    return _ETA.get(dtype, _ETA_SINGLE) * max(1.0, _GROWTH * math.sqrt(num_ranks))
 
 
 @dataclass(frozen=True)
@@ -247,9 +250,11 @@ def _find_kept(one: Batch, parts: np.ndarray) -> list[int]:
     Gradients of two backwards are often almost parallel, and the coefficients of a fit are then worth little: all
     alike, or the last alone, is tried first.
     """
+    if len(parts) == 1:
+        return [0]
     tau = 5 * float(one.eta[0])
     every = [k for k in range(len(parts)) if k not in one.captured]
-    for chosen in (every, [_last_kept(one)]) if len(parts) > 1 else (every,):
+    for chosen in (every, [_last_kept(one)]):
         if chosen and (fit_mean(_join_backwards(one, chosen)).distance <= tau).all():
             return chosen
     return [k for k in range(len(parts)) if parts[k] > _FAR * tau * parts.sum()]
@@ -267,7 +272,7 @@ def explain(one: Batch, agree: bool) -> Verdict:
     if found:
         return found
     if agree:
-        return _try_weights(one) or _try_short_floats(one) or _name_transformed(one)
+        return _try_weights(one) or _name_transformed(one)
     return _try_groups(one) or _name_different(one)
 
 
@@ -391,23 +396,10 @@ def name_weights(weights: np.ndarray, spread: np.ndarray, residual: np.ndarray) 
     return Verdict("weighted", scale, residual, reason=f"the ranks' weights are {shown}")
 
 
-def _try_short_floats(one: Batch) -> Verdict | None:
-    """The gradients may have been reduced in 16 bits, as communication hooks do."""
-    tau = 5 * find_eta("bfloat16", one.own.shape[1])
-    mean, own = fit_mean(one), fit_own(one)
-    if not ((mean.distance <= tau).all() and (own.distance > _FAR * tau).any()):
-        return None
-    coarse = Batch(one.used, one.own, np.full(1, tau / 5), one.numel, one.carry, None, one.captured)
-    verdict = _name_mean(coarse, mean.coefficients[0], mean.distance[0])
-    verdict.reason = verdict.reason or "rounded as by a reduction in 16 bits"
-    return verdict
-
-
 def _name_transformed(one: Batch) -> Verdict:
     distance = fit_mean(one).distance[0]
     if _solve_one(one, one.used[0][:1]) is None:
-        why = "all ranks used the same gradient, which is not the mean; too few numbers to say which mixture it is"
-        return Verdict("unidentifiable", residual=distance, reason=why)
+        return Verdict("unidentifiable", residual=distance, reason=TOO_FEW)
     why = "all ranks used the same gradient, which is no mixture of what they computed"
     return Verdict("transformed", residual=distance, reason=why)
 

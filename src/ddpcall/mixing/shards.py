@@ -2,9 +2,10 @@
 
 Private names of torch, seen in 2.11 to 2.13: `FSDPModule._get_fsdp_state`, `FSDPState._fsdp_param_group(s)`,
 `FSDPParam._unsharded_param`, `.sharded_param`, `.init_unsharded_param`, `.unsharded_accumulated_grad`,
-`._param_fqn`; `FullyShardedDataParallel._handle`, `FlatParamHandle.flat_param`, `._use_orig_params`,
-`.uses_sharded_strategy`, `FlatParameter._fqns`, `._numels`, `._numels_with_padding`, `._is_padding_mask`,
-`._params`, `._shard_param_infos`, `._saved_grad_shard`, and `_runtime_utils._reduce_grad(_no_shard)`.
+`.reduce_dtype`, `._param_fqn`; `FullyShardedDataParallel._handle`, `FlatParamHandle.flat_param`,
+`._use_orig_params`, `._reduce_dtype`, `.uses_sharded_strategy`, `FlatParameter._fqns`, `._numels`,
+`._numels_with_padding`, `._is_padding_mask`, `._params`, `._shard_param_infos`, `._saved_grad_shard`, and
+`_runtime_utils._reduce_grad(_no_shard)`.
 """
 
 from __future__ import annotations
@@ -69,6 +70,10 @@ class ShardedPlace(Place):
         found = [sketch(gradient, self.name) for gradient in gradients if gradient is not None]
         return sum(found[1:], found[0]) if found else None
 
+    def reduced_in(self, gradient: Tensor) -> str:
+        known = getattr(self._shard, "reduce_dtype", None)  # set in the first forward
+        return str(known).removeprefix("torch.") if known else super().reduced_in(gradient)
+
 
 class FlatPlace(Place):
     """A parameter in a flat one of FSDP1."""
@@ -119,6 +124,10 @@ class FlatPlace(Place):
         saved = getattr(flat, "_saved_grad_shard", None) if self._handle.uses_sharded_strategy else None
         shard = None if saved is None else self._cut(saved)
         return None if shard is None else self.sketch_used(shard)
+
+    def reduced_in(self, gradient: Tensor) -> str:
+        known = self._handle._reduce_dtype
+        return str(known).removeprefix("torch.") if known else super().reduced_in(gradient)
 
     def used_parts(self, gradient: Tensor | None) -> tuple[int, ...]:
         return self._ranks
