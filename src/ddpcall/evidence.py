@@ -146,6 +146,38 @@ class GradientEvidence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixingEvidence:
+    """Who learned from whom: W in `used_i = Σ W[i, j] own_j`, measured in a trial's last steps.
+
+    Attributes:
+        steps: Numbers of the measured steps, from 0.
+        shapes: By measured step: one of `ddpcall.mixing.SHAPES`.
+        step: The step that the rest is about: the first that was not averaged, or else the last.
+        matrix: By rank: how much of each column is in the gradient that it used; None: the step does not tell.
+        ranks: The matrix's rows: ranks that took the step.
+        columns: Rank and backward of each column; backwards that are mixed alike are one, negative ones belong to
+            the step before.
+        scale: 1.0 where every rank used exactly the mean; None where that means nothing.
+        residual: By row: what the matrix does not explain, relative to the gradients that were mixed.
+        by_parameter: Parameters' names by shape.
+        reason: What the shape's name does not say.
+        explanation: The same in sentences.
+    """
+
+    steps: tuple[int, ...]
+    shapes: tuple[str, ...]
+    step: int
+    matrix: tuple[tuple[float | None, ...], ...]
+    ranks: tuple[int, ...]
+    columns: tuple[tuple[int, int], ...]
+    scale: float | None
+    residual: tuple[float | None, ...]
+    by_parameter: dict[str, tuple[str, ...]]
+    reason: str
+    explanation: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReplicaEvidence:
     """Whether the replicas stayed one model, by digests taken after each optimizer step.
 
@@ -377,6 +409,7 @@ class Evidence:
     reducer: ReducerEvidence | None = None
     collectives: CollectiveEvidence | None = None
     gradients: GradientEvidence | None = None
+    mixing: MixingEvidence | None = None
     replicas: ReplicaEvidence | None = None
     compiled: CompiledEvidence | None = None
     modes: ModesEvidence | None = None
@@ -389,6 +422,7 @@ _PARTS: dict[str, Any] = {
     "reducer": ReducerEvidence,
     "collectives": CollectiveEvidence,
     "gradients": GradientEvidence,
+    "mixing": MixingEvidence,
     "replicas": ReplicaEvidence,
     "compiled": CompiledEvidence,
     "modes": ModesEvidence,
@@ -426,4 +460,6 @@ def _plain(value: Any) -> Any:
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -19,6 +19,8 @@ from ddpcall.evidence import (
 # Reductions give every rank the same bits; the tolerance only allows for backends that round per rank.
 RELATIVE_TOLERANCE = 1e-6
 NO_DATA_PARALLELISM = "no data parallelism"
+# Shapes of which several ranks' gradients are a part.
+_MIXED = {"averaged", "summed", "scaled", "late", "groups", "dropped", "weighted", "partly_local"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,9 @@ class Verdicts:
             on the rank that computed them, in at least one step), `no data parallelism` (they stayed there, and
             the wrapper is not there to change that), `sharded`, `none` (no parameter received a gradient) or
             `crashed`.
+        mixing: The shape of the mixing matrix in the measured steps, one of `ddpcall.mixing.SHAPES`: `averaged`
+            where every rank used the mean of all ranks' gradients in each of them, else the first other one;
+            `no data parallelism`, `none` or `crashed` as above.
         hooks_wrapped: `fired` (every kind of hook registered on the wrapped object fired), `skipped` (the
             model ran and at least one kind did not), `none` (no hook there, or the model never ran).
         hooks_inner: The same for the user's own module.
@@ -49,6 +54,7 @@ class Verdicts:
     hooks_inner: str
     hooks_submodules: str
     compiled: str
+    mixing: str = "none"
     modes: str = "none"
     dropout: str = "none"
     statistics: str = "none"
@@ -65,6 +71,7 @@ def judge(evidence: Evidence) -> Verdicts:
         hooks_inner=judge_hooks(evidence, "inner"),
         hooks_submodules=judge_hooks(evidence, "submodules"),
         compiled=judge_compiled(evidence),
+        mixing=judge_mixing(evidence),
         **(judge_modes(evidence.modes) if evidence.modes is not None else {}),
     )
 
@@ -91,6 +98,22 @@ def judge_gradients(evidence: Evidence) -> str:
 def _equal_in_every_step(gradients: GradientEvidence) -> bool:
     pairs = zip(gradients.max_difference, gradients.max_magnitude, strict=True)
     return all(difference <= RELATIVE_TOLERANCE * magnitude for difference, magnitude in pairs)
+
+
+def judge_mixing(evidence: Evidence) -> str:
+    """Say who learned from whom.
+
+    Blind to: the steps that were not measured.
+    """
+    mixing = evidence.mixing
+    if evidence.failures:
+        return "crashed"
+    if not evidence.data_parallel and (mixing is None or not set(mixing.shapes) & _MIXED):
+        return NO_DATA_PARALLELISM
+    shapes = mixing.shapes if mixing is not None else ()
+    if evidence.gradients is not None and evidence.gradients.with_gradient == 0:
+        shapes = tuple(shape for shape in shapes if shape != "unidentifiable")
+    return next((shape for shape in shapes if shape != "averaged"), shapes[-1] if shapes else "none")
 
 
 def judge_hooks(evidence: Evidence, role: str) -> str:

@@ -33,6 +33,46 @@ def test_every_cell_has_an_expectation_that_holds(truth_table):
     assert {trial["witness_agrees"] for trial in trials} <= {True, None}
 
 
+# What the gradients probe says, by comparing ranks, and the shapes of the mixing matrix that go with it.
+AGREES = {
+    "synced": {"averaged", "summed", "scaled", "weighted", "dropped", "transformed"},
+    "local": {"local", "partly_local", "groups", "different"},
+    "no data parallelism": {"no data parallelism"},
+    "crashed": {"crashed"},
+}
+
+
+def test_mixing_and_gradients_agree_where_both_speak(truth_table):
+    spoken = 0
+    for key, trial in rows(truth_table, "wrapper", "path").items():
+        allowed = AGREES.get(trial["verdicts"]["gradients"])
+        assert allowed is None or trial["verdicts"]["mixing"] in allowed, key
+        spoken += trial["verdicts"]["gradients"] in ("synced", "local")
+    assert spoken >= 100
+
+
+def test_sharded_cells_have_a_mixing_verdict_and_tensor_parallelism_alone_is_none(truth_table):
+    words = {
+        (trial["wrapper"], trial["verdicts"]["mixing"])
+        for trial in truth_table.summary()["trials"]
+        if trial["verdicts"]["gradients"] == "sharded"
+    }
+    assert words == {
+        *((wrapper, "averaged") for wrapper in ("fsdp1", "fsdp2", "fsdp2_layers", "fsdp2_registered")),
+        ("tp", "no data parallelism"),
+    }
+
+
+def test_every_averaged_cell_was_measured_to_be_so(truth_table):
+    for record in truth_table.records("evidence.jsonl"):
+        if record["verdicts"]["mixing"] == "averaged":
+            mixing = record["mixing"]
+            assert mixing["shapes"] == ["averaged", "averaged"]
+            assert mixing["scale"] == pytest.approx(1.0, abs=1e-3)  # a hook reduces in 16 bits
+            assert [value for row in mixing["matrix"] for value in row] == pytest.approx([0.5] * 4, abs=1e-3)
+            assert max(mixing["residual"]) < 1e-3
+
+
 def test_docs_semantics_is_what_was_measured(truth_table):
     page = (ROOT / "docs" / "semantics.md").read_text()
     assert semantics_sections(truth_table.summary()) in page, "stale: write `make semantics`"

@@ -15,6 +15,7 @@ from ddpcall.evidence import (
     Failure,
     GradientEvidence,
     HookCount,
+    MixingEvidence,
     ModesEvidence,
     ReducerEvidence,
     ReplicaEvidence,
@@ -83,6 +84,25 @@ def make_consequence(synced: bool) -> Consequence:
     )
 
 
+def make_mixing(matrix: Sequence[Sequence[float | None]], shape: str, **changes: Any) -> MixingEvidence:
+    """Return evidence of a mixing matrix whose columns are the ranks, once for each backward."""
+    ranks = tuple(range(len(matrix)))
+    evidence = MixingEvidence(
+        steps=(4, 5),
+        shapes=(shape, shape),
+        step=5,
+        matrix=tuple(map(tuple, matrix)),
+        ranks=ranks,
+        columns=tuple((rank, backward) for backward in range(len(matrix[0]) // len(ranks)) for rank in ranks),
+        scale=1.0,
+        residual=(1e-8,) * len(ranks),
+        by_parameter={shape: ("head.weight", "head.bias")},
+        reason="",
+        explanation=f"The ranks are {shape}.",
+    )
+    return dataclasses.replace(evidence, **changes)
+
+
 def _hooks(path: str) -> Iterable[HookCount]:
     fired = {"wrapped": path == "call", "inner": path not in ("inner_forward", "submodules"), "submodules": True}
     for role, module in (("wrapped", ""), ("inner", ""), ("submodules", "head"), ("submodules", "body")):
@@ -115,6 +135,7 @@ def make_run(
     expected: dict[str, dict[str, str]] | None = None,
     crashes: dict[str, str] | None = None,
     modes: bool = False,
+    mixings: dict[str, MixingEvidence] | None = None,
     environment: Environment = ENVIRONMENT,
     **summary: Any,
 ) -> Path:
@@ -126,11 +147,15 @@ def make_run(
         expected: What is expected, by path.
         crashes: Messages of the paths that crash.
         modes: Whether the modes probe ran.
+        mixings: What the mixing probe measured, by path.
         environment: Where it is said to have been measured.
         summary: Replaces fields of summary.json.
     """
     run = RunDirectory(directory)
-    results = [_result(cell, environment, expected or {}, crashes or {}, modes) for cell in cells]
+    results = [
+        _result(cell, environment, expected or {}, crashes or {}, modes, (mixings or {}).get(cell.path))
+        for cell in cells
+    ]
     content: dict[str, Any] = {
         "experiment": "forward_bypass",
         "question": "What does each way lose?",
@@ -153,9 +178,14 @@ def make_run(
 
 
 def _result(
-    cell: Cell, environment: Environment, expected: dict[str, dict[str, str]], crashes: dict[str, str], modes: bool
+    cell: Cell,
+    environment: Environment,
+    expected: dict[str, dict[str, str]],
+    crashes: dict[str, str],
+    modes: bool,
+    mixing: MixingEvidence | None,
 ) -> TrialResult:
-    evidence = make_evidence(cell, environment, crashes.get(cell.path, ""))
+    evidence = dataclasses.replace(make_evidence(cell, environment, crashes.get(cell.path, "")), mixing=mixing)
     if modes:
         evidence = dataclasses.replace(evidence, modes=make_modes(cell.path not in SYNCED))
     verdicts, wanted = judge(evidence), expected.get(cell.path, {})

@@ -12,7 +12,7 @@ from ddpcall.lab.report.load import load
 from ddpcall.lab.report.page import render_page
 from ddpcall.lab.report.view import build_view
 from tests.report.chromium import CHROMIUM, DRIVER, MISSING, set_view, start_chromium
-from tests.report.made import PATHS, make_finding, make_findings, make_run
+from tests.report.made import PATHS, make_finding, make_findings, make_mixing, make_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'ddpcall[dev]'")
 from selenium.webdriver.common.by import By  # noqa: E402
@@ -95,8 +95,16 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     findings = make_findings(
         root / "findings.json", make_finding(), make_finding(code="DC301", severity="warning", line=2)
     )
+    eight = [[0.25] * 4 + [float(i == j) for j in range(4)] for i in range(4)]
+    mixings = {
+        "call": make_mixing([[0.5, 0.5], [0.5, 0.5]], "averaged"),
+        "inner_call": make_mixing([[1.0, 0.0], [0.0, 1.0]], "local"),
+        "forward": make_mixing(eight, "partly_local"),
+        "functional": make_mixing([[1 / 16] * 16] * 16, "averaged"),
+    }
     paths = {
         "run": (run,),
+        "mixing": (make_run(root / "mixing", mixings=mixings),),
         "grid": (make_run(root / "grid", grid),),
         "pair": (run, make_run(root / "other")),
         "watch": (findings,),
@@ -106,7 +114,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     return {name: write_page(root / f"page-{name}", *those) for name, those in paths.items()}
 
 
-NAMES = ("run", "grid", "pair", "watch")
+NAMES = ("run", "grid", "pair", "watch", "mixing")
 
 
 def test_what_the_browser_logs_is_seen_here(browser, tmp_path):
@@ -170,6 +178,47 @@ def test_the_keyboard_reaches_every_cell_opens_and_closes(browser, pages):
     assert browser.run("return document.activeElement.closest('#run-0-heat')") is None
     browser.press(Keys.SHIFT, Keys.TAB)
     assert browser.run("return document.querySelectorAll('#run-0-heat button[tabindex=\"0\"]').length") == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [420, 1600])
+def test_an_entry_of_a_mixing_matrix_says_what_it_means_to_mouse_and_keyboard(browser, pages, scheme, width):
+    browser.open(pages["mixing"], width=width, scheme=scheme)
+    figures = browser.find("figure.mixing")
+    assert [len(figure.find_elements(By.CSS_SELECTOR, "[role=gridcell]")) for figure in figures] == [4, 32, 4, 256]
+    local = figures[2]
+    says = local.find_element(By.CSS_SELECTOR, ".says")
+    browser.run("arguments[0].scrollIntoView({block: 'center'})", local)
+    cells = local.find_elements(By.CSS_SELECTOR, "[role=gridcell]")
+    webdriver.ActionChains(browser.driver).move_to_element(cells[3]).perform()
+    assert says.text == "rank 1 uses 1 of its own gradient"
+    browser.run("arguments[0].focus()", cells[0])
+    assert says.text == "rank 0 uses 1 of its own gradient"
+    browser.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)  # the second has nowhere to go
+    assert says.text == "rank 0 uses nothing of rank 1's gradient"
+    browser.press(Keys.ARROW_DOWN, Keys.HOME)
+    assert says.text == "rank 1 uses nothing of rank 0's gradient"
+    assert [cell.get_attribute("tabindex") for cell in cells] == ["-1", "-1", "0", "-1"]
+    assert browser.run("return document.activeElement.getAttribute('aria-label')") == says.text
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_numbers_of_a_mixing_matrix_can_be_read(browser, pages, scheme):
+    """Contrast of at least 4.5 between an entry's number and what it stands on, as WCAG AA asks."""
+    browser.open(pages["mixing"], scheme=scheme)
+    ratios = browser.run("""
+        const rgb = (text) => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
+        const light = (c) => c.map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+        return [...document.querySelectorAll(".mixing [role=gridcell]")].map((cell) => {
+            const [under, over] = [...cell.querySelectorAll("rect")];
+            const [a, b] = [rgb(getComputedStyle(under).fill), rgb(getComputedStyle(over).fill)];
+            const share = Number(over.getAttribute("fill-opacity"));
+            const ground = light(a.map((v, i) => v + (b[i] - v) * share));
+            const ink = light(rgb(getComputedStyle(cell.querySelector("text")).fill));
+            return (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05);
+        });""")
+    assert min(ratios) >= 4.5
 
 
 def test_tab_alone_comes_to_the_truth_table(browser, pages):

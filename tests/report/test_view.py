@@ -208,9 +208,10 @@ def test_runs_side_by_side_list_the_verdicts_that_differ(tmp_path):
     comparison = compare_runs([first, second], name_runs([first, second]))
     assert comparison.runs == ("torch 2.13.0", "torch 2.11.0")
     assert [(d.label, d.title, [c and c.word for c in d.cells]) for d in comparison.differences] == [
-        ("call", "gradients", ["synced", "crashed"])
+        ("call", "gradients", ["synced", "crashed"]),
+        ("call", "mixing", ["none", "crashed"]),
     ]
-    assert comparison.sentence == "1 verdict in 1 of the 6 cells that the runs have in common differs."
+    assert comparison.sentence == "2 verdicts in 1 of the 6 cells that the runs have in common differ."
     assert comparison.alone == (("functional",), ())
 
 

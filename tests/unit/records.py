@@ -13,6 +13,7 @@ from ddpcall.evidence import (
     Failure,
     GradientEvidence,
     HookCount,
+    MixingEvidence,
     ReducerEvidence,
     ReplicaEvidence,
 )
@@ -34,6 +35,23 @@ def make_gradients(**changes: Any) -> GradientEvidence:
         batches_differ=True,
     )
     return dataclasses.replace(synced, **changes)
+
+
+def make_mixing(*shapes: str) -> MixingEvidence:
+    """Return a mixing matrix of two ranks, with the shapes of the measured steps."""
+    return MixingEvidence(
+        steps=tuple(range(len(shapes))),
+        shapes=shapes,
+        step=0,
+        matrix=((0.5, None), (0.5, 0.5)),
+        ranks=(0, 1),
+        columns=((0, 0), (1, 0)),
+        scale=None,
+        residual=(1e-8, 1e-8),
+        by_parameter=dict.fromkeys(shapes, ("weight", "bias")),
+        reason="",
+        explanation="Nothing is known.",
+    )
 
 
 def make_hook(
@@ -62,6 +80,7 @@ def make_evidence(**changes: Any) -> Evidence:
         ),
         collectives=CollectiveEvidence(all_reduces=(1, None), agrees=True),
         gradients=make_gradients(),
+        mixing=make_mixing("averaged", "averaged"),
         replicas=ReplicaEvidence(
             first_step_parameters=None, first_step_buffers=0, parameters=(), buffers=("mean",), initial_digest="00"
         ),

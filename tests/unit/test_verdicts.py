@@ -9,11 +9,12 @@ from ddpcall.verdicts import (
     judge_compiled,
     judge_gradients,
     judge_hooks,
+    judge_mixing,
     judge_skipped,
     list_untimed,
     skipped_kinds,
 )
-from tests.unit.records import ENVIRONMENT, FAILURE, make_evidence, make_gradients, make_hook
+from tests.unit.records import ENVIRONMENT, FAILURE, make_evidence, make_gradients, make_hook, make_mixing
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,28 @@ def test_one_rank_proves_nothing_about_synchronisation():
 )
 def test_a_wrapper_without_data_parallelism_has_nothing_to_lose(gradients, verdict):
     assert judge_gradients(make_evidence(gradients=gradients, data_parallel=False)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("evidence", "verdict"),
+    [
+        ({"mixing": make_mixing("averaged", "averaged")}, "averaged"),
+        ({"mixing": make_mixing("averaged", "late")}, "late"),
+        ({"mixing": make_mixing("local", "averaged")}, "local"),
+        ({"mixing": None}, "none"),
+        ({"mixing": None, "failures": (FAILURE,)}, "crashed"),
+        # Nothing joins the ranks; unless it was measured that something does.
+        ({"mixing": make_mixing("local"), "data_parallel": False}, "no data parallelism"),
+        ({"mixing": make_mixing("unidentifiable"), "data_parallel": False}, "no data parallelism"),
+        ({"mixing": None, "data_parallel": False}, "no data parallelism"),
+        ({"mixing": make_mixing("averaged"), "data_parallel": False}, "averaged"),
+        # No parameter received a gradient: there was none, or it never reached the optimizer.
+        ({"mixing": make_mixing("unidentifiable"), "gradients": make_gradients(with_gradient=0)}, "none"),
+        ({"mixing": make_mixing("thrown_away"), "gradients": make_gradients(with_gradient=0)}, "thrown_away"),
+    ],
+)
+def test_the_mixing_verdict_is_the_first_shape_that_is_not_the_mean(evidence, verdict):
+    assert judge_mixing(make_evidence(**evidence)) == verdict
 
 
 def test_a_failure_is_a_crash_and_says_nothing_of_compiled_code():

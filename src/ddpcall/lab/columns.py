@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 TITLES = {
     "gradients": "gradients",
+    "mixing": "mixing",
     "hooks_wrapped": "hooks on wrapped",
     "hooks_inner": "hooks on inner",
     "hooks_submodules": "hooks below",
@@ -17,9 +18,13 @@ TITLES = {
     "evaluation_wrapped": "eval of wrapped",
     "precision": "precision",
 }
-_UNINTERESTING = {"precision": "float32", "modes": "train"}
+_UNINTERESTING = {
+    "precision": {"float32"},
+    "modes": {"train"},
+    "mixing": {"no data parallelism", "crashed"},  # gradients says so already
+}
 
 
 def is_interesting(name: str, words: Iterable[str]) -> bool:
     """Say whether a column of verdicts has anything to say."""
-    return bool(set(words) - {"none", _UNINTERESTING.get(name, "none")})
+    return bool(set(words) - {"none"} - _UNINTERESTING.get(name, set()))

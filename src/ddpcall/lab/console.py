@@ -15,7 +15,8 @@ from rich.table import Table
 
 from ddpcall.evidence import Consequence, Environment, Evidence
 from ddpcall.lab.columns import is_interesting
-from ddpcall.verdicts import NO_DATA_PARALLELISM, explain_crash, skipped_kinds
+from ddpcall.lab.report.words import find_tone
+from ddpcall.verdicts import Verdicts, explain_crash, skipped_kinds
 
 if TYPE_CHECKING:
     from ddpcall.lab.experiment import TrialResult
@@ -23,28 +24,10 @@ if TYPE_CHECKING:
 
 PIPED_WIDTH = 220
 MAX_LABEL_WIDTH = 36  # wrapper × path stays on one line
-_COLOURS = {
-    "synced": "green",
-    "fired": "green",
-    "compiled": "green",
-    "local": "bold red",
-    "skipped": "yellow",
-    "eager": "yellow",
-    "crashed": "bold magenta",
-    "none": "dim",
-    NO_DATA_PARALLELISM: "dim",
-    "sharded": "cyan",
-    "train": "green",
-    "eval": "cyan",
-    "same": "green",
-    "differ": "bold red",
-    "differs": "bold red",
-    "identical": "yellow",
-    "different": "green",
-    "mixed": "yellow",
-}
+_COLOURS = {"good": "green", "lost": "bold red", "crash": "bold magenta", "part": "yellow", "other": "cyan"}
 # Shown where any cell has something to say: verdict to column title.
 _OPTIONAL = {
+    "mixing": "mixing",
     "compiled": "compiled",
     "modes": "mode",
     "dropout": "dropout\nmasks",
@@ -160,9 +143,8 @@ def _table(config: TrainConfig, environment: Environment, results: list[TrialRes
 def _row(result: TrialResult, several_models: bool, shown: list[str]) -> list[str]:
     evidence, verdicts = result.evidence, result.verdicts
     row = [evidence.cell.model.rsplit(".", 1)[-1]] if several_models else []
-    row += [evidence.cell.label(), _coloured(verdicts.gradients), _gradient_difference(evidence)]
-    row += [_coloured(word) for word in (verdicts.hooks_wrapped, verdicts.hooks_inner, verdicts.hooks_submodules)]
-    row += [_coloured(getattr(verdicts, name)) for name in shown]
+    row += [evidence.cell.label(), _coloured(verdicts, "gradients"), _gradient_difference(evidence)]
+    row += [_coloured(verdicts, name) for name in ("hooks_wrapped", "hooks_inner", "hooks_submodules", *shown)]
     row += [_quality(evidence.consequence), _distance(evidence.consequence)]
     met = "[bold red]NO[/]" if result.unmet else ("yes" if result.expected else "[dim]-[/]")
     return [*row, met]
@@ -172,8 +154,9 @@ def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _coloured(word: str) -> str:
-    return f"[{_COLOURS.get(word, 'none')}]{word}[/]"
+def _coloured(verdicts: Verdicts, name: str) -> str:
+    word = getattr(verdicts, name)
+    return f"[{_COLOURS.get(find_tone(name, word), 'dim')}]{word}[/]"
 
 
 def _gradient_difference(evidence: Evidence) -> str:

@@ -32,6 +32,7 @@ from ddpcall.lab.world import (
     choose_accelerator,
     open_world,
 )
+from ddpcall.probes.mixing import judge_steps
 from ddpcall.verdicts import Verdicts, explain_crash, judge, judge_skipped, list_untimed
 from ddpcall.wrappers import WITHOUT_DATA_PARALLELISM, Wrapper
 
@@ -342,6 +343,7 @@ def merge_reports(
         reducer=first.reducer,
         collectives=first.collectives,
         gradients=first.gradients,
+        mixing=None if failures else judge_steps([report.mixing for report in reports], config.steps),
         replicas=first.replicas,
         compiled=first.compiled,
         modes=first.modes,

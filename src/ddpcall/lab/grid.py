@@ -12,6 +12,7 @@ from typing import Any
 from ddpcall.evidence import Cell
 from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.schema import CellConfig, ExpectationConfig, TrainConfig
+from ddpcall.mixing import SHAPES
 from ddpcall.paths import CallPath, Mode, SyncWindow
 from ddpcall.verdicts import NO_DATA_PARALLELISM, Verdicts
 from ddpcall.wrappers import Wrapper, meaningful_paths, meaningful_windows
@@ -19,6 +20,7 @@ from ddpcall.wrappers import Wrapper, meaningful_paths, meaningful_windows
 SELECTORS = ("wrapper", "path", "window", "hooks", "mode", "model")
 VERDICT_WORDS = {
     "gradients": ("synced", "local", NO_DATA_PARALLELISM, "sharded", "none", "crashed"),
+    "mixing": (*SHAPES, NO_DATA_PARALLELISM, "none", "crashed"),
     "hooks_wrapped": ("fired", "skipped", "none"),
     "hooks_inner": ("fired", "skipped", "none"),
     "hooks_submodules": ("fired", "skipped", "none"),

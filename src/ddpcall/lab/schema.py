@@ -105,6 +105,7 @@ class ProbesConfig:
         hook_steps: The hooks probe observes this many steps and then leaves, since it is the dear one; 0: all.
             On compiled models it always stays: leaving would recompile them.
         global_hooks: Also witness hooks registered for all modules at once.
+        mixing: Measure in the last two steps whose gradients each rank's optimizer uses.
         modes: Also watch training flags, dropout, batch norm and precision; not on compiled models.
         timeline: Record what happens when in one step, after warm-up.
         accuracy_every: Test each rank's model after every so many steps, the first and the last; 0: never.
@@ -113,6 +114,7 @@ class ProbesConfig:
     enabled: bool = True
     hook_steps: int = 20
     global_hooks: bool = False
+    mixing: bool = True
     modes: bool = False
     timeline: bool = True
     accuracy_every: int = 10
@@ -136,6 +138,7 @@ class ExpectationConfig:
     mode: str | None = None
     model: str | None = None
     gradients: str | None = None
+    mixing: str | None = None
     hooks_wrapped: str | None = None
     hooks_inner: str | None = None
     hooks_submodules: str | None = None

@@ -32,6 +32,7 @@ from ddpcall.lab.held_out import Examiner
 from ddpcall.lab.models import build_model, default_loss
 from ddpcall.lab.schema import OptimizerConfig, TrainConfig
 from ddpcall.lab.world import Accelerator, World, process_group
+from ddpcall.mixing import RankSketches
 from ddpcall.paths import (
     Batch,
     CallPath,
@@ -48,6 +49,7 @@ from ddpcall.probes.collectives import CollectivesObserver, observe_collectives
 from ddpcall.probes.compiled import CompiledObserver, observe_compiled
 from ddpcall.probes.gradients import GradientsObserver, observe_gradients
 from ddpcall.probes.hooks import HooksObserver, observe_hooks
+from ddpcall.probes.mixing import MixingObserver, observe_mixing
 from ddpcall.probes.modes import ModesObserver, observe_modes
 from ddpcall.probes.reducer import ReducerObserver, observe_reducer
 from ddpcall.probes.replicas import ReplicasObserver, observe_replicas
@@ -102,6 +104,7 @@ class RankReport:
     reducer: ReducerEvidence | None = None
     collectives: CollectiveEvidence | None = None
     gradients: GradientEvidence | None = None
+    mixing: tuple[RankSketches, ...] = ()
     replicas: ReplicaEvidence | None = None
     compiled: CompiledEvidence | None = None
     modes: ModesEvidence | None = None
@@ -118,6 +121,7 @@ class _Probes:
     reducer: ReducerObserver | None = None
     collectives: CollectivesObserver | None = None
     gradients: GradientsObserver | None = None
+    mixing: MixingObserver | None = None
     replicas: ReplicasObserver | None = None
     compiled: CompiledObserver | None = None
     modes: ModesObserver | None = None
@@ -201,7 +205,7 @@ class Trial:
             if self._mode is Mode.SEEDED_BY_RANK:
                 torch.manual_seed(self._config.seed + self._world.rank)
             with ExitStack() as stack:
-                self._enter_probes(stack, subject, probe_group)
+                self._enter_probes(stack, subject, optimizer, probe_group)
                 try:
                     with subject.session():
                         self._train(subject, parameters, subject.prepare_optimizer(optimizer))
@@ -216,6 +220,7 @@ class Trial:
                 self.report.test_loss, self.report.test_accuracy = score.loss, score.accuracy
                 self._take_modes_evidence()
             self._probes.replicas = self._probes.gradients = self._probes.modes = self._probes.timeline = None
+            self._probes.mixing = None
         if self._probes.compiled is not None:
             self.report.compiled = self._probes.compiled.evidence()
 
@@ -256,7 +261,13 @@ class Trial:
         except WrapperMissing as error:
             raise WrongUse(f"wrapper={self._wrapper}: {error}") from None
 
-    def _enter_probes(self, stack: ExitStack, subject: Subject, group: dist.ProcessGroup | None) -> None:
+    def _enter_probes(
+        self,
+        stack: ExitStack,
+        subject: Subject,
+        optimizer: torch.optim.Optimizer,
+        group: dist.ProcessGroup | None,
+    ) -> None:
         if not self._observe:
             return
         probes = self._probes
@@ -268,6 +279,10 @@ class Trial:
         probes.replicas = stack.enter_context(observe_replicas(subject.inner, group, sharded))
         if self._config.probes.modes and self._wrapper not in COMPILING:
             probes.modes = stack.enter_context(observe_modes(subject, group))
+        if self._config.probes.mixing and self._world.world_size > 1:
+            # FSDP1 computes with a flat parameter, which only the wrapped object knows.
+            model = subject.wrapped if self._wrapper is Wrapper.FSDP1 else subject.inner
+            probes.mixing = stack.enter_context(observe_mixing(model, optimizer, self._config.steps))
         self._enter_hooks_probe(stack, subject)
         if self._config.probes.timeline:
             self._enter_timeline_probe(stack, subject)
@@ -331,6 +346,8 @@ class Trial:
         """Close the steps that this rank had no batch for: the probes compare as many on every rank."""
         while self._observe and self._step + 1 < self._config.steps:
             self._step += 1
+            if self._probes.mixing is not None:
+                self._probes.mixing.begin_step(self._step)
             self._observe_backward(None)
             self._end_step()
 
@@ -342,6 +359,8 @@ class Trial:
         return steps + 1 if self.cell.hooks == "late" else steps
 
     def _train_step(self, subject: Subject, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+        if self._probes.mixing is not None:
+            self._probes.mixing.begin_step(self._step)
         optimizer.zero_grad()
         parts = split_batch(self._window, batch)
         losses = []
@@ -361,6 +380,8 @@ class Trial:
         return sum(loss.item() for loss in losses)
 
     def _end_step(self) -> None:
+        if self._probes.mixing is not None:
+            self._probes.mixing.end_step(self._step)
         if self._probes.replicas is not None:
             self._probes.replicas.end_step()
         if self._probes.modes is not None:
@@ -407,6 +428,8 @@ class Trial:
         """Keep what needs no other rank, also when the trial raised."""
         if self._probes.hooks is not None:
             self.report.hooks = self._probes.hooks.evidence()
+        if self._probes.mixing is not None:
+            self.report.mixing = self._probes.mixing.records()
         if self._probes.timeline is not None:
             self.report.timeline = self._probes.timeline.latest
 

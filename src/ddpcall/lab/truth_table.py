@@ -18,8 +18,10 @@ from ddpcall.paths import SPELLING, CallPath
 from ddpcall.verdicts import NO_DATA_PARALLELISM
 from ddpcall.wrappers import Wrapper, describe_wrapper
 
-_PLAIN = {"synced", "fired", "compiled", "none", "train", "same", "float32", "different", "sharded"}
-_PLAIN.add(NO_DATA_PARALLELISM)
+_PLAIN = {
+    *("synced", "sharded", "averaged", "scaled", "transformed", NO_DATA_PARALLELISM),
+    *("fired", "compiled", "none", "train", "same", "float32", "different"),
+}
 _ALWAYS = ("gradients", "hooks_wrapped", "hooks_inner", "hooks_submodules")
 
 
@@ -33,8 +35,7 @@ def verdict_table(summary: dict[str, Any]) -> str:
     axes = ["wrapper", "path", *(axis for axis in ("window", "hooks", "mode", "model") if _varies(trials, axis))]
     verdicts = [name for name in TITLES if _tells(trials, name)]
     rows = [
-        [_axis_value(trial, axis) for axis in axes] + [_word(trial["verdicts"][v]) for v in verdicts]
-        for trial in trials
+        [_axis_value(trial, axis) for axis in axes] + [_word(trial, name) for name in verdicts] for trial in trials
     ]
     header = [*axes, *(TITLES[name] for name in verdicts)]
     return "\n".join(_line(cells) for cells in [header, ["---"] * len(header), *rows])
@@ -54,8 +55,11 @@ def _axis_value(trial: dict[str, Any], axis: str) -> str:
     return trial[axis].rsplit(".", 1)[-1] if axis == "model" else trial[axis]
 
 
-def _word(word: str) -> str:
-    return word if word in _PLAIN else f"**{word}**"
+def _word(trial: dict[str, Any], name: str) -> str:
+    word = trial["verdicts"][name]
+    # Gradients that differ from rank to rank are no good; dropout masks that do are.
+    is_plain = word in _PLAIN and (name, word) != ("mixing", "different")
+    return word if is_plain else f"**{word}**"
 
 
 def _line(cells: list[str]) -> str:
@@ -137,7 +141,7 @@ def semantics_sections(summary: dict[str, Any]) -> str:
 def _section(wrapper: str, trials: list[dict[str, Any]]) -> str:
     verdicts = [name for name in TITLES if _tells(trials, name) or name in _ALWAYS]
     header = ["path", *(TITLES[name] for name in verdicts)]
-    rows = [[trial["path"], *(_word(trial["verdicts"][name]) for name in verdicts)] for trial in trials]
+    rows = [[trial["path"], *(_word(trial, name) for name in verdicts)] for trial in trials]
     table = "\n".join(_line(cells) for cells in [header, ["---"] * len(header), *rows])
     crashes = [f"* `{trial['path']}` raises {_crash(trial)}" for trial in trials if trial["error"]]
     parts = [f"## {wrapper}", describe_wrapper(Wrapper(wrapper)), table, "\n".join(crashes)]

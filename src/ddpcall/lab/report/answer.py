@@ -33,17 +33,37 @@ _SAYS: dict[str, dict[str, tuple[str, str]]] = {
         "compiled": ("runs compiled code", "run compiled code"),
         "eager": ("runs eager", "run eager"),
     },
+    "mixing": {
+        "averaged": ("keeps the gradients synchronised", "keep the gradients synchronised"),
+        "summed": ("sums gradients without dividing", "sum gradients without dividing"),
+        "scaled": ("uses a multiple of the mean", "use a multiple of the mean"),
+        "weighted": ("does not weigh the ranks alike", "do not weigh the ranks alike"),
+        "transformed": ("changes the mean alike on all ranks", "change the mean alike on all ranks"),
+        "groups": ("averages in groups that never meet", "average in groups that never meet"),
+        "dropped": ("drops what a rank computed", "drop what a rank computed"),
+        "late": ("lets gradients arrive late", "let gradients arrive late"),
+        "partly_local": ("leaves a part of the gradients local", "leave a part of the gradients local"),
+        "different": ("gives the ranks different mixtures", "give the ranks different mixtures"),
+        "thrown_away": ("throws gradients away", "throw gradients away"),
+        "unaccounted": ("uses gradients from elsewhere", "use gradients from elsewhere"),
+        "unidentifiable": ("does not tell who learns from whom", "do not tell who learns from whom"),
+        "none": ("gives no parameter a gradient", "give no parameter a gradient"),
+        "crashed": ("crashes", "crash"),
+        NO_DATA_PARALLELISM: ("has no data parallelism", "have no data parallelism"),
+        # Last, here and below: the price that is said after it is that of these.
+        "local": ("leaves gradients local to each rank", "leave gradients local to each rank"),
+    },
+    # Where the mixing was not measured.
     "gradients": {
         "synced": ("keeps the gradients synchronised", "keep the gradients synchronised"),
         "sharded": ("trains sharded gradients", "train sharded gradients"),
         "none": ("gives no parameter a gradient", "give no parameter a gradient"),
         "crashed": ("crashes", "crash"),
         NO_DATA_PARALLELISM: ("has no data parallelism", "have no data parallelism"),
-        # Last: the price that is said after it is that of these.
         "local": ("leaves gradients local to each rank", "leave gradients local to each rank"),
     },
 }
-_SPECIAL = tuple(name for name in _SAYS if name != "gradients")
+_SPECIAL = tuple(name for name in _SAYS if name not in ("mixing", "gradients"))
 _MOST_NAMES = 3
 _MOST_SPECIAL = 2
 _LEAST_SHARE = 0.2
@@ -57,7 +77,9 @@ def answer(run: RunRecord) -> str:
     special = [clause for name in _SPECIAL if _tells_apart(name, trials) for clause in _clause(name, trials)]
     clauses = special[:_MOST_SPECIAL]
     if run.environment is None or run.environment.world_size > 1:
-        clauses += [_with_price(clause, _price(run)) for clause in _clause("gradients", trials)]
+        measured = any(trial.evidence is not None and trial.evidence.mixing is not None for trial in trials)
+        clause = _clause("mixing" if measured else "gradients", trials)
+        clauses += [_with_price(part, _price(run)) for part in clause]
     if len(special) < _MOST_SPECIAL:
         clauses += _hooks_clause(trials)
     sentence = "; ".join(clauses) or "nothing that was measured tells these ways apart"

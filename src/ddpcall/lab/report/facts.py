@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ddpcall.evidence import Evidence, HookCount, ModesEvidence
+from ddpcall.lab.report.mixing import list_facts
 from ddpcall.lab.report.records import TrialRecord
-from ddpcall.lab.report.words import format_number, format_share, plural
+from ddpcall.lab.report.words import format_number, format_share, list_names, plural
 
 Fact = tuple[str, str]
-_MOST_NAMES = 6
 _ROLES = {"hooks_wrapped": "wrapped", "hooks_inner": "inner", "hooks_submodules": "submodules"}
 
 
@@ -49,6 +49,9 @@ def collect_sections(trial: TrialRecord, names: Sequence[str]) -> tuple[Section,
 def _facts(evidence: Evidence, name: str) -> list[Fact]:
     if name == "gradients":
         return _gradients(evidence)
+    if name == "mixing":
+        mixing = evidence.mixing
+        return [("what it means", mixing.explanation), *list_facts(mixing)] if mixing is not None else []
     if name in _ROLES:
         return _hooks(evidence.hooks or (), _ROLES[name])
     if name == "compiled":
@@ -92,8 +95,7 @@ def _gradients(evidence: Evidence) -> list[Fact]:
 def _names(label: str, names: Sequence[str]) -> list[Fact]:
     if not names:
         return []
-    more = len(names) - _MOST_NAMES
-    return [(label, ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else ""))]
+    return [(label, list_names(names))]
 
 
 def _hooks(counts: Sequence[HookCount], role: str) -> list[Fact]:

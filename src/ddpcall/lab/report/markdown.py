@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from ddpcall.lab.report.compare import Comparison
+from ddpcall.lab.report.mixing import MixingPicture
 from ddpcall.lab.report.truth import TruthTable, VerdictCell
 from ddpcall.lab.report.view import ReportView, RunView
 from ddpcall.lab.report.watched import FindingView, WatchView
@@ -76,6 +77,7 @@ def _run(run: RunView) -> str:
     parts.append(_problems("What could not be read", run.problems))
     parts += ["\n".join(_failures(run))] if run.failures else []
     parts += [_truth(run.table)] if run.table else []
+    parts += ["\n\n".join(_mixing(picture) for picture in run.mixing.pictures)] if run.mixing else []
     parts += [_worths(run.worth)] if run.worth else []
     facts = dict(run.environment)
     if facts:
@@ -105,6 +107,16 @@ def _truth(table: TruthTable) -> str:
         ]
         rows.append([*coordinates, *map(_word, row.cells)])
     return _table([*table.axes, *(title for _, title in table.columns)], rows)
+
+
+def _mixing(picture: MixingPicture) -> str:
+    """Return a matrix as a table, a row a rank; backwards that are mixed differently stand side by side."""
+    rows = [
+        [f"rank {name}", *(entry.text for entry in entries)]
+        for name, entries in zip(picture.rows, picture.entries, strict=True)
+    ]
+    title = f"**{_text(picture.word)}** ({_text(picture.name)}): {_text(picture.explanation)}"
+    return f"{title}\n\n{_table(['uses of', *(f'rank {name}' for name in picture.columns)], rows)}"
 
 
 def _worths(worths: Sequence[Worth]) -> str:

@@ -15,12 +15,13 @@ from markupsafe import Markup, escape
 
 from ddpcall.findings import Severity
 from ddpcall.lab.columns import TITLES
+from ddpcall.lab.report.mixing import MixingPicture
 from ddpcall.lab.report.modes import MaskStrip
 from ddpcall.lab.report.series import Line, Plot
 from ddpcall.lab.report.timeline import Lane, Span
 from ddpcall.lab.report.truth import OverviewCell, TruthTable, VerdictCell
 from ddpcall.lab.report.view import ReportView, RunView
-from ddpcall.lab.report.words import TONE_OF, format_number, format_share, plural
+from ddpcall.lab.report.words import find_tone, format_number, format_share, plural
 from ddpcall.lab.report.worth import Worth
 from ddpcall.lab.run_directory import json_safe
 
@@ -58,6 +59,7 @@ def _environment() -> Environment:
         trim_blocks=True,
     )
     environment.filters.update(_FILTERS)
+    environment.globals.update(CELL=CELL, HEAD=HEAD)
     return environment
 
 
@@ -84,7 +86,7 @@ def collect_evidence(table: TruthTable) -> Markup:
                 s.name,
                 TITLES.get(s.name, _SECTION_TITLES.get(s.name, s.name)),
                 s.word,
-                _tone(s.word),
+                find_tone(s.name, s.word),
                 s.expected,
                 s.facts,
             )
@@ -100,15 +102,12 @@ def collect_evidence(table: TruthTable) -> Markup:
     return embed_json({"rows": rows, "sections": list(numbers)})
 
 
-def _tone(word: str) -> str:
-    return TONE_OF.get(word, "none")
-
-
 def list_sections(run: RunView) -> list[tuple[str, str]]:
     """Return anchor and name of the sections that a run has."""
     present = {
         ("failed", "Not as expected"): run.failures,
         ("table", "Truth table"): run.table,
+        ("mixing", "Who learns from whom"): run.mixing,
         ("worth", "What it costs"): run.worth,
         ("parting", "Replicas part"): run.distance or run.accuracy,
         ("timeline", "One step"): run.timelines,
@@ -228,6 +227,20 @@ def _list_or_range(values: list[str]) -> str:
     return ", ".join(values) if len(values) <= _MOST_RANKS_NAMED else f"{min(values)} to {max(values)}"
 
 
+CELL, GAP, HEAD = 44, 12, 34  # of a mixing matrix, in pixels
+
+
+def column_left(picture: MixingPicture, column: int) -> int:
+    """Return how far from the left of a picture a column begins: a gap stands before each further backward."""
+    in_block = len(picture.columns) // max(1, len(picture.blocks))
+    return HEAD + CELL * column + GAP * (column // in_block)
+
+
+def row_top(picture: MixingPicture, row: int) -> int:
+    """Return how far from the top of a picture a row begins: the backwards' names stand above."""
+    return HEAD + CELL * row + (22 if picture.blocks else 0)
+
+
 def write_masks(strip: MaskStrip) -> str:
     """Return how often the masks were the same."""
     told = [same for same in strip.same if same is not None]
@@ -257,12 +270,16 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "dots": place_dots,
     "quality": write_quality,
     "distances": write_distances,
+    "column_left": column_left,
+    "row_top": row_top,
     "masks": write_masks,
     "kept": write_kept,
     "number": format_number,
     "plural": plural,
     "evidence_data": collect_evidence,
-    "gradients_cell": lambda worth: VerdictCell("gradients", worth.gradients, _tone(worth.gradients), ""),
+    "gradients_cell": lambda worth: VerdictCell(
+        "gradients", worth.gradients, find_tone("gradients", worth.gradients), ""
+    ),
     "known_kind": lambda kind: kind if kind in _KINDS else "unknown",
     "known_severity": lambda severity: severity if severity in list(Severity) else "note",
     "severity_tone": lambda severity: _SEVERITY_TONES.get(severity, "other"),

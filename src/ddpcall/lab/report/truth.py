@@ -9,8 +9,8 @@ from ddpcall.lab.columns import TITLES, is_interesting
 from ddpcall.lab.report.facts import Section, collect_sections
 from ddpcall.lab.report.records import TrialRecord
 from ddpcall.lab.report.words import (
-    TONE_OF,
     axis_value,
+    find_tone,
     label_cell,
     spell_path,
     varying_axes,
@@ -117,7 +117,7 @@ def _row(number: int, trial: TrialRecord, axes: Sequence[str], names: Sequence[s
 def judge_cell(trial: TrialRecord, name: str) -> VerdictCell:
     """Return one verdict of a trial with its tone, and what was expected instead."""
     word = trial.verdicts.get(name, "none")
-    return VerdictCell(name, word, TONE_OF.get(word, "none"), trial.unmet.get(name, {}).get("expected", ""))
+    return VerdictCell(name, word, find_tone(name, word), trial.unmet.get(name, {}).get("expected", ""))
 
 
 def _overview(trials: Sequence[TrialRecord], axes: Sequence[str]) -> Overview | None:

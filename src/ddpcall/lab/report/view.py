@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import ddpcall
 from ddpcall.lab.report.answer import answer, status
 from ddpcall.lab.report.compare import Comparison, compare_runs, name_runs
+from ddpcall.lab.report.mixing import MixingPictures, build_pictures
 from ddpcall.lab.report.modes import Modes, build_modes
 from ddpcall.lab.report.records import RunRecord, WatchRecord
 from ddpcall.lab.report.repeat import repeat_command
@@ -34,6 +35,7 @@ class RunView:
         stacks: Rank and Python stack, where the run was cut.
         failures: Trials that are not as expected.
         table: The truth table; None where nothing was measured.
+        mixing: Who learned from whom; None where it was not measured.
         worth: What the trained models are worth.
         distance: Parameter distance between ranks by step; None where it was not measured.
         accuracy: Accuracy of each rank's model by step, one plot for each different picture.
@@ -54,6 +56,7 @@ class RunView:
     stacks: tuple[tuple[str, str], ...]
     failures: tuple[FailedExpectation, ...]
     table: TruthTable | None
+    mixing: MixingPictures | None
     worth: tuple[Worth, ...]
     distance: Plot | None
     accuracy: tuple[Plot, ...]
@@ -117,6 +120,7 @@ def view_run(run: RunRecord, name: str) -> RunView:
         stacks=tuple(sorted(run.stacks.items())),
         failures=collect_failures(run.trials),
         table=build_table(run.trials) if run.trials else None,
+        mixing=build_pictures(run.trials),
         worth=collect_worth(run),
         distance=plot_columns(
             run, "distance_to_rank0", "Distance of the farthest rank's parameters from rank 0's"

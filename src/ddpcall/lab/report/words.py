@@ -9,16 +9,24 @@ from collections.abc import Sequence
 from ddpcall.evidence import AXES, Cell
 from ddpcall.paths import SPELLING
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 # A verdict's tone decides its colour; the word itself is always printed too.
 _TONES = {
-    "good": ("synced", "fired", "compiled", "same", "train"),
-    "lost": ("local", "differ", "differs"),
+    "good": ("synced", "averaged", "fired", "compiled", "same", "train"),
+    "lost": ("local", "partly_local", "late", "groups", "dropped", "thrown_away", "differ", "differs"),
     "crash": ("crashed",),
-    "part": ("skipped", "eager", "mixed", "identical"),
-    "other": ("sharded", "eval", "different", "float32", "bfloat16", "float16", "float64"),
+    "part": ("skipped", "eager", "mixed", "identical", "summed", "weighted", "unaccounted", "unidentifiable"),
+    "other": ("sharded", "scaled", "transformed", "eval", "different", *_DTYPES),
 }
-TONE_OF = {word: tone for tone, words in _TONES.items() for word in words}
+_TONE_OF = {word: tone for tone, words in _TONES.items() for word in words}
 _MOST_NAMES = 5
+_MOST_LISTED = 6
+
+
+def find_tone(name: str, word: str) -> str:
+    """Return the tone of one verdict's word; none for words that are neither good nor bad."""
+    # Masks that differ between ranks are what dropout is for; gradients that do are not.
+    return "lost" if (name, word) == ("mixing", "different") else _TONE_OF.get(word, "none")
 
 
 def varying_axes(cells: Sequence[Cell]) -> list[str]:
@@ -77,6 +85,12 @@ def spell_path(path: str) -> str:
 def join_words(words: Sequence[str]) -> str:
     """Return `a`, `a and b`, `a, b and c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Return the names, or the first of them and how many more there are."""
+    more = len(names) - _MOST_LISTED
+    return ", ".join(names[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def plural(number: int, noun: str) -> str:

@@ -100,6 +100,33 @@ for (const field of document.querySelectorAll("input[data-filters]")) {
   });
 }
 
+// An entry of a mixing matrix says under its picture what it means; the arrows go from entry to entry.
+for (const figure of document.querySelectorAll("figure[data-mixing]")) {
+  const rows = [...figure.querySelectorAll('g[role="row"]')].map((row) => [...row.querySelectorAll('[role="gridcell"]')]);
+  const grid = rows.filter((row) => row.length);
+  const says = figure.querySelector(".says");
+  const say = (event) => {
+    const cell = event.target.closest('[role="gridcell"]');
+    if (cell) says.textContent = cell.getAttribute("aria-label");
+    return cell;
+  };
+  figure.addEventListener("pointerover", say);
+  figure.addEventListener("focusin", (event) => {
+    const cell = say(event);
+    if (!cell) return;
+    grid.flat().forEach((other) => other.setAttribute("tabindex", other === cell ? 0 : -1));
+  });
+  figure.addEventListener("keydown", (event) => {
+    const down = grid.findIndex((row) => row.includes(event.target));
+    const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Home: [0, -99], End: [0, 99] }[event.key];
+    if (down < 0 || !step) return;
+    event.preventDefault();
+    const clamp = (value, size) => Math.min(Math.max(value, 0), size - 1);
+    const row = grid[clamp(down + step[0], grid.length)];
+    row[clamp(grid[down].indexOf(event.target) + step[1], row.length)].focus();
+  });
+}
+
 // A slider and the pointer move one cursor; the values at that step stand in the key.
 for (const figure of document.querySelectorAll("figure[data-plot]")) {
   const plot = JSON.parse(figure.querySelector("script").textContent);
