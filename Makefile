@@ -8,10 +8,10 @@ IN_DOCS := replicate_bypass compile_bypass hooks_bypass sharded_bypass precision
   sync_batchnorm dropout_modes mode_mismatch jit_hooks checkpointing
 
 IN_LESSONS := hooks_bypass forward_bypass arming replicas_parting batchnorm_dropout compiled_calls sharded_calls \
-  accelerate_unwrap mode_mismatch
+  accelerate_unwrap mode_mismatch mixing_matrix
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test browser corpus check bench tables lessons semantics claims screenshot docs wheel clean
+.PHONY: help lab test browser corpus check bench tables lessons mixing semantics claims screenshot docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -59,6 +59,10 @@ lessons: $(VENV)/.lab  ## write the pages of docs/labs from fresh runs
 	for name in $(IN_LESSONS); do \
 	  $(BIN)/python launch/train.py experiment=$$name device=cpu hydra.run.dir=runs/lessons/$$name || exit 1; done
 	$(BIN)/python -m ddpcall.course.pages docs/labs $(IN_LESSONS:%=runs/lessons/%)
+
+mixing: $(VENV)/.lab  ## draw the matrices of docs/mixing_matrix.md from a fresh run
+	$(BIN)/python launch/train.py experiment=mixing_matrix device=cpu hydra.run.dir=runs/tables/mixing_matrix
+	$(BIN)/python -m ddpcall.lab.mixing_page docs/mixing_matrix.md runs/tables/mixing_matrix
 
 semantics: $(VENV)/.lab  ## write docs/semantics.md from a run of the whole truth table
 	$(BIN)/python launch/train.py experiment=truth_table device=cpu hydra.run.dir=runs/tables/truth_table

@@ -39,6 +39,7 @@ MEASURED = {
     "sharding": ["crashed", "none", "sharded"],
     "accelerate_unwrap": ["local", "bfloat16", "float32"],
     "one_rank_apart": ["synced", "same", "differs"],
+    "mixing": ["synced", "partly_local", "scaled", "groups"],
 }
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ddpcall.lab.mixing_page import IMAGES, fill_page, read_drawings
 from ddpcall.lab.perfetto import write_trace
 from ddpcall.lab.truth_table import replace_table, verdict_table
 from tests.ranks.lab_process import ROOT, Run, run_lab
@@ -195,6 +196,51 @@ def test_arming_decides_not_the_attribute(tmp_path):
         ("inner_call", "no_sync_both"): "local",
     }
     assert all(record["collectives"]["agrees"] for record in run.records("evidence.jsonl"))
+
+
+def test_ten_ways_to_mix_are_told_apart_and_drawn(tmp_path):
+    run = run_lab(tmp_path, "experiment=mixing_matrix", "tensorboard=false")
+    assert run.code == 0, run.out + run.err
+    records = {(r["cell"]["wrapper"], r["cell"]["window"]): r for r in run.records("evidence.jsonl")}
+    matrices = {key: r["mixing"]["matrix"] for key, r in records.items()}
+    own = [[float(i == j) for j in range(4)] for i in range(4)]
+    halves = [[0.5 * (i // 2 == j // 2) for j in range(4)] for i in range(4)]
+    expected = {
+        ("ddp", "plain"): [[0.25] * 4] * 4,
+        ("ddp_summed", "plain"): [[1.0] * 4] * 4,
+        ("ddp_groups", "plain"): halves,
+        ("ddp_dropped_rank", "plain"): [[0.25, 0.25, 0.25, 0]] * 4,
+        ("ddp_join_uneven", "plain"): [[0.25] * 3] * 3,
+        ("ddp", "no_sync_last_micro_batch"): [[0.25] * 4 + row for row in own],
+        ("fsdp2_hybrid_inner", "plain"): halves,
+        ("local_sgd", "plain"): own,
+        ("ddp_ring", "plain"): [[1 / 3 * ((i - j) % 4 != 2) for j in range(4)] for i in range(4)],
+    }
+    for key, matrix in expected.items():
+        measured = [value for row in matrices[key] for value in row]
+        assert measured == pytest.approx([value for row in matrix for value in row], abs=1e-5), key
+    powersgd = records["ddp_powersgd", "plain"]["mixing"]
+    assert set(powersgd["by_parameter"]) == {"transformed", "averaged"}
+    assert all(name.endswith("weight") for name in powersgd["by_parameter"]["transformed"])
+    # The gradients probe cannot tell six of them apart.
+    verdicts = [(trial["verdicts"]["gradients"], trial["verdicts"]["mixing"]) for trial in run.summary()["trials"]]
+    assert {mixing for gradients, mixing in verdicts if gradients == "synced"} == {
+        "averaged",
+        "summed",
+        "dropped",
+        "scaled",
+        "transformed",
+    }
+    assert_drawn(run)
+
+
+def assert_drawn(run: Run) -> None:
+    """The images of docs/mixing_matrix.md, and their descriptions, are those that this run would write."""
+    page = ROOT / "docs" / "mixing_matrix.md"
+    drawings = read_drawings(run.only_run())
+    assert page.read_text() == fill_page(page.read_text(), drawings), "stale: write `make mixing`"
+    images = {path.stem: path.read_text() for path in (page.parent / IMAGES).iterdir()}
+    assert images == {name: drawing.svg for name, drawing in drawings.items()}, "stale: write `make mixing`"
 
 
 def test_replicate_loses_synchronisation_on_forward_alone(tmp_path):

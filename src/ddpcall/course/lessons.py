@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ddpcall.course.lesson import Choice, Lesson, Question, compare_accuracy, compare_replicas, trains, verdict
+from ddpcall.course.mixing_lesson import MIXING
 from ddpcall.course.sources import Source
 
 _MODULE = "torch.nn.modules.module"
@@ -528,6 +529,7 @@ LESSONS = (
             "Which other settings of a rank travel with no collective? Make a list, and check it against DC203.",
         ),
     ),
+    MIXING,
 )
 
 

@@ -19,8 +19,7 @@ from ddpcall.course.run import Answer, Run, list_contradictions, train_command
 from ddpcall.course.show import dimmed, show_bullet, styled, text_width
 from ddpcall.course.sources import Source, locate
 
-_GOOD = {"synced", "fired", "compiled", "train", "same", "different", "sharded", "bfloat16"}
-_BAD = {"local", "crashed", "differs"}
+_STYLES = {"good": "green", "other": "green", "lost": "bold red", "crash": "bold red"}
 MOST_MESSAGE = 160  # characters of a crash's message
 
 
@@ -106,8 +105,10 @@ def _cell(trial: dict[str, Any], column: str) -> Text:
     if column == "distance":
         shown = consequence and consequence["distance"]
         return Text(f"{max(shown):.2g}" if shown else "-")
+    from ddpcall.lab.report.words import find_tone  # imports torch: after the questions were asked
+
     word = trial["verdicts"][column]
-    return Text(word, style="green" if word in _GOOD else "bold red" if word in _BAD else "yellow")
+    return Text(word, style=_STYLES.get(find_tone(column, word), "yellow"))
 
 
 def _relative(run: Run) -> str:
