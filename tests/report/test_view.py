@@ -9,6 +9,7 @@ import pytest
 from ddpcall.evidence import Cell, Environment, Skipped, TimelineEvent
 from ddpcall.lab.report.compare import compare_runs, name_runs
 from ddpcall.lab.report.load import load
+from ddpcall.lab.report.load_watch import load_watch
 from ddpcall.lab.report.page import to_json
 from ddpcall.lab.report.records import (
     RunRecord,
@@ -266,3 +267,18 @@ def test_a_watch_that_found_nothing_says_so(tmp_path):
     record = load(make_findings(tmp_path / "findings.json"))
     assert isinstance(record, WatchRecord)
     assert view_watch(record).answer == "The watch found nothing."
+
+
+@pytest.mark.parametrize(
+    ("steps", "start"),
+    [
+        (30, "The watch found nothing. Watched: 1 DDP model, 30 steps"),
+        (0, "No answer: nothing could be found out"),
+    ],
+)
+def test_a_watch_that_saw_too_little_is_no_green_page(tmp_path, steps, start):
+    watched = {"attached": True, "ranks": [0, 1], "world_size": 2, "optimizer_steps": steps, "ended": True}
+    watched |= {"models": [{"name": "Net", "wrapper": "ddp", "steps": steps}], "process_group": 2}
+    file = tmp_path / "f.json"
+    file.write_text(json.dumps({"schema": 1, "watched": watched, "findings": []}))
+    assert view_watch(load_watch(file)).answer.startswith(start)

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "sketch": INTERNALS,
     "mixing": INTERNALS | {"taps", "replicas", "sketch"},
     "probes": MIDDLE,
-    "lab": MIDDLE | {"lab"},
+    "lab": MIDDLE | {"lab", "watch"},
     "watch": MIDDLE | {"watch"},
     "course": MIDDLE | {"lab", "watch", "course", "ddpcall"},
     "asserts": MIDDLE,

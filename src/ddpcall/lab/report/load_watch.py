@@ -8,6 +8,7 @@ from pathlib import Path
 from ddpcall.findings import Finding
 from ddpcall.lab.report.records import Excerpt, SourceLine, WatchRecord
 from ddpcall.lab.report.typed import Misfit, NothingToShow, describe_error, read_record
+from ddpcall.watch.watched import Watched, read_watched
 
 FINDINGS_SCHEMA = 1
 CONTEXT_LINES = 3
@@ -44,7 +45,17 @@ def load_watch(path: Path) -> WatchRecord:
         path=path,
         findings=tuple((finding, read_excerpt(finding, written, path.parent)) for finding in findings),
         problems=tuple(problems),
+        watched=_read_watched(content.get("watched")),
     )
+
+
+def _read_watched(record: object) -> Watched | None:
+    if not isinstance(record, dict):
+        return None
+    try:
+        return read_watched(record)
+    except (TypeError, ValueError, AttributeError):  # not as the watch writes it
+        return None
 
 
 def read_excerpt(finding: Finding, written: float, beside: Path) -> Excerpt:

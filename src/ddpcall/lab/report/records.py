@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Skipped, TimelineEvent
 from ddpcall.findings import Finding
+from ddpcall.watch.watched import Watched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +167,10 @@ class WatchRecord:
         path: The JSON file.
         findings: Each with its excerpt.
         problems: What could not be read, a sentence each.
+        watched: What the watch saw; None in a file of an earlier version.
     """
 
     path: Path
     findings: tuple[tuple[Finding, Excerpt], ...] = ()
     problems: tuple[str, ...] = ()
+    watched: Watched | None = None

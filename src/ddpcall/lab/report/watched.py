@@ -9,6 +9,7 @@ from pathlib import Path
 from ddpcall.findings import CATALOGUE, Finding, Rule, Severity
 from ddpcall.lab.report.records import Excerpt, WatchRecord
 from ddpcall.lab.report.words import code, plural
+from ddpcall.watch.watched import Watched, weigh
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def view_watch(record: WatchRecord) -> WatchView:
     findings = tuple(_view(finding, excerpt) for finding, excerpt in ordered)
     counts = [(str(s), sum(f.finding.severity == s for f in findings)) for s in reversed(list(Severity))]
     shown = tuple((severity, number) for severity, number in sorted(counts, key=lambda c: -_rank(c[0])) if number)
-    return WatchView(str(record.path), _answer(findings, shown), shown, findings, record.problems)
+    return WatchView(str(record.path), _answer(findings, shown, record.watched), shown, findings, record.problems)
 
 
 def _rank(severity: str) -> int:
@@ -83,11 +84,17 @@ def _shorten(file: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
 
 
-def _answer(findings: Sequence[FindingView], counts: Sequence[tuple[str, int]]) -> str:
+def _answer(
+    findings: Sequence[FindingView], counts: Sequence[tuple[str, int]], watched: Watched | None = None
+) -> str:
+    answer = None if watched is None else weigh(watched)
+    if not findings and answer is not None and not answer.is_evidence:
+        return f"No answer: {answer.start}{answer.text}."
+    told = "" if answer is None else f" Watched: {answer.text}."
     if not findings:
-        return "The watch found nothing."
+        return f"The watch found nothing.{told}"
     number = ", ".join(plural(count, severity) for severity, count in counts) or plural(len(findings), "finding")
     worst = findings[0]
     title = worst.rule.title if worst.rule else worst.finding.name
     link = ": " if len(findings) == 1 else "; the worst: "
-    return f"{number}{link}{title[:1].lower()}{title[1:]}, at {code(worst.place)}."
+    return f"{number}{link}{title[:1].lower()}{title[1:]}, at {code(worst.place)}.{told}"
