@@ -28,18 +28,15 @@ def drop_last_rank(_: object, bucket: dist.GradBucket) -> Reduced:
 
 
 def average_with_neighbors(_: object, bucket: dist.GradBucket) -> Reduced:
-    """Average with the rank before and the rank after, on a ring."""
+    """Average with the rank before and the rank after, on a ring.
+
+    Every rank's gradients go to all of them, since gloo sends no CUDA tensors from one rank to another.
+    """
     rank, num_ranks, own = dist.get_rank(), dist.get_world_size(), bucket.buffer()
-    neighbors = [(rank - 1) % num_ranks, (rank + 1) % num_ranks] if num_ranks > 1 else []
-    received = [torch.empty_like(own) for _ in neighbors]
-    # In opposite order: with two ranks both neighbors are the same one, and the n-th send meets the n-th receive.
-    sends = [dist.P2POp(dist.isend, own, peer) for peer in reversed(neighbors)]
-    receives = [dist.P2POp(dist.irecv, part, peer) for part, peer in zip(received, neighbors, strict=True)]
-    for request in dist.batch_isend_irecv(sends + receives) if neighbors else ():
-        request.wait()
-    reduced: Reduced = torch.futures.Future()
-    reduced.set_result(torch.stack([own, *received]).mean(dim=0))
-    return reduced
+    neighbors = [(rank + step) % num_ranks for step in (-1, 0, 1)]
+    rows = own.new_zeros(num_ranks, own.numel())
+    rows[rank] = own
+    return _all_reduce(rows).then(lambda future: future.value()[neighbors].mean(dim=0))
 
 
 def _all_reduce(buffer: Tensor) -> Reduced:

@@ -99,7 +99,7 @@ UNEVEN_INPUTS = frozenset({Wrapper.DDP_JOIN_UNEVEN})
 # These reduce without DDP's C++ reducer, or by other means than all-reduces over all ranks: the taps on that one
 # say nothing about them.
 OWN_REDUCER = frozenset({
-    Wrapper.DDP_GROUPS, Wrapper.DDP_RING, Wrapper.LOCAL_SGD, Wrapper.DDP_PYTHON_REDUCER,
+    Wrapper.DDP_GROUPS, Wrapper.LOCAL_SGD, Wrapper.DDP_PYTHON_REDUCER,
     Wrapper.REPLICATE_WITH_FSDP, Wrapper.FSDP1, Wrapper.FSDP2, Wrapper.FSDP2_LAYERS, Wrapper.FSDP2_REGISTERED,
     Wrapper.FSDP2_HYBRID_INNER, Wrapper.TP,
 })  # fmt: skip
