@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ddpcall.mixing.matrix import measure_matrix
-from ddpcall.mixing.parameters import Parameter, gather_parameters, join_parameters
+from ddpcall.mixing.matrix import know_nothing, measure_matrix
+from ddpcall.mixing.parameters import Parameter, find_unshared, gather_parameters, join_parameters
 from ddpcall.mixing.record import FOREIGN, NO_GRADIENT, NOT_FINITE, PRESENT, UNREAD, RankSketches
 from ddpcall.mixing.result import Mixing, name_some
 from ddpcall.mixing.shapes import MIN_ELEMENTS, TOO_FEW, TOO_SMALL, Batch, Verdict, judge
@@ -52,19 +52,18 @@ def judge_records(records: Sequence[RankSketches]) -> Mixing:
     _judge_pools(parameters)
     ranks = tuple(record.rank for record in stepped)
     mixing = _put_together(parameters, ranks)
-    missing = sorted({record.rank for record in records} - set(ranks))
-    if missing:
-        extra = f"ranks {', '.join(map(str, missing))} took no step and are not compared"
-        mixing = replace(mixing, reason="; ".join(filter(None, [mixing.reason, extra])))
-    return mixing
+    extra = [mixing.reason] if mixing.reason else []
+    if missing := sorted({record.rank for record in records} - set(ranks)):
+        extra.append(f"ranks {', '.join(map(str, missing))} took no step and are not compared")
+    if elsewhere := find_unshared(stepped):
+        extra.append(f"on some ranks alone, and not compared: {name_some(elsewhere)}")
+    return replace(mixing, reason="; ".join(extra))
 
 
 def _give_up(reason: str, records: Sequence[RankSketches]) -> Mixing:
     ranks = tuple(record.rank for record in records)
-    size = len(ranks)
-    columns = tuple((rank, 0) for rank in ranks)
-    nothing = np.full((size, size), math.nan)
-    return Mixing(nothing, columns, math.nan, (math.nan,) * size, "unidentifiable", {}, reason, size, ranks)
+    matrix, columns, residual = know_nothing(ranks)
+    return Mixing(matrix, columns, math.nan, residual, "unidentifiable", {}, reason, len(ranks), ranks)
 
 
 def _is_settled(parameter: Parameter) -> bool:

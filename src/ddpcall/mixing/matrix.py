@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,46 +11,76 @@ import numpy as np
 from ddpcall.mixing.parameters import Parameter, join_parameters, rows_agree
 from ddpcall.mixing.shapes import solve
 
+Measured = tuple[np.ndarray, tuple[tuple[int, int], ...], tuple[float, ...]]
+"""The matrix, its columns, and what is left by rank."""
 
-def measure_matrix(
-    parameters: Sequence[Parameter], ranks: tuple[int, ...]
-) -> tuple[np.ndarray, tuple[tuple[int, int], ...], tuple[float, ...]]:
+_MAX_SOLVED = 512
+
+
+def measure_matrix(parameters: Sequence[Parameter], ranks: tuple[int, ...]) -> Measured:
     """Solve for the matrix of parameters that were mixed alike, all their sketches side by side.
 
-    Returns:
-        The matrix, its columns, and what is left by rank. Backwards that are mixed alike are one column.
+    Where there are more unknowns than half the numbers, or too many to solve for, the entries are those of the
+    hypothesis that the parameters passed. Backwards that are mixed alike are one column.
     """
-    num_ranks = len(ranks)
     layouts: dict[tuple[Any, ...], list[Parameter]] = {}
     for parameter in parameters:
         if parameter.own.shape[1]:
             layouts.setdefault(parameter.layout(), []).append(parameter)
     if not layouts:
-        return (
-            np.full((num_ranks, num_ranks), math.nan),
-            tuple((rank, 0) for rank in ranks),
-            (math.nan,) * num_ranks,
-        )
+        return know_nothing(ranks)
     members = max(layouts.values(), key=lambda group: sum(p.numel for p in group))
     pool = join_parameters(members)
-    use_earlier = bool(pool.earlier.size) and members[0].verdict.shape in ("late", "different", "transformed")
-    blocks = [pool.own[:, k] for k in range(pool.own.shape[1])]
-    labels = [[k] for k in range(len(blocks))]
-    if use_earlier:
-        blocks = [pool.earlier[:, k] for k in range(pool.earlier.shape[1])] + blocks
-        labels = [[k - pool.earlier.shape[1]] for k in range(pool.earlier.shape[1])] + labels
-    matrix, errors, residual = _solve_blocks(blocks, pool)
-    merged = _merge_alike(matrix, errors, num_ranks, [label[0] for label in labels])
-    if len(merged) < len(blocks):
-        joined = [np.sum([blocks[k] for k in group], axis=0) for group in merged]
+    blocks = {k: pool.own[:, k] for k in range(pool.own.shape[1])}
+    if pool.earlier.size and members[0].verdict.shape in ("late", "different", "transformed"):
+        num_earlier = pool.earlier.shape[1]
+        blocks = {k - num_earlier: pool.earlier[:, k] for k in range(num_earlier)} | blocks
+    num_columns = len(blocks) * len(ranks)
+    num_filled = int((np.abs(pool.own).max(axis=(0, 1)) > 0).sum())
+    if num_columns > _MAX_SOLVED or 2 * num_columns > num_filled:
+        return _build_from_verdict(members, ranks)
+    return _solve_merged(blocks, pool, ranks)
+
+
+def know_nothing(ranks: tuple[int, ...]) -> Measured:
+    """Return a matrix without any entry."""
+    size = len(ranks)
+    return np.full((size, size), math.nan), tuple((rank, 0) for rank in ranks), (math.nan,) * size
+
+
+def _build_from_verdict(members: Sequence[Parameter], ranks: tuple[int, ...]) -> Measured:
+    """Return the matrix of the hypothesis that was tested, with the largest residual of the parameters."""
+    size = len(ranks)
+    verdict = max(members, key=lambda member: member.numel).verdict
+    match verdict.shape:
+        case "averaged" | "summed" | "scaled":
+            matrix = np.full((size, size), verdict.scale / size)
+        case "local":
+            matrix = np.eye(size) * verdict.scale
+        case "groups":
+            matrix = np.zeros((size, size))
+            for group in verdict.groups:
+                matrix[np.ix_(group, group)] = verdict.scale / len(group)
+        case _:
+            return know_nothing(ranks)
+    residual = np.max([member.verdict.residual for member in members], axis=0)
+    return matrix, tuple((rank, 0) for rank in ranks), tuple(float(value) for value in residual)
+
+
+def _solve_merged(blocks: Mapping[int, np.ndarray], pool: Parameter, ranks: tuple[int, ...]) -> Measured:
+    labels = list(blocks)
+    matrix, errors, residual = _solve_blocks(list(blocks.values()), pool)
+    merged = _merge_alike(matrix, errors, len(ranks), labels)
+    if len(merged) < len(labels):
+        joined = [np.sum([blocks[labels[k]] for k in group], axis=0) for group in merged]
         again = _solve_blocks(joined, pool)
         if (again[2] <= np.maximum(2 * residual, 5 * pool.eta)).all():
-            (matrix, errors, residual), blocks = again, joined
+            matrix, errors, residual = again
             labels = [labels[group[0]] for group in merged]
-    limit = 1 / (4 * num_ranks)
+    mean_entry = np.nansum(np.abs(matrix), axis=1).mean() / matrix.shape[1]
     with np.errstate(invalid="ignore"):
-        matrix = np.where(5 * errors > max(limit, limit * np.nanmax(np.abs(matrix), initial=0)), math.nan, matrix)
-    columns = tuple((rank, label[0]) for label in labels for rank in ranks)
+        matrix = np.where(5 * errors > mean_entry / 4, math.nan, matrix)
+    columns = tuple((rank, label) for label in labels for rank in ranks)
     return matrix, columns, tuple(float(value) for value in residual)
 
 

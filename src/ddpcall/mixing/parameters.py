@@ -38,13 +38,48 @@ class Parameter:
         return (self.own.shape[1], self.earlier.shape[1], bool(self.carry.any()), self.captured)
 
 
+Own = dict[int, tuple[np.ndarray, np.ndarray | None]]
+"""One rank's own gradients of one parameter, by backward: as its hooks left them, and ahead of them."""
+
+
+@dataclass(frozen=True)
+class _RankView:
+    """One rank's record, looked up by name."""
+
+    record: RankSketches
+    index: dict[str, int]
+    own: list[Own]
+    captured: list[set[int]]
+
+    @staticmethod
+    def of(record: RankSketches) -> _RankView:
+        last: list[dict[int, np.ndarray]] = [{} for _ in record.names]
+        first: list[dict[int, np.ndarray]] = [{} for _ in record.names]
+        captured: list[set[int]] = [set() for _ in record.names]
+        for row, column in zip(record.own, record.columns, strict=True):
+            (first if column.first else last)[column.parameter][column.backward] = row
+            if column.captured:
+                captured[column.parameter].add(column.backward)
+        own: list[Own] = [
+            {backward: (row, ahead.get(backward)) for backward, row in rows.items()}
+            for rows, ahead in zip(last, first, strict=True)
+        ]
+        return _RankView(record, {name: i for i, name in enumerate(record.names)}, own, captured)
+
+
+def find_unshared(records: Sequence[RankSketches]) -> list[str]:
+    """Return the parameters that some ranks have and others do not."""
+    sets = [set(record.names) for record in records]
+    return sorted(set.union(*sets) - set.intersection(*sets))
+
+
 def gather_parameters(records: Sequence[RankSketches]) -> list[Parameter]:
     """Put the ranks' parts of every parameter together; `records` are those of ranks that took a step."""
-    by_rank = {record.rank: record for record in records}
-    indices = {record.rank: {name: i for i, name in enumerate(record.names)} for record in records}
-    names = dict.fromkeys(name for record in records for name in record.names)
+    views = {record.rank: _RankView.of(record) for record in records}
+    unshared = set(find_unshared(records))
     one_replica = _computes_one_replica(records)
-    return [parameter for name in names if (parameter := _gather(name, by_rank, indices, one_replica)) is not None]
+    names = [name for name in records[0].names if name not in unshared]
+    return [parameter for name in names if (parameter := _gather(name, views, one_replica)) is not None]
 
 
 def _computes_one_replica(records: Sequence[RankSketches]) -> bool:
@@ -53,68 +88,47 @@ def _computes_one_replica(records: Sequence[RankSketches]) -> bool:
     return any(set(unit) >= ranks for record in records for unit in record.own_unit)
 
 
-def _gather(
-    name: str,
-    by_rank: Mapping[int, RankSketches],
-    indices: Mapping[int, Mapping[str, int]],
-    one_replica: bool,
-) -> Parameter | None:
-    ranks = list(by_rank)
-    present = [rank for rank in ranks if name in indices[rank]]
-    if len(present) < len(ranks):
-        return None
-
-    def index(rank: int) -> int:
-        return indices[rank][name]
-
-    states = tuple(by_rank[rank].states[index(rank)] for rank in ranks)
+def _gather(name: str, views: Mapping[int, _RankView], one_replica: bool) -> Parameter | None:
+    ranks = list(views)
+    at = {rank: view.index[name] for rank, view in views.items()}
+    states = tuple(views[rank].record.states[at[rank]] for rank in ranks)
     if all(state == UNREAD for state in states):
         return None
+    own_of = {rank: views[rank].own[at[rank]] for rank in ranks}
+    ahead = _is_reduced_in_hooks(list(own_of.values()))
     used, carry, own, earlier = [], [], [], []
-    captured: set[int] = set()
-    own_of = {rank: _own_columns(by_rank[rank], index(rank), captured) for rank in ranks}
-    first_needed = _is_reduced_in_hooks(list(own_of.values()))
     for rank in ranks:
-        record, i = by_rank[rank], index(rank)
-        parts = [part for part in record.used_parts[i] or (rank,) if part in by_rank]
-        used.append(sum(by_rank[part].used[index(part)] for part in parts))
-        carry.append(sum(by_rank[part].carry[index(part)] for part in parts))
+        record, i = views[rank].record, at[rank]
+        parts = [part for part in record.used_parts[i] or (rank,) if part in views]
+        used.append(sum(views[part].record.used[at[part]] for part in parts))
+        carry.append(sum(views[part].record.carry[at[part]] for part in parts))
         own_parts = record.own_parts[i] if one_replica else record.own_sum[i]
-        whole: dict[int, np.ndarray] = {}
-        for part in own_parts or (rank,):
-            for backward, (last, first) in own_of.get(part, {}).items():
-                row = first if first_needed and first is not None else last
-                whole[backward] = whole.get(backward, 0.0) + row
+        whole = _add_parts([own_of.get(part, {}) for part in own_parts or (rank,)], ahead)
         own.append({backward: row for backward, row in whole.items() if backward >= 0})
         earlier.append({backward: row for backward, row in whole.items() if backward < 0})
-    buckets = by_rank[ranks[0]].used.shape[1]
-    first_rank = by_rank[ranks[0]]
-    eta = max(find_eta(by_rank[rank].dtypes[index(rank)], len(ranks)) for rank in ranks)
+    first = views[ranks[0]].record
     return Parameter(
-        name,
-        first_rank.numel[index(ranks[0])],
-        eta,
-        np.stack(used),
-        _stack_columns(own, buckets),
-        _stack_columns(earlier, buckets),
-        np.stack(carry),
-        frozenset(captured),
-        _judge_weights(name, by_rank, indices),
-        states,
+        name=name,
+        numel=first.numel[at[ranks[0]]],
+        eta=max(find_eta(views[rank].record.dtypes[at[rank]], len(ranks)) for rank in ranks),
+        used=np.stack(used),
+        own=_stack_columns(own, first.used.shape[1]),
+        earlier=_stack_columns(earlier, first.used.shape[1]),
+        carry=np.stack(carry),
+        captured=frozenset().union(*(views[rank].captured[at[rank]] for rank in ranks)),
+        weights=_judge_weights(views, at),
+        states=states,
     )
 
 
-def _own_columns(
-    record: RankSketches, index: int, captured: set[int]
-) -> dict[int, tuple[np.ndarray, np.ndarray | None]]:
-    last: dict[int, np.ndarray] = {}
-    first: dict[int, np.ndarray] = {}
-    for row, column in zip(record.own, record.columns, strict=True):
-        if column.parameter == index:
-            (first if column.first else last)[column.backward] = row
-            if column.captured:
-                captured.add(column.backward)
-    return {backward: (row, first.get(backward)) for backward, row in last.items()}
+def _add_parts(parts: Sequence[Own], ahead: bool) -> dict[int, np.ndarray]:
+    """Add up what several ranks computed of one gradient, by backward."""
+    whole: dict[int, np.ndarray] = {}
+    for part in parts:
+        for backward, (last, first) in part.items():
+            row = first if ahead and first is not None else last
+            whole[backward] = whole[backward] + row if backward in whole else row
+    return whole
 
 
 def _is_reduced_in_hooks(own: Sequence[Mapping[int, tuple[np.ndarray, np.ndarray | None]]]) -> bool:
@@ -140,23 +154,19 @@ def _stack_columns(rows: Sequence[Mapping[int, np.ndarray]], buckets: int) -> np
     return np.array([[row.get(key, empty) for key in keys] for row in rows]).reshape(len(rows), len(keys), buckets)
 
 
-def _judge_weights(
-    name: str, by_rank: Mapping[int, RankSketches], indices: Mapping[int, Mapping[str, int]]
-) -> str:
+def _judge_weights(views: Mapping[int, _RankView], at: Mapping[int, int]) -> str:
+    """Say what became of the replicas: equal, parted (equal before the step alone), or different already."""
     wholes = []
-    for rank, record in by_rank.items():
-        i = indices[rank][name]
-        parts = [part for part in record.weight_parts[i] or (rank,) if part in by_rank]
-        wholes.append(
-            tuple(
-                tuple(int(getattr(by_rank[part], when)[indices[part][name]]) for part in parts)
-                for when in ("before", "after")
-            )
+    for rank, view in views.items():
+        parts = [part for part in view.record.weight_parts[at[rank]] or (rank,) if part in views]
+        before, after = (
+            tuple(int(getattr(views[part].record, when)[at[part]]) for part in parts)
+            for when in ("before", "after")
         )
-    before, after = ({whole[when] for whole in wholes} for when in (0, 1))
-    if len(before) > 1:
+        wholes.append((before, after))
+    if len({before for before, _ in wholes}) > 1:
         return "different"
-    return "equal" if len(after) == 1 and wholes else "parted"
+    return "equal" if len({after for _, after in wholes}) == 1 else "parted"
 
 
 def join_parameters(members: Sequence[Parameter]) -> Parameter:
