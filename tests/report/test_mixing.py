@@ -5,11 +5,15 @@ import re
 
 import pytest
 
+from ddpcall.evidence import Cell
+from ddpcall.lab.report.facts import collect_sections
 from ddpcall.lab.report.load import load
 from ddpcall.lab.report.markdown import render_markdown
+from ddpcall.lab.report.mixing import build_pictures
 from ddpcall.lab.report.page import render_page
+from ddpcall.lab.report.records import TrialRecord
 from ddpcall.lab.report.view import build_view
-from tests.report.made import make_mixing, make_run
+from tests.report.made import make_evidence, make_mixing, make_run
 
 MEAN = [[0.5, 0.5], [0.5, 0.5]]
 OWN = [[1.0, 1e-9], [-1e-9, 1.0]]
@@ -99,6 +103,19 @@ def test_a_run_without_the_probe_has_no_such_section(tmp_path):
     view = view_of(tmp_path, {})
     assert view.runs[0].mixing is None
     assert "Who learns from whom" not in render_page(view)
+
+
+def test_nothing_is_drawn_or_blamed_where_there_is_no_data_parallelism():
+    cell = Cell(wrapper="none", path="call")
+    evidence = dataclasses.replace(
+        make_evidence(cell), mixing=make_mixing(OWN, "local"), data_parallel=False, gradients=None
+    )
+    trial = TrialRecord(cell=cell, verdicts={"mixing": "no data parallelism"}, evidence=evidence)
+    assert build_pictures([trial]) is None
+    (section,) = [section for section in collect_sections(trial, ["mixing"]) if section.name == "mixing"]
+    assert [label for label, _ in section.facts] == ["what it means"]
+    assert "nothing to lose" in section.facts[0][1]
+    assert build_pictures([dataclasses.replace(trial, verdicts={"mixing": "local"})]) is not None
 
 
 def test_markdown_has_the_matrix_as_a_table(tmp_path):

@@ -9,6 +9,7 @@ from ddpcall.evidence import Evidence, HookCount, ModesEvidence
 from ddpcall.lab.report.mixing import list_facts
 from ddpcall.lab.report.records import TrialRecord
 from ddpcall.lab.report.words import format_number, format_share, list_names, plural
+from ddpcall.verdicts import NO_DATA_PARALLELISM, judge_mixing
 
 Fact = tuple[str, str]
 _ROLES = {"hooks_wrapped": "wrapped", "hooks_inner": "inner", "hooks_submodules": "submodules"}
@@ -50,13 +51,19 @@ def _facts(evidence: Evidence, name: str) -> list[Fact]:
     if name == "gradients":
         return _gradients(evidence)
     if name == "mixing":
-        mixing = evidence.mixing
-        return [("what it means", mixing.explanation), *list_facts(mixing)] if mixing is not None else []
+        return _mixing(evidence)
     if name in _ROLES:
         return _hooks(evidence.hooks or (), _ROLES[name])
     if name == "compiled":
         return _compiled(evidence)
     return _modes(evidence, name)
+
+
+def _mixing(evidence: Evidence) -> list[Fact]:
+    if judge_mixing(evidence) == NO_DATA_PARALLELISM:
+        return [("what it means", "Nothing in this wrapper joins what the ranks learn: there is nothing to lose.")]
+    mixing = evidence.mixing
+    return [("what it means", mixing.explanation), *list_facts(mixing)] if mixing is not None else []
 
 
 def _gradients(evidence: Evidence) -> list[Fact]:

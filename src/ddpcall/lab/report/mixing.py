@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ddpcall.evidence import Cell, MixingEvidence
 from ddpcall.lab.report.records import TrialRecord
 from ddpcall.lab.report.words import find_tone, format_number, label_cell, label_group, list_names, varying_axes
+from ddpcall.verdicts import NO_DATA_PARALLELISM
 
 MOST_RANKS = 16
 _MOST_PICTURES = 24
@@ -80,12 +81,16 @@ class _Matrix:
 
 
 def build_pictures(trials: Sequence[TrialRecord]) -> MixingPictures | None:
-    """Return a picture for each different matrix, in order of first appearance; None where none was measured."""
+    """Return a picture for each different matrix, in order of first appearance; None where none was measured.
+
+    Trials without data parallelism have none: they have no reduction that a matrix could show.
+    """
     groups: dict[tuple[str, _Matrix], list[TrialRecord]] = {}
     for trial in trials:
         mixing = trial.evidence.mixing if trial.evidence is not None else None
-        if mixing is not None and _can_be_drawn(mixing):
-            groups.setdefault((trial.verdicts.get("mixing", "none"), _draw(mixing)), []).append(trial)
+        word = trial.verdicts.get("mixing", "none")
+        if mixing is not None and word != NO_DATA_PARALLELISM and _can_be_drawn(mixing):
+            groups.setdefault((word, _draw(mixing)), []).append(trial)
     if not groups:
         return None
     cells = [trial.cell for trial in trials]
