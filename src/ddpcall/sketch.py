@@ -9,9 +9,9 @@ scaled blocks are added up into one tile, and the tile is put into the buckets b
 tensor costs one matrix-vector product, which reads each element once, and one short sum. Weights are random in
 sign and in size (0.75 to 1.25 before scaling), so that two exchanged elements in one bucket show.
 
-Cost: about that of `Tensor.sum` for contiguous float32 tensors. Memory that is not in logical order is copied in
-pieces of `_CHUNK` elements. A shard of another dim than the first is put into rows of zeros in such pieces, so it
-costs as much as the whole tensor would.
+Cost: about that of `Tensor.sum` for contiguous float32 tensors; 3 times it for 16-bit ones, which are converted in
+pieces. Memory that is not in logical order is copied in pieces of `_CHUNK` elements, at the price of such copies.
+A shard of another dim than the first is put into rows of zeros in such pieces: it costs what the whole would.
 """
 
 from __future__ import annotations
@@ -255,21 +255,24 @@ class _Accumulator:
 
     def _add_within(self, flat: Tensor, block: int, place: int) -> None:
         """Add elements of one block."""
-        [weight] = _block_weights(self._seed, block, 1)
+        weight = _block_weight(self._seed, block)
         places = slice(place, place + flat.numel())
         if flat.numel() < _SHORT:
             values = flat.to(torch.float64) * self._weights[places]
-            self._sums.index_add_(0, self._buckets[places], values, alpha=float(weight))
+            self._sums.index_add_(0, self._buckets[places], values, alpha=weight)
         else:
-            self._open_tile()[places].add_(flat, alpha=float(weight))
+            self._open_tile()[places].add_(flat, alpha=weight)
 
     def _add_blocks(self, blocks: Tensor, first: int) -> None:
         tile = self._open_tile()
         weights = _device_weights(self._seed, first, len(blocks), self._dtype, self._device)
-        # Converted in pieces that stay in the cache.
-        size = _GROUP if blocks.dtype is self._dtype else _GROUP // 4
+        is_short = blocks.dtype is not self._dtype
+        size = _GROUP // 4 if is_short else _GROUP
+        # Short floats are converted in pieces that stay in the cache.
+        buffer = blocks.new_empty((min(size, len(blocks)), TILE), dtype=self._dtype) if is_short else blocks
         for begin in range(0, len(blocks), size):
-            group = blocks[begin : begin + size].to(self._dtype)
+            group = blocks[begin : begin + size]
+            group = buffer[: len(group)].copy_(group) if is_short else group
             added = torch.mv(group.t(), weights[begin : begin + size])
             if self._device.type == "cpu":  # too short for two threads to wait for each other
                 np.add(tile.numpy(), added.numpy(), out=tile.numpy())
@@ -281,7 +284,7 @@ class _Accumulator:
         indices = indices + self._shift
         blocks, places = indices // TILE, indices % TILE
         used, inverse = torch.unique(blocks, return_inverse=True)
-        weights = [float(_block_weights(self._seed, block, 1)[0]) for block in used.tolist()]
+        weights = [_block_weight(self._seed, block) for block in used.tolist()]
         by_block = torch.tensor(weights, dtype=torch.float64, device=self._device)
         values = flat.to(torch.float64) * self._weights[places] * by_block[inverse]
         self._sums.index_add_(0, self._buckets[places], values)
@@ -326,6 +329,11 @@ def _block_weights(seed: int, first: int, count: int) -> np.ndarray:
     with np.errstate(over="ignore"):
         numbers = np.arange(first + 1, first + count + 1).astype(np.uint64)
         return _make_weights(_mix(_mix(numbers) ^ np.uint64(seed)))
+
+
+@lru_cache(maxsize=4096)
+def _block_weight(seed: int, block: int) -> float:
+    return float(_block_weights(seed, block, 1)[0])
 
 
 @lru_cache(maxsize=4096)
