@@ -1,9 +1,10 @@
 """Scores the watch on the corpus: which marked mistakes it names on the right line, which it misses, what it
 makes up.
 
-`python -m tests.corpus.score [--jobs N] [SCRIPT…]` runs every script under `-m ddpcall watch --json FILE` on
-its ranks, compares the findings with the script's marks and prints a table and one line of figures. The exit
-code is 1 when anything is missed, false or late, or a run ends otherwise than it should.
+`python -m tests.corpus.score [--jobs N] [SCRIPT…]` runs every script under `ddpcall watch --json FILE` on its
+ranks, compares the findings with the script's marks and prints a table and one line of figures. The exit code is
+1 when anything is missed, false or late, or a run ends otherwise than it should. The ranks are forked from a
+process that has torch, a second a script; with `--torchrun` they are started as users start them.
 
 With `--lookup-first` a copy of each script is run that imports `tests.corpus.lookup_first` before anything else,
 on the line of its first import. That module looks torch up as transformers and datasets do.
@@ -17,15 +18,18 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from tests.corpus.marks import Expected, Marks, read_marks
-from tests.corpus.runner import Run, run_on_ranks
+from tests.corpus.runner import TIMEOUT_S, Run, run_on_ranks
+from tests.watch.launched import ForkedLauncher
 
 CORPUS = Path(__file__).parent
 STEPS_ALLOWED = 2  # a mistake must be reported within two optimizer steps
@@ -132,8 +136,25 @@ def put_lookup_first(source: str) -> str:
     return "".join(lines)
 
 
-def score_script(script: Path, log_directory: Path | None = None, lookup_first: bool = False) -> Score:
-    """Runs one script under the watch and scores it."""
+def run_forked(launcher: ForkedLauncher, ranks: int, arguments: Sequence[str], directory: Path) -> Run:
+    """Runs `python -m ddpcall ARGUMENTS` on forked ranks; the exit code is what torchrun makes of theirs."""
+    request = {"arguments": list(arguments), "directory": str(directory), "ranks": ranks}
+    answer = launcher.launch(request, TIMEOUT_S)
+    output = "".join((directory / name).read_text() for name in ("out", "err") if (directory / name).exists())
+    if answer is None:
+        return Run(-1, output, TIMEOUT_S)
+    failed = [code for code in answer["codes"] if code]
+    code = 1 if any(code > 0 for code in failed) else min(failed, default=0)
+    return Run(code, output, answer["seconds"])
+
+
+def score_script(
+    script: Path,
+    log_directory: Path | None = None,
+    lookup_first: bool = False,
+    launcher: ForkedLauncher | None = None,
+) -> Score:
+    """Runs one script under the watch, on ranks that torchrun or a launcher of ours starts, and scores it."""
     marks = read_marks(script)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "findings.json"
@@ -141,7 +162,11 @@ def score_script(script: Path, log_directory: Path | None = None, lookup_first: 
             copy = Path(directory) / script.name
             copy.write_text(put_lookup_first(script.read_text()))
             script = copy
-        run = run_on_ranks(marks.ranks, ["-m", "ddpcall", "watch", "--json", str(file), str(script)])
+        watch = ["watch", "--json", str(file), str(script)]
+        if launcher is None:
+            run = run_on_ranks(marks.ranks, ["-m", "ddpcall", *watch])
+        else:
+            run = run_forked(launcher, marks.ranks, watch, Path(directory))
         if log_directory is not None:
             (log_directory / f"{script.stem}.log").write_text(run.output)
             if file.exists():
@@ -158,6 +183,29 @@ def score_script(script: Path, log_directory: Path | None = None, lookup_first: 
     compared = compare(script.stem, marks, findings)
     trouble = trouble_of(run, marks, findings)
     return Score(**{**compared.__dict__, "trouble": trouble, "seconds": run.seconds})
+
+
+def score_scripts(
+    scripts: Sequence[Path],
+    jobs: int,
+    log_directory: Path | None = None,
+    lookup_first: bool = False,
+    forked: bool = True,
+) -> list[Score]:
+    """Scores scripts, `jobs` at a time; forked ranks come from one launcher for each job."""
+    with ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
+        launchers: SimpleQueue[ForkedLauncher | None] = SimpleQueue()
+        for _ in range(jobs):
+            launchers.put(stack.enter_context(ForkedLauncher()) if forked else None)
+
+        def score(script: Path) -> Score:
+            launcher = launchers.get()
+            try:
+                return score_script(script, log_directory, lookup_first, launcher)
+            finally:
+                launchers.put(launcher)
+
+        return list(pool.map(score, scripts))
 
 
 def corpus_scripts() -> list[Path]:
@@ -199,14 +247,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lookup-first",
         action="store_true",
-        help="import a module before all others that looks torch up as transformers does: find_spec, metadata",
+        help="import a module before all others that looks torch up as transformers does: find_spec, metadata; "
+        "under torchrun, for forked ranks have torch already",
+    )
+    parser.add_argument(
+        "--torchrun", action="store_true", help="start ranks with torchrun: ten times as long, and as users do"
     )
     options = parser.parse_args(arguments)
     if options.logs:
         options.logs.mkdir(parents=True, exist_ok=True)
     scripts = [path.resolve() for path in options.scripts] or corpus_scripts()
-    with ThreadPoolExecutor(options.jobs) as pool:
-        scores = list(pool.map(lambda script: score_script(script, options.logs, options.lookup_first), scripts))
+    scores = score_scripts(
+        scripts,
+        options.jobs,
+        options.logs,
+        options.lookup_first,
+        forked=not (options.torchrun or options.lookup_first),
+    )
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table_of(scores))
     console.print(summary(scores), soft_wrap=True)

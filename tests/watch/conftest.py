@@ -1,10 +1,10 @@
 import pytest
 
-from tests.watch.launched import forked_launcher
+from tests.watch.launched import ForkedLauncher
 
 
 @pytest.fixture(scope="session")
 def launcher():
     """One process that forks ranks on request."""
-    with forked_launcher() as server:
-        yield server
+    with ForkedLauncher() as launcher:
+        yield launcher

@@ -6,7 +6,8 @@
 in `out` and `err` in the directory.
 
 Per launch there is an agent, the ranks' parent, which hosts their store and ends them all when one fails.
-`afterwards` are signals for ranks that are sent once all the others have ended.
+One rank alone is started as plain python starts a script. `afterwards` are signals for ranks, sent once all the
+others have ended.
 """
 
 import atexit
@@ -29,18 +30,20 @@ def run_rank(rank, request, port_pipe):
     os.chdir(request["directory"])
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), number)
-    num_ranks = request["ranks"]
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": os.read(port_pipe, 16).decode(),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "TORCHELASTIC_RUN_ID": "forked",
-    } | request.get("environment", {})
+    num_ranks, port = request["ranks"], os.read(port_pipe, 16).decode()
+    if num_ranks > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(num_ranks),
+            "LOCAL_WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_RUN_ID": "forked",
+        }
+    os.environ |= request.get("environment", {})
     import ddpcall.watch.replica_watch as replica_watch
     from ddpcall.cli import main
 

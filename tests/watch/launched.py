@@ -6,12 +6,12 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 
+from tests.corpus.runner import search_path
 from tests.ranks.lab_process import clean_environment
 
 ROOT = Path(__file__).parents[2]
@@ -19,22 +19,39 @@ WAIT_S = 1.5  # what the watch waits for a rank that does not answer; 15 by defa
 HANGING_S = 120
 
 
-@contextmanager
-def forked_launcher() -> Iterator[subprocess.Popen[str]]:
-    """Start the process that forks ranks on request; end it afterwards."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.watch.forked_launcher"],
-        cwd=ROOT,
-        env=clean_environment(OMP_NUM_THREADS="1"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as server:
-        assert server.stdin is not None
-        yield server
-        server.stdin.close()
-        server.wait(30)
+class ForkedLauncher:
+    """The process that forks ranks on request; entered, it is started, and ended afterwards."""
+
+    def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.__exit__(None, None, None)  # closes its stdin, which ends it, and waits
+
+    def _start(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.watch.forked_launcher"],
+            cwd=ROOT,
+            env=clean_environment(OMP_NUM_THREADS="1", PYTHONPATH=search_path()),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def launch(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any] | None:
+        """Start ranks and return how they ended; None, and a new server, where the time ran out."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        if select.select([self._server.stdout], [], [], timeout_s)[0]:
+            return json.loads(self._server.stdout.readline())
+        os.killpg(self._server.pid, signal.SIGKILL)
+        self._server.__exit__(None, None, None)
+        self._start()
+        return None
 
 
 class Launched:
@@ -50,12 +67,9 @@ class Launched:
             "afterwards": afterwards,
             "environment": environment or {},
         }
-        launcher.stdin.write(json.dumps(request) + "\n")
-        launcher.stdin.flush()
-        if not select.select([launcher.stdout], [], [], HANGING_S)[0]:
-            os.killpg(launcher.pid, signal.SIGKILL)
+        answer = launcher.launch(request, HANGING_S)
+        if answer is None:
             pytest.fail(f"{arguments}: still running after {HANGING_S} s\n{(directory / 'err').read_text()}")
-        answer = json.loads(launcher.stdout.readline())
         self.codes, self.seconds = answer["codes"], answer["seconds"]
         self.out, self.err = (directory / "out").read_text(), (directory / "err").read_text()
         file = directory / "f.json"
