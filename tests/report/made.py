@@ -262,6 +262,19 @@ def make_findings(path: Path, *findings: dict[str, Any], **content: Any) -> Path
     return path
 
 
+def make_watched(steps: int) -> dict[str, Any]:
+    """Return the record of what was watched: one model on two ranks."""
+    return {
+        "attached": True,
+        "ranks": [0, 1],
+        "world_size": 2,
+        "models": [{"name": "Net", "wrapper": "ddp", "steps": steps}],
+        "optimizer_steps": steps,
+        "process_group": 2,
+        "ended": True,
+    }
+
+
 def make_finding(**changes: Any) -> dict[str, Any]:
     """Return the record of a finding."""
     return {

@@ -12,7 +12,7 @@ from ddpcall.lab.report.load import load
 from ddpcall.lab.report.page import render_page
 from ddpcall.lab.report.view import build_view
 from tests.report.chromium import CHROMIUM, DRIVER, MISSING, set_view, start_chromium
-from tests.report.made import PATHS, make_finding, make_findings, make_mixing, make_run
+from tests.report.made import PATHS, make_finding, make_findings, make_mixing, make_run, make_watched
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'ddpcall[dev]'")
 from selenium.webdriver.common.by import By  # noqa: E402
@@ -93,7 +93,10 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     grid = [Cell(wrapper=w, path=p) for w in ("ddp", "replicate", "fsdp2") for p in PATHS]
     (root / "train.py").write_text("x = '<script>alert(1)</script>'\n" * 9)
     findings = make_findings(
-        root / "findings.json", make_finding(), make_finding(code="DC301", severity="warning", line=2)
+        root / "findings.json",
+        make_finding(),
+        make_finding(code="DC301", severity="warning", line=2),
+        watched=make_watched(30),
     )
     eight = [[0.25] * 4 + [float(i == j) for j in range(4)] for i in range(4)]
     mixings = {
@@ -108,13 +111,14 @@ def pages(tmp_path_factory) -> dict[str, Path]:
         "grid": (make_run(root / "grid", grid),),
         "pair": (run, make_run(root / "other")),
         "watch": (findings,),
+        "unwatched": (make_findings(root / "unwatched.json", watched=make_watched(0)),),
     }
     for name in paths:
         (root / f"page-{name}").mkdir()
     return {name: write_page(root / f"page-{name}", *those) for name, those in paths.items()}
 
 
-NAMES = ("run", "grid", "pair", "watch", "mixing")
+NAMES = ("run", "grid", "pair", "watch", "unwatched", "mixing")
 
 
 def test_what_the_browser_logs_is_seen_here(browser, tmp_path):
@@ -219,6 +223,39 @@ def test_the_numbers_of_a_mixing_matrix_can_be_read(browser, pages, scheme):
             return (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05);
         });""")
     assert min(ratios) >= 4.5
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [420, 1600])
+@pytest.mark.parametrize(
+    ("name", "words", "tone"),
+    [
+        ("watch", "Watched. 1 DDP model, 30 steps on 2 of 2 ranks.", "--other-bg"),
+        (
+            "unwatched",
+            "Too little was watched. Nothing could be found out: no optimizer step was taken",
+            "--part-bg",
+        ),
+    ],
+)
+def test_what_was_watched_is_seen_first_and_too_little_of_it_in_the_color_of_a_warning(
+    browser, pages, name, words, tone, width, scheme
+):
+    browser.open(pages[name], width=width, scheme=scheme)
+    (coverage,) = browser.find(".coverage")
+    (answer,) = browser.find(".answer")
+    assert coverage.text.startswith(words)
+    assert coverage.location["y"] + coverage.size["height"] <= min(answer.location["y"], 600)
+    color, of_tone = browser.run(
+        """
+        const swatch = document.body.appendChild(document.createElement("i"));
+        swatch.style.backgroundColor = `var(${arguments[1]})`;
+        return [arguments[0], swatch].map((each) => getComputedStyle(each).backgroundColor);""",
+        coverage,
+        tone,
+    )
+    assert color == of_tone
+    assert not browser.find(".good")
 
 
 def test_tab_alone_comes_to_the_truth_table(browser, pages):

@@ -21,8 +21,8 @@ from ddpcall.lab.report.series import MOST_LINES, MOST_POINTS, make_ticks, thin
 from ddpcall.lab.report.timeline import build_timeline
 from ddpcall.lab.report.truth import build_table
 from ddpcall.lab.report.view import build_view
-from ddpcall.lab.report.watched import view_watch
-from tests.report.made import PATHS, make_finding, make_findings, make_run
+from ddpcall.lab.report.watched import Coverage, view_watch
+from tests.report.made import PATHS, make_finding, make_findings, make_run, make_watched
 
 
 def view_of(path, **options):
@@ -264,21 +264,25 @@ def test_findings_come_worst_first_with_the_page_of_their_rule(tmp_path):
 
 
 def test_a_watch_that_found_nothing_says_so(tmp_path):
-    record = load(make_findings(tmp_path / "findings.json"))
-    assert isinstance(record, WatchRecord)
-    assert view_watch(record).answer == "The watch found nothing."
+    watch = view_watch(load_watch(make_findings(tmp_path / "findings.json", watched=make_watched(30))))
+    assert watch.answer == "The watch found nothing."
+    assert watch.coverage == Coverage("Watched", "1 DDP model, 30 steps on 2 of 2 ranks.", "good")
 
 
 @pytest.mark.parametrize(
-    ("steps", "start"),
+    ("content", "start"),
     [
-        (30, "The watch found nothing. Watched: 1 DDP model, 30 steps"),
-        (0, "No answer: nothing could be found out"),
+        ({"watched": make_watched(0)}, "Nothing could be found out: no optimizer step was taken"),
+        ({}, "The file does not say what was watched"),
     ],
 )
-def test_a_watch_that_saw_too_little_is_no_green_page(tmp_path, steps, start):
-    watched = {"attached": True, "ranks": [0, 1], "world_size": 2, "optimizer_steps": steps, "ended": True}
-    watched |= {"models": [{"name": "Net", "wrapper": "ddp", "steps": steps}], "process_group": 2}
-    file = tmp_path / "f.json"
-    file.write_text(json.dumps({"schema": 1, "watched": watched, "findings": []}))
-    assert view_watch(load_watch(file)).answer.startswith(start)
+def test_a_watch_that_saw_too_little_is_no_green_page(tmp_path, content, start):
+    watch = view_watch(load_watch(make_findings(tmp_path / "f.json", **content)))
+    assert watch.answer.startswith("No answer: ")
+    assert watch.coverage.text.startswith(start)
+    assert watch.coverage.tone == "part"
+
+
+def test_what_was_watched_is_not_green_beside_findings(tmp_path):
+    record = load_watch(make_findings(tmp_path / "f.json", make_finding(), watched=make_watched(30)))
+    assert view_watch(record).coverage.tone == "other"

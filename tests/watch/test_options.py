@@ -8,6 +8,7 @@ from ddpcall.findings import Place
 from ddpcall.watch.options import Options, is_ignored_inline, parse_codes
 from ddpcall.watch.report import describe_parameters, render_text
 from ddpcall.watch.sarif import to_sarif
+from ddpcall.watch.watched import Watched
 from tests.watch.test_journal import FINDING
 
 
@@ -84,7 +85,9 @@ def test_long_lists_of_parameters_are_cut():
 
 def test_sarif_has_rule_level_and_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    log = to_sarif([replace(FINDING, file=str(tmp_path / "src" / "train.py")), replace(FINDING, line=0)])
+    log = to_sarif(
+        [replace(FINDING, file=str(tmp_path / "src" / "train.py")), replace(FINDING, line=0)], Watched()
+    )
     (run,) = log["runs"]
     placed, nowhere = run["results"]
     assert log["version"] == "2.1.0"

@@ -1,6 +1,7 @@
 """What people and other tools are shown: the terminal, GitHub Actions, SARIF, the pages of `ddpcall explain`."""
 
 import io
+import json
 import os
 import pty
 import subprocess
@@ -9,10 +10,12 @@ from dataclasses import replace
 
 import pytest
 
+from ddpcall.findings import Place
 from ddpcall.watch.github import append_summary, render_annotation, render_summary
 from ddpcall.watch.sarif import to_sarif
 from ddpcall.watch.source_line import read_source_line
 from ddpcall.watch.terminal import print_findings
+from ddpcall.watch.watched import Watched, WatchedModel, read_watched, weigh
 from tests.watch.test_journal import FINDING
 
 SOURCE = """\
@@ -124,6 +127,7 @@ import sys
 from dataclasses import replace
 from ddpcall.findings import Finding
 from ddpcall.watch.terminal import print_findings
+from ddpcall.watch.watched import Watched, WatchedModel, read_watched, weigh
 message = "a message with words that are not to be broken " * 4
 finding = Finding(code="DC101", name="gradients-not-synchronized", severity="error", message=message,
                   file="{file}", line=2, function="main", ranks=(0, 1), step=1, parameters=("weight",),
@@ -156,6 +160,16 @@ def test_an_annotation_names_line_and_title_and_escapes_what_github_reads(monkey
     assert render_annotation(replace(FINDING, line=0, severity="note")).startswith("::notice title=DC101 ")
 
 
+def test_an_annotation_of_a_librarys_line_is_on_the_users_and_names_both(monkeypatch):
+    monkeypatch.setenv("GITHUB_WORKSPACE", "/checkout")
+    caller = Place("/checkout/train.py", 40, "main")
+    inside = render_annotation(replace(FINDING, file="/checkout/hook.py", called_from=caller))
+    assert inside.startswith("::error file=hook.py,line=3,")
+    library = render_annotation(replace(FINDING, file="/env/site-packages/lib/foo.py", called_from=caller))
+    assert library.startswith("::error file=train.py,line=40,")
+    assert library.endswith("%0AAt lib/foo.py:3 in main, called from /checkout/train.py:40 in main")
+
+
 def test_the_summary_is_a_table_that_no_message_breaks(monkeypatch, tmp_path):
     finding = replace(FINDING, message="a | b\n<script>")
     table = render_summary([finding], "ddpcall watch: 1 error").splitlines()
@@ -171,7 +185,7 @@ def test_the_summary_is_a_table_that_no_message_breaks(monkeypatch, tmp_path):
 
 
 def fingerprints(script, *lines):
-    log = to_sarif([replace(FINDING, file=str(script), line=line) for line in lines])
+    log = to_sarif([replace(FINDING, file=str(script), line=line) for line in lines], Watched())
     return [result["partialFingerprints"]["ddpcall/v1"] for result in log["runs"][0]["results"]]
 
 
@@ -188,10 +202,41 @@ def test_fingerprints_stay_when_lines_move_and_tell_lines_apart(script):
 
 
 def test_sarif_names_the_tools_version_and_a_page_for_every_rule():
-    driver = to_sarif([])["runs"][0]["tool"]["driver"]
+    driver = to_sarif([], Watched())["runs"][0]["tool"]["driver"]
     assert driver["version"]
     assert driver["informationUri"].endswith(driver["version"])
     assert all(rule["helpUri"].startswith("https://") for rule in driver["rules"])
+
+
+def test_sarif_of_a_librarys_line_has_the_users_as_a_related_location(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    caller = Place(str(tmp_path / "train.py"), 40, "main")
+    log = to_sarif([replace(FINDING, file="/env/lib/foo.py", called_from=caller), FINDING], Watched())
+    with_caller, without = log["runs"][0]["results"]
+    (related,) = with_caller["relatedLocations"]
+    assert related["physicalLocation"] == {"artifactLocation": {"uri": "train.py"}, "region": {"startLine": 40}}
+    assert related["message"]["text"] == "called from here"
+    assert with_caller["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "file:///env/lib/foo.py"
+    assert "relatedLocations" not in without
+
+
+@pytest.mark.parametrize(("steps", "succeeded", "level"), [(30, True, "note"), (0, False, "error")])
+def test_sarif_tells_no_findings_from_nothing_found_out(steps, succeeded, level):
+    watched = Watched(
+        attached=True,
+        ranks=(0, 1),
+        world_size=2,
+        models=(WatchedModel("Net", "ddp", steps),),
+        optimizer_steps=steps,
+        process_group=2,
+        ended=True,
+    )
+    (run,) = json.loads(json.dumps(to_sarif([], watched)))["runs"]
+    (invocation,) = run["invocations"]
+    (notification,) = invocation["toolExecutionNotifications"]
+    assert (invocation["executionSuccessful"], notification["level"]) == (succeeded, level)
+    assert notification["message"]["text"] == weigh(watched).text
+    assert read_watched(run["properties"]["ddpcall"]["watched"]) == watched
 
 
 EXPLAIN = "import sys; from ddpcall.cli import main; main(['explain', 'DC101'])"

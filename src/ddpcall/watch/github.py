@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TextIO
 
-from ddpcall.findings import Finding
+from ddpcall.findings import Finding, Place
 from ddpcall.watch.output import write_text
 from ddpcall.watch.report import describe_place
 
@@ -24,18 +24,26 @@ def annotate(findings: list[Finding], stream: TextIO) -> None:
 def render_annotation(finding: Finding) -> str:
     """Return the workflow command that puts a finding on its line."""
     properties = {"title": f"{finding.code} {finding.name}"}
-    if finding.line:
-        properties = {"file": _relative(finding.file), "line": str(finding.line), **properties}
+    place: Finding | Place = finding
+    if finding.called_from is not None and not Path(finding.file).is_relative_to(_find_root()):
+        place = finding.called_from  # no annotation is shown on a file that is not in the checkout
+    if place.line:
+        properties = {"file": _relative(place.file), "line": str(place.line), **properties}
     written = ",".join(f"{name}={_escape_property(value)}" for name, value in properties.items())
     message = f"{finding.message}\nWrite instead: {finding.fix}"
+    if finding.called_from is not None:
+        message += f"\nAt {describe_place(finding)}"
     return f"::{_COMMANDS[finding.severity]} {written}::{_escape(message)}"
 
 
 def _relative(file: str) -> str:
     """Return a path from the checkout's root, which is what the runner compares with."""
-    root = Path(os.environ.get("GITHUB_WORKSPACE", "") or os.getcwd())
-    path = Path(file)
+    root, path = _find_root(), Path(file)
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
+def _find_root() -> Path:
+    return Path(os.environ.get("GITHUB_WORKSPACE", "") or os.getcwd())
 
 
 def _escape(text: str) -> str:

@@ -1,7 +1,8 @@
-"""Findings as SARIF 2.1.0, for upload to code scanning."""
+"""Findings, and what was watched, as SARIF 2.1.0, for upload to code scanning."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -10,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from ddpcall import __version__
-from ddpcall.findings import CATALOGUE, Finding
+from ddpcall.findings import CATALOGUE, Finding, Place
 from ddpcall.watch.output import write_atomically
 from ddpcall.watch.source_line import read_source_line
+from ddpcall.watch.watched import Watched, weigh
 
 
-def to_sarif(findings: Iterable[Finding]) -> dict[str, Any]:
-    """Return the findings as a SARIF 2.1.0 log, every rule of the catalogue included."""
+def to_sarif(findings: Iterable[Finding], watched: Watched) -> dict[str, Any]:
+    """Return the findings as a SARIF 2.1.0 log, every rule of the catalogue included.
+
+    An empty list of results looks like a clean run: where too little was watched, the invocation did not succeed,
+    and its notification says why.
+    """
     findings, codes = list(findings), list(CATALOGUE)
     results = [_sarif_result(finding, codes.index(finding.code)) for finding in findings]
     for result, fingerprint in zip(results, _fingerprints(findings), strict=True):
@@ -31,8 +37,21 @@ def to_sarif(findings: Iterable[Finding]) -> dict[str, Any]:
     return {
         "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
         "version": "2.1.0",
-        "runs": [{"tool": {"driver": driver}, "results": results}],
+        "runs": [
+            {
+                "tool": {"driver": driver},
+                "invocations": [_sarif_invocation(watched)],
+                "results": results,
+                "properties": {"ddpcall": {"watched": dataclasses.asdict(watched)}},
+            }
+        ],
     }
+
+
+def _sarif_invocation(watched: Watched) -> dict[str, Any]:
+    answer = weigh(watched)
+    notification = {"level": "note" if answer.is_evidence else "error", "message": {"text": answer.text}}
+    return {"executionSuccessful": answer.is_evidence, "toolExecutionNotifications": [notification]}
 
 
 def _sarif_rule(code: str) -> dict[str, Any]:
@@ -57,13 +76,24 @@ def _sarif_result(finding: Finding, rule_index: int) -> dict[str, Any]:
         "properties": {"ranks": list(finding.ranks), "step": finding.step, "parameters": list(finding.parameters)},
     }
     if finding.line:
-        location = {"artifactLocation": {"uri": _uri(finding)}, "region": {"startLine": finding.line}}
-        result["locations"] = [{"physicalLocation": location}]
+        result["locations"] = [_sarif_location(finding)]
+    if finding.called_from is not None:
+        related = {**_sarif_location(finding.called_from), "message": {"text": "called from here"}}
+        result["relatedLocations"] = [related]
     return result
 
 
-def _uri(finding: Finding) -> str:
-    path = Path(finding.file)
+def _sarif_location(place: Finding | Place) -> dict[str, Any]:
+    return {
+        "physicalLocation": {
+            "artifactLocation": {"uri": _uri(place)},
+            "region": {"startLine": place.line},
+        }
+    }
+
+
+def _uri(place: Finding | Place) -> str:
+    path = Path(place.file)
     inside = path.is_relative_to(Path.cwd())
     return path.relative_to(Path.cwd()).as_posix() if inside else path.absolute().as_uri()
 
@@ -86,6 +116,6 @@ def _fingerprints(findings: list[Finding]) -> list[str]:
     return [fingerprints[index] for index in range(len(findings))]
 
 
-def write_sarif(findings: Iterable[Finding], path: Path) -> None:
+def write_sarif(findings: Iterable[Finding], watched: Watched, path: Path) -> None:
     """Write the SARIF log."""
-    write_atomically(path, json.dumps(to_sarif(findings), indent=2) + "\n")
+    write_atomically(path, json.dumps(to_sarif(findings, watched), indent=2) + "\n")

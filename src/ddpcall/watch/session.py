@@ -340,8 +340,8 @@ class Session:
             1 where a finding reaches `fail_on`; 2 where none does and too little was watched, or the answer could
             not be written; else 0.
         """
-        findings, _ = self.collect()
-        conclusion = self._write_for_tools(findings)
+        findings, watched = self.collect()
+        conclusion = self._write_for_tools(findings, watched)
 
         def print_list(stream: TextIO) -> None:
             from ddpcall.watch.terminal import print_findings
@@ -352,12 +352,12 @@ class Session:
             self._not_written.append("stderr and stdout")
         return self._exit_code()
 
-    def _write_for_tools(self, findings: list[Finding]) -> str:
+    def _write_for_tools(self, findings: list[Finding], watched: Watched) -> str:
         """Write the SARIF log and GitHub's summary; return the last line, which tells of what could not be."""
         from ddpcall.watch import github, sarif
 
         if self.options.sarif is not None:
-            self._try_to_write(str(self.options.sarif), sarif.write_sarif, findings, self.options.sarif)
+            self._try_to_write(str(self.options.sarif), sarif.write_sarif, findings, watched, self.options.sarif)
         conclusion = self._conclude()
         if self.options.github:
             print_anywhere(lambda stream: github.annotate(findings, stream))

@@ -132,7 +132,8 @@ def _worths(worths: Sequence[Worth]) -> str:
 
 
 def _watch(watch: WatchView) -> str:
-    parts = [f"## Watch: {_text(watch.name)}", _prose(watch.answer)]
+    coverage = f"**{_text(watch.coverage.title)}.** {_prose(watch.coverage.text)}"
+    parts = [f"## Watch: {_text(watch.name)}", coverage, _prose(watch.answer)]
     parts.append(_problems("What could not be read", watch.problems))
     if watch.findings:
         rows = [

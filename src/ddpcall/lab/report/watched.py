@@ -32,11 +32,27 @@ class FindingView:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """What was watched, for the head of the page.
+
+    Attributes:
+        title: Whether that was enough.
+        text: What it was, or why too little.
+        tone: The name of its color.
+    """
+
+    title: str
+    text: str
+    tone: str
+
+
+@dataclass(frozen=True)
 class WatchView:
     """A watched run.
 
     Attributes:
         name: The file's name.
+        coverage: What was watched.
         answer: One sentence.
         counts: Severity and number, worst first; those that occur.
         findings: Worst first.
@@ -44,6 +60,7 @@ class WatchView:
     """
 
     name: str
+    coverage: Coverage
     answer: str
     counts: tuple[tuple[str, int], ...]
     findings: tuple[FindingView, ...]
@@ -56,7 +73,20 @@ def view_watch(record: WatchRecord) -> WatchView:
     findings = tuple(_view(finding, excerpt) for finding, excerpt in ordered)
     counts = [(str(s), sum(f.finding.severity == s for f in findings)) for s in reversed(list(Severity))]
     shown = tuple((severity, number) for severity, number in sorted(counts, key=lambda c: -_rank(c[0])) if number)
-    return WatchView(str(record.path), _answer(findings, shown, record.watched), shown, findings, record.problems)
+    coverage = _view_coverage(record.watched, bool(findings))
+    answer = _answer(findings, shown, coverage)
+    return WatchView(str(record.path), coverage, answer, shown, findings, record.problems)
+
+
+def _view_coverage(watched: Watched | None, has_findings: bool) -> Coverage:
+    """Say what was watched, in the color of a warning where that was too little: no findings mean nothing then."""
+    if watched is None:
+        return Coverage("Too little is known", "The file does not say what was watched.", "part")
+    answer = weigh(watched)
+    text = f"{answer.text[:1].upper()}{answer.text[1:]}."
+    if not answer.is_evidence:
+        return Coverage("Too little was watched", text, "part")
+    return Coverage("Watched", text, "other" if has_findings else "good")
 
 
 def _rank(severity: str) -> int:
@@ -84,17 +114,13 @@ def _shorten(file: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
 
 
-def _answer(
-    findings: Sequence[FindingView], counts: Sequence[tuple[str, int]], watched: Watched | None = None
-) -> str:
-    answer = None if watched is None else weigh(watched)
-    if not findings and answer is not None and not answer.is_evidence:
-        return f"No answer: {answer.start}{answer.text}."
-    told = "" if answer is None else f" Watched: {answer.text}."
+def _answer(findings: Sequence[FindingView], counts: Sequence[tuple[str, int]], coverage: Coverage) -> str:
+    if not findings and coverage.tone == "part":
+        return "No answer: nothing was found, but too little was watched to tell."
     if not findings:
-        return f"The watch found nothing.{told}"
+        return "The watch found nothing."
     number = ", ".join(plural(count, severity) for severity, count in counts) or plural(len(findings), "finding")
     worst = findings[0]
     title = worst.rule.title if worst.rule else worst.finding.name
     link = ": " if len(findings) == 1 else "; the worst: "
-    return f"{number}{link}{title[:1].lower()}{title[1:]}, at {code(worst.place)}.{told}"
+    return f"{number}{link}{title[:1].lower()}{title[1:]}, at {code(worst.place)}."
