@@ -37,6 +37,7 @@ TILE = 64 * 1021
 _CHUNK = 2**20
 _GROUP = 64  # blocks added in float32 before they go into the float64 tile: their rounding stays near 1e-7
 _SHORT = TILE // 4
+_SERIAL = 2**15  # torch adds as many elements in one thread: here threads would wait longer for each other
 _SCALE = 1 / math.sqrt(1 + 1 / 48)  # so that a weight's square is 1 in the mean
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -261,7 +262,9 @@ class _Accumulator:
             values = flat.to(torch.float64) * self._weights[places]
             self._sums.index_add_(0, self._buckets[places], values, alpha=weight)
         else:
-            self._open_tile()[places].add_(flat, alpha=weight)
+            filled = self._open_tile()[places]
+            for part, values in zip(filled.split(_SERIAL), flat.split(_SERIAL), strict=True):
+                part.add_(values, alpha=weight)
 
     def _add_blocks(self, blocks: Tensor, first: int) -> None:
         tile = self._open_tile()
@@ -274,7 +277,7 @@ class _Accumulator:
             group = blocks[begin : begin + size]
             group = buffer[: len(group)].copy_(group) if is_short else group
             added = torch.mv(group.t(), weights[begin : begin + size])
-            if self._device.type == "cpu":  # too short for two threads to wait for each other
+            if self._device.type == "cpu":  # too short to be worth that threads wait for each other
                 np.add(tile.numpy(), added.numpy(), out=tile.numpy())
             else:
                 tile.add_(added)
@@ -291,12 +294,15 @@ class _Accumulator:
 
     def _open_tile(self) -> Tensor:
         if self._tile is None:
-            self._tile = torch.zeros(TILE, dtype=torch.float64, device=self._device)
+            self._tile = torch.from_numpy(np.zeros(TILE)).to(self._device)
         return self._tile
 
     def finish(self) -> Tensor:
         """Return the sketch."""
-        if self._tile is not None:
+        if self._tile is not None and self._device.type == "cpu":  # see `_add_blocks`
+            weighted = self._tile.numpy() * self._weights.numpy()
+            self._sums += torch.from_numpy(np.bincount(self._buckets.numpy(), weighted, NUM_BUCKETS))
+        elif self._tile is not None:
             self._sums.index_add_(0, self._buckets, self._tile * self._weights)
         return self._sums
 
