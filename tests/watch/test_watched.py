@@ -115,9 +115,11 @@ def test_what_was_watched_is_said(watched, text):
         (replace(ALONE, process_group=1), "there is one process (the process group has one rank)"),
         (replace(ALONE, started_alone=True), "there is one process (the launcher started one of several)"),
         (RANK_0, "1 of 2 ranks was watched: nothing is known of rank 1"),
+        (RANK_0, "has to hand its environment on to each, `env={**os.environ, …}`"),
         (replace(BOTH, models=(), not_followed=(FSDP1,)), f"{FSDP1} is not followed by the watch. To have it"),
-        (replace(BOTH, optimizer_steps=0), "no optimizer step was taken on 1 DDP model"),
+        (replace(BOTH, optimizer_steps=0), "no step of a torch optimizer was taken on 1 DDP model"),
         (replace(BOTH, idle_ranks=(1,)), "rank 1 took no optimizer step, another rank 30"),
+        (replace(BOTH, idle_ranks=(1,)), "check with `ddpcall.asserts.assert_replicated(model)`, on every rank,"),
         (replace(BOTH, models=(replace(NET, steps=0),)), "no optimizer step used the gradients of 1 DDP model"),
         (replace(BOTH, models=()), "no model was wrapped, no collective called, so each of 2 ranks"),
         (replace(BOTH, models=(), process_group=0), "no process group was made, so each of 2 ranks"),
@@ -128,6 +130,10 @@ def test_what_was_watched_is_said(watched, text):
         (
             replace(BOTH, comparisons=0, not_compared="ConnectionError: gone"),
             "the ranks could not be compared (ConnectionError: gone)",
+        ),
+        (
+            replace(BOTH, comparisons=0, error="exit code 143"),
+            "train.py ended with exit code 143 before the ranks were compared",
         ),
         (replace(BOTH, faults=("ZeroDivisionError: ours",)), "an error of its own (ZeroDivisionError: ours)"),
         (replace(BOTH, not_attached={ESSENTIAL_PARTS[0]: "AttributeError: gone"}), "gradients are not watched"),
@@ -223,7 +229,7 @@ def test_gradients_averaged_by_hand_are_fine_and_said(launcher, tmp_path):
 @pytest.mark.parametrize(
     ("mode", "reason"),
     [
-        ("no_step", "no optimizer step was taken on 1 DDP model"),
+        ("no_step", "no step of a torch optimizer was taken on 1 DDP model"),
         ("idle", "rank 1 took no optimizer step, another rank 1"),
         ("by_hand", "no optimizer step used the gradients of 1 DDP model. To have it watched, update"),
         ("unwrapped", "no model was wrapped, no collective called"),
@@ -243,4 +249,4 @@ def test_where_nothing_could_be_found_out_the_run_does_not_succeed(launcher, tmp
 def test_with_fail_on_never_it_does(launcher, tmp_path):
     codes, line, _ = answer_of(launcher, tmp_path, "no_step", "--fail-on", "never")
     assert codes == [0, 0]
-    assert line.startswith("nothing could be found out: no optimizer step was taken")
+    assert line.startswith("nothing could be found out: no step of a torch optimizer was taken")

@@ -85,11 +85,12 @@ def test_forked_ranks_are_watched_and_their_parent_reports(tmp_path):
 
 
 def test_spawned_ranks_are_watched_and_their_error_is_shown(tmp_path):
-    (tmp_path / "train.py").write_text(SPAWNING)
-    finished = run([*PYTHON, *WATCH, "--json", "f.json", "train.py", "fails"], tmp_path)
+    (tmp_path / "spawns.py").write_text(SPAWNING)
+    finished = run([*PYTHON, *WATCH, "--json", "f.json", "spawns.py", "fails"], tmp_path)
     found = [(finding["code"], finding["line"], finding["ranks"]) for finding in findings_of(tmp_path)]
     assert found == [("DC101", line_of(SPAWNING, "when spawned"), [0, 1])], finished.stderr
     assert (finished.returncode, finished.stdout) == (1, "")
+    assert json.loads((tmp_path / "f.json").read_text())["watched"]["script"] == "spawns.py"
     assert "ProcessRaisedException: \n\n-- Process 1 terminated with the following error:\n" in finished.stderr
     assert "LookupError: the rank's own" in finished.stderr
     assert "ddpcall/watch" not in finished.stderr, "none of the watch's frames"

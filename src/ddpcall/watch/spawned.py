@@ -25,7 +25,7 @@ def watch_spawned(session: Session) -> None:
     Source: `torch/multiprocessing/spawn.py`: what is started runs `_wrap(fn, index, args, error_file)`.
     """
     options = dataclasses.replace(session.options, json=session.journal.path, sarif=None)
-    start, owner = _WatchedStart(options, session.launch), internals.SPAWN_WRAP.owner()
+    start, owner = _WatchedStart(options, session.launch, session.script), internals.SPAWN_WRAP.owner()
     session.keep(replace_attribute(owner, internals.SPAWN_WRAP.name, start))
 
 
@@ -35,10 +35,12 @@ class _WatchedStart:
 
     options: Options
     launch: Launch
+    script: str
 
     def __call__(self, function: Callable[..., None], index: int, args: tuple[Any, ...], error_file: str) -> None:
         Session.abandon_inherited()  # a fork brings the parent's along, and its `_wrap`
         session = Session(self.options, self.launch.spawned(index))
+        session.script = self.script
         session.start()
         succeeded = False
         try:

@@ -232,7 +232,8 @@ def _explain_missing_ranks(watched: Watched) -> str:
     return (
         f"{number} of {watched.world_size} ranks {'was' if number == 1 else 'were'} watched: "
         f"nothing is known of rank{_s(watched.missing_ranks)} {missing}. Start every rank under the watch: "
-        f"`{_start(watched)}`"
+        f"`{_start(watched)}`. A script that starts its ranks itself has to hand its environment on to each, "
+        "`env={**os.environ, …}`"
     )
 
 
@@ -249,12 +250,17 @@ def _explain_one_process(watched: Watched) -> str | None:
 def _explain_steps(watched: Watched) -> str | None:
     models = f" on {_count_models(watched)}" if watched.models else ""
     if not watched.optimizer_steps and BY_HAND not in watched.not_followed:
-        return f"{_NOTHING}no optimizer step was taken{models}. Let the script train for at least one step"
+        return (
+            f"{_NOTHING}no step of a torch optimizer was taken{models}. Let the script train for at least "
+            "one step, with an optimizer of torch.optim"
+        )
     if watched.idle_ranks and watched.optimizer_steps:
         ranks = _join(map(str, watched.idle_ranks))
         return (
             f"{_NOTHING}rank{_s(watched.idle_ranks)} {ranks} took no optimizer step, another rank "
-            f"{watched.optimizer_steps}. Let every rank take the same number of steps"
+            f"{watched.optimizer_steps}: replicas are compared after steps that all ranks take. Let every rank "
+            "take the same number of steps. Where one rank is to step for all and sends the parameters on, check "
+            "with `ddpcall.asserts.assert_replicated(model)`, on every rank, that they arrive"
         )
     if watched.models and not any(model.steps for model in watched.models):
         gradients = f"no optimizer step used the gradients of {_count_models(watched)}"
@@ -281,6 +287,8 @@ def _explain_unwrapped(watched: Watched) -> str | None:
 def _explain_not_compared(watched: Watched) -> str | None:
     if watched.comparisons or not watched.comparisons_due or 0 not in watched.ranks:
         return None
+    if watched.error:
+        return f"{_NOTHING}{watched.script} ended with {watched.error} before the ranks were compared"
     why = watched.not_compared or "rank 0 got no answer"
     return f"{_NOTHING}the ranks could not be compared ({why}). Write `{_start(watched)}`"
 
