@@ -1,6 +1,8 @@
 """`torchrun launch/train.py experiment=forward_bypass`: hands the command line to the lab, and nothing else."""
 
-from ddpcall.lab.train import main
+import sys
+
+from ddpcall.cli import train
 
 if __name__ == "__main__":
-    main()
+    train(sys.argv[1:])

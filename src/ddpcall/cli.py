@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ddpcall import __version__
+from ddpcall.torch_version import explain_torch
 
 LAB_MISSING = (
     "ddpcall: `ddpcall {command}` belongs to the lab, and {missing} is not installed. "
@@ -49,6 +50,8 @@ def watch(arguments: list[str]) -> None:
     parser = _watch_parser()
     # Everything behind the script's name is the script's.
     options = parser.parse_args(arguments)
+    if trouble := explain_torch():
+        parser.error(trouble)
     from ddpcall.watch.options import Options, parse_codes
     from ddpcall.watch.script import load_module, load_script, run_program
 
@@ -158,6 +161,7 @@ def explain(arguments: list[str]) -> None:
 def claims(arguments: list[str]) -> None:
     """Run, show or list claims; exits with 1 if an experiment could not be carried through."""
     options = _claims_parser().parse_args(arguments)
+    _exit_without_torch()
     try:
         from ddpcall.lab.claims.command import main as claims_main
     except ModuleNotFoundError as error:
@@ -215,11 +219,22 @@ def _report_parser() -> argparse.ArgumentParser:
 
 def lab(arguments: list[str]) -> None:
     """List or run lessons, write or grade exercises."""
+    _exit_without_torch()
     try:
         from ddpcall.course.command import main as lab_main
     except ModuleNotFoundError as error:
         _exit_without_lab("lab", error)
     sys.exit(lab_main(arguments))
+
+
+def _exit_without_torch() -> None:
+    """Say, on one rank for all, that torch is missing or too old."""
+    if trouble := explain_torch():
+        from ddpcall.watch.launch import let_rank_0_speak
+
+        let_rank_0_speak()
+        print(f"ddpcall: {trouble}", file=sys.stderr)
+        sys.exit(EXIT_WRONG_USE)
 
 
 def _exit_without_lab(command: str, error: ModuleNotFoundError) -> NoReturn:
@@ -232,6 +247,7 @@ def _exit_without_lab(command: str, error: ModuleNotFoundError) -> NoReturn:
 
 def train(overrides: list[str]) -> None:
     """Hand the rest of the command line to the lab's Hydra entry point."""
+    _exit_without_torch()
     try:
         from ddpcall.lab.train import main as train_main
     except ModuleNotFoundError as error:

@@ -28,6 +28,7 @@ from ddpcall.ranks.outcomes import RankOutcome
 from ddpcall.ranks.place import Rank, current_rank
 from ddpcall.ranks.pool import RankPool, explain_missing_gpus
 from ddpcall.ranks.rank_session import RANK_KEY, SessionRequest, TestRequest, run_test
+from ddpcall.torch_version import explain_torch
 
 if TYPE_CHECKING:
     from ddpcall.asserts import (
@@ -59,6 +60,8 @@ def __getattr__(name: str) -> Any:
     """Import the asserts, and torch with them, when a test asks for one."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if trouble := explain_torch():
+        raise pytest.Collector.CollectError(f"ddpcall: {trouble}")  # which pytest shows without a traceback
     from ddpcall import asserts
 
     return getattr(asserts, name)
@@ -162,6 +165,8 @@ class RanksPlugin:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         marked = [item for item in items if RanksMark.of(item) is not None]
+        if marked and (trouble := explain_torch()):
+            raise pytest.UsageError(f"{len(marked)} tests on ranks cannot run: {trouble}")
         if marked and (config.getoption("usepdb") or config.getoption("trace")):
             raise pytest.UsageError(
                 f"--pdb cannot debug tests that run on ranks ({marked[0].nodeid} and {len(marked) - 1} more): "
@@ -173,7 +178,9 @@ class RanksPlugin:
         """Start the pool as soon as a file mentions the mark: it imports torch while pytest imports the file."""
         option = self._config.option
         selects = option.keyword or option.markexpr  # the tests on ranks may not be among the selected ones
-        if file_path.suffix == ".py" and not selects and self._runs_tests() and _mentions_ranks(file_path):
+        if file_path.suffix != ".py" or selects or not self._runs_tests():
+            return
+        if _mentions_ranks(file_path) and not explain_torch():
             self._pool.warm_up()
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:

@@ -19,6 +19,7 @@ LEAVES = {
     "imports",
     "taps",
     "ranks",
+    "torch_version",
 } | INTERNALS
 MIDDLE = LEAVES | {"verdicts", "replicas", "sketch", "mixing", "probes"}
 MAY_IMPORT = {
@@ -27,6 +28,7 @@ MAY_IMPORT = {
     "findings": set(),
     "imports": set(),
     "private_name": set(),
+    "torch_version": set(),
     "torch_internals": {"private_name"},
     "taps": INTERNALS,
     "ranks": INTERNALS | {"ranks"},

@@ -14,10 +14,13 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from ddpcall.torch_version import require_torch
+
 
 class _Watch(ModuleType):
     def __call__(self, model: Any = None, **options: Any) -> Any:
         """Start watching; see `ddpcall.watch.session.watch`."""
+        require_torch()
         from ddpcall.watch.session import watch
 
         return watch(model, **options)

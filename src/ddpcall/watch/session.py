@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ddpcall.findings import Finding
+from ddpcall.torch_version import require_torch
 from ddpcall.watch import report
 from ddpcall.watch.journal import Contents, Journal, Key, Said, key_of, merge_findings
 from ddpcall.watch.launch import Launch, current_launch, is_running, is_started_alone
@@ -91,8 +92,10 @@ class Session:
         """Attach to torch.
 
         Raises:
+            ImportError: torch is missing or too old.
             RuntimeError: Another watch is running in this process.
         """
+        require_torch()
         if Session._running is not None:
             raise RuntimeError("Another ddpcall watch is running in this process; leave it before starting one.")
         from ddpcall.watch.attach import Attachment
@@ -501,6 +504,7 @@ def watch(
         The running session, a context manager; `session.close()` takes everything off again.
 
     Raises:
+        ImportError: torch is missing or too old.
         ValueError: An option is not among those listed.
         RuntimeError: Another watch is running in this process.
     """
