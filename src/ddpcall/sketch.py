@@ -273,10 +273,11 @@ class _Accumulator:
         size = _GROUP // 4 if is_short else _GROUP
         # Short floats are converted in pieces that stay in the cache.
         buffer = blocks.new_empty((min(size, len(blocks)), TILE), dtype=self._dtype) if is_short else blocks
+        added = blocks.new_empty(TILE, dtype=self._dtype)
         for begin in range(0, len(blocks), size):
             group = blocks[begin : begin + size]
             group = buffer[: len(group)].copy_(group) if is_short else group
-            added = torch.mv(group.t(), weights[begin : begin + size])
+            torch.mv(group.t(), weights[begin : begin + size], out=added)
             if self._device.type == "cpu":  # too short to be worth that threads wait for each other
                 np.add(tile.numpy(), added.numpy(), out=tile.numpy())
             else:

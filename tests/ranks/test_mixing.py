@@ -1,5 +1,6 @@
 """The mixing matrix on real ranks: what each of many ways to reduce gradients measures as."""
 
+import json
 from contextlib import nullcontext
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddpcall
+from ddpcall.mixing import MixingCollector, RankSketches, exchange_records, judge_records
 from tests.ranks.mixing_models import BLOCKS, columns, compute_loss, expect, make_batch, make_model, reduce_by_hand
 
 pytestmark = pytest.mark.ranks(4)
@@ -146,6 +148,35 @@ def test_everything_is_undone_also_after_an_exception(rank):
     assert vars(optimizer) == before
     assert not optimizer._optimizer_step_pre_hooks
     assert torch.amp.GradScaler.step.__module__ == "torch.amp.grad_scaler"
+
+
+def test_a_collector_gives_a_record_a_step(rank):
+    model = DistributedDataParallel(make_model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    collector = MixingCollector(model, optimizer)
+    collector.start()
+    shapes = []
+    for call in (model, model.module, model):
+        optimizer.zero_grad()
+        compute_loss(call, make_batch(rank.rank)).backward()
+        optimizer.step()
+        records = exchange_records(collector.take().to_bytes(), 60)
+        shapes.append(judge_records([RankSketches.from_bytes(data) for data in records]).shape)
+    collector.stop()
+    assert shapes == ["averaged", "local", "averaged"]
+    assert collector.take().num_steps == 0
+
+
+def test_a_measurement_can_be_written_and_read(rank):
+    model = DistributedDataParallel(make_model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with ddpcall.measure_mixing(model, optimizer) as mixing:
+        compute_loss(model, make_batch(rank.rank)).backward()
+        optimizer.step()
+    plain = json.loads(json.dumps(mixing.to_json()))
+    assert plain["shape"] == "averaged"
+    np.testing.assert_allclose(plain["matrix"], 0.25, atol=1e-5)
+    assert plain["columns"] == [[0, 0], [1, 0], [2, 0], [3, 0]]
 
 
 def test_no_step_in_the_block_is_refused(rank):
