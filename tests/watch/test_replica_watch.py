@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddpcall
+from ddpcall.watch.exchange import Exchange
 
 pytestmark = pytest.mark.ranks(2, timeout=120)
 
@@ -78,6 +79,27 @@ def test_a_difference_that_is_gone_when_it_is_asked_about_is_silent(rank, tmp_pa
         for parameter in run.ddp.parameters():
             dist.broadcast(parameter, 0)
     assert run.train(3).findings() == []
+
+
+def test_a_small_difference_is_judged_at_the_end_also_where_the_first_answer_is_read_only_then(
+    rank, tmp_path, monkeypatch
+):
+    """A first answer puts a doubtful difference off to a later step; there may be none."""
+    finished = []
+    finish, details = Exchange.finish, Exchange.details
+    monkeypatch.setattr(Exchange, "finish", lambda self: (finished.append(self), finish(self))[1])
+    monkeypatch.setattr(Exchange, "details", lambda self, **kw: details(self, **kw) if finished else None)
+    run = Run(rank, tmp_path, lr=1e-7)
+
+    def scale(optimizer, *_):
+        for parameter in run.ddp.parameters():
+            parameter.grad *= 1 + run.rank
+
+    run.optimizer.register_step_pre_hook(scale)
+    for _ in range(8):
+        run.train(1)
+        rank.barrier()
+    assert [code for code, _, _ in run.findings()] == (["DC201"] if run.rank == 0 else [])
 
 
 def test_a_difference_of_rounding_is_silent(rank, tmp_path):

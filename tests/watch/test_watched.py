@@ -163,7 +163,11 @@ mode, rank = sys.argv[1], int(os.environ["RANK"])
 if mode == "group_of_one":
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 elif mode != "no_group":
+    # No collective follows in some modes: a rank that is fast would leave while another still connects to it.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     dist.init_process_group("gloo")
+    store.set(f"connected {rank}", "")
+    store.wait(["connected 0", "connected 1"])
 torch.manual_seed(0)
 model = torch.nn.Linear(4, 2)
 if mode == "fsdp1":

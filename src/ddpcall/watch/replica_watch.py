@@ -226,14 +226,16 @@ class ReplicaWatch:
             self._exchange = self._taker = self._models = None
 
     def _finish(self, exchange: Exchange) -> None:
-        self._look_again = 0
         exchange.finish()
         if not self._last_step:
             return
         last = exchange.compare(self._last_step, wait=True)
         self.read()
+        self._look_again = 0  # after what was read, which may have put it off beyond the last step
         if last is not None:
             self._compare(last)
+        elif self._last_compared is not None:  # it was read before, and may have been too early to look again
+            self._judge(self._last_compared)
         self._judge_uses()
         if self._asked is not None:  # the answers would have come in a later step
             exchange.ask_details(self._asked, now=True)
@@ -283,6 +285,10 @@ class ReplicaWatch:
             self._apart.append(comparison.step)
         elif not comparison.missing:
             self._apart.clear()
+        self._judge(comparison)
+
+    def _judge(self, comparison: Comparison) -> None:
+        """Ask for details of what differs and was not judged yet."""
         parts = [part for part in ("optimizer", "parameters", "modes") if part in comparison.differing]
         news = [part for part in parts if part not in self._judged]
         if "parameters" in news and comparison.step < self._look_again:
