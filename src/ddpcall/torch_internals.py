@@ -204,6 +204,15 @@ FSDP_PARTS = {
         "_fsdp_param.FSDPParam.unsharded_accumulated_grad",
     )
 }
+FSDP_MIXING = {
+    name: Private(
+        f"{_FULLY_SHARD}_fsdp_param.FSDPParam.{name}",
+        "to see a rank's own gradient before it is reduced, and in which precision it is",
+        "the mixing matrix of fully_shard is not measured",
+        LAB,
+    )
+    for name in ("init_unsharded_param", "reduce_dtype")
+}
 FSDP_UNSHARDED_PARAM = Private(
     _FULLY_SHARD + "_fsdp_param.FSDPParam._unsharded_param",
     "to find gradients that were not reduced",
@@ -219,6 +228,36 @@ FSDP_MODULE_INFO = Private(
     "to name a parameter before its first forward",
     "parameters of sharded models are not named",
 )
+_FSDP1 = "torch.distributed.fsdp."
+_NO_FLAT = "the mixing matrix of FSDP1 is not measured"
+FSDP1 = {
+    name: Private(
+        f"{_FSDP1}fully_sharded_data_parallel.FullyShardedDataParallel._{name}",
+        "to find the flat parameter of an FSDP1 module",
+        _NO_FLAT,
+        LAB,
+    )
+    for name in ("handle", "fsdp_wrapped_module")
+}
+FLAT_HANDLE = {
+    name.removeprefix("_"): Private(
+        f"{_FSDP1}_flat_param.FlatParamHandle.{name}", "to know how FSDP1 holds parameters", _NO_FLAT, LAB
+    )
+    for name in ("flat_param", "uses_sharded_strategy", "_use_orig_params", "_reduce_dtype")
+}
+FLAT_PARAMETER = {
+    name: Private(
+        f"{_FSDP1}_flat_param.FlatParameter._{name}", "to find parameters in FSDP1's flat ones", _NO_FLAT, LAB
+    )
+    for name in (
+        *("fqns", "numels", "numels_with_padding", "is_padding_mask", "params", "shard_param_infos"),
+        "saved_grad_shard",
+    )
+}
+FLAT_REDUCTIONS = {
+    name: Private(f"{_FSDP1}_runtime_utils._{name}", "to see gradients that FSDP1 reduces", _NO_FLAT, LAB)
+    for name in ("reduce_grad", "reduce_grad_no_shard")
+}
 
 # ---- nn.Module --------------------------------------------------------------------------------------------------
 
@@ -431,6 +470,11 @@ GET_DEFAULT_STORE = Private(
     "torch.distributed.distributed_c10d._get_default_store",
     "to compare ranks where there is no launcher's store",
     "ranks that torchrun did not start are not compared",
+)
+UPDATE_DEFAULT_PG = Private(
+    "torch.distributed.distributed_c10d._update_default_pg",
+    "to hear of a process group being made",
+    "the size of a process group is not known, and ranks that multiprocessing starts are not watched",
 )
 WORLD = Private(
     "torch.distributed.distributed_c10d._world",

@@ -27,7 +27,6 @@ EXCEPTED = {
     "torch_internals.py": "the room itself",
     "lab/claims": "experiments that a learner reads and copies: they spell out what they touch",
     "course/exercises": "scripts as users write them",
-    "mixing/shards.py": "lists them at its head",
     "course/lessons.py": "cites torch's source",
     "ranks/interpreters.py": "names a module to import, in a process that must not import torch itself",
 }

@@ -1,16 +1,7 @@
-"""Places in sharded models: fully_shard computes with whole parameters, FSDP1 with whole flat ones.
-
-Private names of torch, seen in 2.11 to 2.13: `FSDPModule._get_fsdp_state`, `FSDPState._fsdp_param_group(s)`,
-`FSDPParam._unsharded_param`, `.sharded_param`, `.init_unsharded_param`, `.unsharded_accumulated_grad`,
-`.reduce_dtype`, `._param_fqn`; `FullyShardedDataParallel._handle`, `FlatParamHandle.flat_param`,
-`._use_orig_params`, `._reduce_dtype`, `.uses_sharded_strategy`, `FlatParameter._fqns`, `._numels`,
-`._numels_with_padding`, `._is_padding_mask`, `._params`, `._shard_param_infos`, `._saved_grad_shard`, and
-`_runtime_utils._reduce_grad(_no_shard)`.
-"""
+"""Places in sharded models: fully_shard computes with whole parameters, FSDP1 with whole flat ones."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -19,12 +10,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ddpcall import torch_internals as internals
 from ddpcall.mixing.places import Place, See, clean_name
 from ddpcall.replicas import digest_tensor
 from ddpcall.sketch import sketch
 from ddpcall.taps import Undo, is_lazy, replace_attribute
 
-_RUNTIME = "torch.distributed.fsdp._runtime_utils"
+
+def _of(flat: Any, name: str) -> Any:
+    """Return what a flat parameter of FSDP1 keeps under this name."""
+    return internals.FLAT_PARAMETER[name].of(flat)
 
 
 class ShardedPlace(Place):
@@ -38,7 +33,7 @@ class ShardedPlace(Place):
         self._shard = shard
 
     def whole(self) -> Tensor | None:
-        return getattr(self._shard, "_unsharded_param", None)
+        return internals.FSDP_UNSHARDED_PARAM.of(self._shard, None)
 
     def hook(self, see: See) -> Undo:
         self._see = see
@@ -80,8 +75,9 @@ class FlatPlace(Place):
 
     def __init__(self, name: str, index: int, handle: Any, group: Any, tap: FlatTap) -> None:
         flat = handle.flat_param
-        super().__init__(name, flat._params[index] if handle._use_orig_params else flat)
-        self.numel = int(flat._numels[index])
+        self._keeps_originals = internals.FLAT_HANDLE["use_orig_params"].of(handle)
+        super().__init__(name, _of(flat, "params")[index] if self._keeps_originals else flat)
+        self.numel = int(_of(flat, "numels")[index])
         self._index = index
         self._handle = handle
         self._tap = tap
@@ -95,7 +91,7 @@ class FlatPlace(Place):
 
     def _see_flat(self, see: See, flat_gradient: Tensor) -> None:
         flat = self._handle.flat_param
-        sizes, padding = flat._numels_with_padding, flat._is_padding_mask
+        sizes, padding = _of(flat, "numels_with_padding"), _of(flat, "is_padding_mask")
         starts = [sum(sizes[:i]) for i in range(len(sizes)) if not padding[i]]
         first = starts[self._index]
         see(False, flat_gradient.reshape(-1)[first : first + self.numel])
@@ -105,28 +101,32 @@ class FlatPlace(Place):
 
     def used_gradient(self) -> Tensor | None:
         gradient = self.stepped.grad
-        if gradient is None or self._handle._use_orig_params:
+        if gradient is None or self._keeps_originals:
             return gradient
         return self._cut(gradient)
 
     def _cut(self, flat_shard: Tensor) -> Tensor | None:
-        info = self._handle.flat_param._shard_param_infos[self._index]
+        info = _of(self._handle.flat_param, "shard_param_infos")[self._index]
         if not info.in_shard:
             return None
         return flat_shard.reshape(-1)[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard]
 
     def sketch_used(self, gradient: Tensor) -> Tensor:
-        info = self._handle.flat_param._shard_param_infos[self._index]
+        info = _of(self._handle.flat_param, "shard_param_infos")[self._index]
         return sketch(gradient.reshape(-1), self.name, start=info.intra_param_start_idx if info.in_shard else 0)
 
     def sketch_carry(self) -> Tensor | None:
         flat = self._handle.flat_param
-        saved = getattr(flat, "_saved_grad_shard", None) if self._handle.uses_sharded_strategy else None
+        saved = (
+            internals.FLAT_PARAMETER["saved_grad_shard"].of(flat, None)
+            if self._handle.uses_sharded_strategy
+            else None
+        )
         shard = None if saved is None else self._cut(saved)
         return None if shard is None else self.sketch_used(shard)
 
     def reduced_in(self, gradient: Tensor) -> str:
-        known = self._handle._reduce_dtype
+        known = internals.FLAT_HANDLE["reduce_dtype"].of(self._handle)
         return str(known).removeprefix("torch.") if known else super().reduced_in(gradient)
 
     def used_parts(self, gradient: Tensor | None) -> tuple[int, ...]:
@@ -137,7 +137,7 @@ class FlatPlace(Place):
 
     def digest(self) -> int:
         values = self.stepped.detach()
-        part = values if self._handle._use_orig_params else self._cut(values)
+        part = values if self._keeps_originals else self._cut(values)
         return 0 if part is None else digest_tensor(part)
 
 
@@ -150,10 +150,9 @@ class FlatTap:
 
     def add(self, handle: Any, listener: Any) -> Undo:
         if not self._undos:
-            runtime = sys.modules[_RUNTIME]
-            for name in ("_reduce_grad", "_reduce_grad_no_shard"):
-                wrapper = partial(self._reduce, getattr(runtime, name))
-                self._undos.append(replace_attribute(runtime, name, wrapper))
+            for entry in internals.FLAT_REDUCTIONS.values():
+                wrapper = partial(self._reduce, entry.get())
+                self._undos.append(replace_attribute(entry.owner(), entry.name, wrapper))
         self._listeners.setdefault(id(handle), []).append(listener)
         return partial(self._remove, id(handle), listener)
 
@@ -176,17 +175,17 @@ def find_sharded(model: nn.Module) -> Iterator[tuple[list[int], Place]]:
     tap = FlatTap()
     for prefix, module in model.named_modules():
         for shard in _shards_of(module):
-            info = shard._module_info
-            name = shard._param_fqn or f"{prefix}.{info.param_name}"
+            info = internals.FSDP_MODULE_INFO.of(shard)
+            name = internals.FSDP_PARAM_FQN.of(shard) or f"{prefix}.{info.param_name}"
             place = ShardedPlace(clean_name(name), shard)
             yield [id(shard.sharded_param), id(place.whole())], place
-        handle = getattr(module, "_handle", None)
-        if hasattr(module, "_fsdp_wrapped_module") and handle is not None:
+        handle, wrapped = (entry.of(module, None) for entry in internals.FSDP1.values())
+        if handle is not None and wrapped is not None:
             yield from _flat_places(prefix, module, handle, tap)
 
 
 def _flat_places(prefix: str, module: Any, handle: Any, tap: FlatTap) -> Iterator[tuple[list[int], Place]]:
-    for index, fqn in enumerate(handle.flat_param._fqns):
+    for index, fqn in enumerate(_of(handle.flat_param, "fqns")):
         name = clean_name(f"{prefix}.{fqn}" if prefix else fqn)
         place = FlatPlace(name, index, handle, module.process_group, tap)
         yield [id(place.stepped)], place
@@ -194,11 +193,11 @@ def _flat_places(prefix: str, module: Any, handle: Any, tap: FlatTap) -> Iterato
 
 def _shards_of(module: nn.Module) -> list[Any]:
     """Return fully_shard's parameters of one module. Before torch 2.13 a state has one group or none."""
-    get_state = getattr(module, "_get_fsdp_state", None)
+    get_state = internals.GET_FSDP_STATE.of(module, None)
     if get_state is None:
         return []
     state = get_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    groups = internals.FSDP_PARAM_GROUPS.of(state, None) or [internals.FSDP_PARAM_GROUP.of(state)]
     return [shard for group in groups if group is not None for shard in group.fsdp_params]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from ddpcall import torch_internals as internals
 from ddpcall.taps import Undo, replace_attribute
 from ddpcall.watch.watched import DATA_PARALLEL, FSDP1
 
@@ -74,18 +75,16 @@ class StackWatch:
     def attach_groups(self) -> Undo:
         """Hear of default process groups; returns the undo.
 
-        Source: `init_process_group` in torch/distributed/distributed_c10d.py ends with `_update_default_pg`.
+        Source: `init_process_group` in torch/distributed/distributed_c10d.py ends with it.
         """
-        import torch.distributed.distributed_c10d as c10d
-
-        update = c10d._update_default_pg
+        c10d, update = internals.UPDATE_DEFAULT_PG.owner(), internals.UPDATE_DEFAULT_PG.get()
 
         @functools.wraps(update)
-        def _update_default_pg(pg: Any) -> None:
-            update(pg)
-            if hasattr(pg, "size"):
-                self.group_size = max(self.group_size, pg.size())
+        def updating(group: Any) -> None:
+            update(group)
+            if hasattr(group, "size"):
+                self.group_size = max(self.group_size, group.size())
 
         if c10d.is_initialized():
             self.group_size = c10d.get_world_size()
-        return replace_attribute(c10d, update.__name__, _update_default_pg)
+        return replace_attribute(c10d, internals.UPDATE_DEFAULT_PG.name, updating)
