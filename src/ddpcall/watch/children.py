@@ -1,6 +1,7 @@
 """Watch this process, which a watched one started as a rank: with `subprocess`, through a shell, by a launcher.
 
-Blind to: ranks started with an environment of their own, by `python -c`, or with `-I`, `-E` or `-S`.
+Blind to: ranks started with an environment of their own, by `python -c`, or with `-I`, `-E` or `-S`; the exit
+code of `raise SystemExit(3)`, which no exit handler is told.
 """
 
 from __future__ import annotations
