@@ -156,9 +156,7 @@ def _put_together(parameters: Sequence[Parameter], ranks: tuple[int, ...]) -> Mi
         if kind == "equal" and not parameter.verdict.rows_agree and parameter.verdict.shape not in _MIXED_ALIKE:
             kind = "averaged" if parameter.used.any() else kind
         weights.setdefault(kind, []).append(parameter.name)
-    told = _choose_told(parameters) or by_shape
-    spoken = {parameter.name for group in told.values() for parameter in group}
-    left_out = [p.name for p in parameters if p.verdict.shape != "unidentifiable" and p.name not in spoken]
+    told = {name: group for name, group in by_shape.items() if name != "unidentifiable"} or by_shape
     shape = _name_all(told)
     shown = _choose_shown(told, shape)
     matrix, columns, residual = measure_matrix(shown, ranks)
@@ -170,21 +168,11 @@ def _put_together(parameters: Sequence[Parameter], ranks: tuple[int, ...]) -> Mi
         residual=residual,
         shape=shape,
         by_parameter={name: tuple(p.name for p in group) for name, group in by_shape.items()},
-        reason=_give_reason(told, shape, weights, left_out),
+        reason=_give_reason(told, shape, weights),
         num_ranks=len(ranks),
         ranks=ranks,
         weights={kind: tuple(names) for kind, names in weights.items()},
     )
-
-
-def _choose_told(parameters: Sequence[Parameter]) -> dict[str, list[Parameter]]:
-    """Return, by shape, the parameters that speak for the step: replicas, where there are any."""
-    speaking = [p for p in parameters if p.verdict.shape != "unidentifiable"]
-    replicas = [p for p in speaking if p.weights != "different"]
-    told: dict[str, list[Parameter]] = {}
-    for parameter in replicas or speaking:
-        told.setdefault(parameter.verdict.shape, []).append(parameter)
-    return told
 
 
 def _name_all(told: Mapping[str, Sequence[Parameter]]) -> str:
@@ -207,7 +195,6 @@ def _give_reason(
     told: Mapping[str, Sequence[Parameter]],
     shape: str,
     weights: Mapping[str, Sequence[str]],
-    left_out: Sequence[str],
 ) -> str:
     reasons = []
     group = told.get(shape, [])
@@ -216,8 +203,10 @@ def _give_reason(
     elif not group and told:
         parts = [f"{name}: {len(its)} of {sum(map(len, told.values()))} parameters" for name, its in told.items()]
         reasons.append(", ".join(parts))
-    if left_out:
-        reasons.append(f"not compared, because their weights differed before the step: {name_some(left_out)}")
+    if shape == "partly_local" and "different" in weights and len(weights) > 1:
+        # A bypass that began earlier looks like experts, which are meant: their names let the reader tell.
+        names = name_some(weights["different"])
+        reasons.append(f"these weights differed before the step, which is right for a rank's own experts: {names}")
     elif shape not in _MIXED_ALIKE:
         kinds = [kind for kind in weights if kind != "equal" and not (kind == "averaged" and len(weights) > 1)]
         reasons += [_WEIGHTS[kind] for kind in kinds]
