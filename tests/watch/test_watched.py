@@ -121,8 +121,11 @@ def test_what_was_watched_is_said(watched, text):
         (replace(BOTH, idle_ranks=(1,)), "rank 1 took no optimizer step, another rank 30"),
         (replace(BOTH, idle_ranks=(1,)), "check with `ddpcall.asserts.assert_replicated(model)`, on every rank,"),
         (replace(BOTH, models=(replace(NET, steps=0),)), "no optimizer step used the gradients of 1 DDP model"),
-        (replace(BOTH, models=()), "no model was wrapped, no collective called, so each of 2 ranks"),
-        (replace(BOTH, models=(), process_group=0), "no process group was made, so each of 2 ranks"),
+        (replace(BOTH, models=()), "a model of its own. Write `model = DistributedDataParallel(model)`"),
+        (
+            replace(BOTH, models=(), process_group=0),
+            "a model of its own. Write `dist.init_process_group()` and then",
+        ),
         (
             replace(BOTH, models=(), process_group=1, own_collectives=1),
             "every rank made a process group of one, so each of 2 ranks",

@@ -272,15 +272,16 @@ def _explain_unwrapped(watched: Watched) -> str | None:
     """Where nothing is wrapped, the script may average gradients by itself; without any collective nobody does."""
     if watched.models or (watched.own_collectives and watched.process_group > 1):
         return None
+    group = "`dist.init_process_group()` and then "
     if not watched.process_group:
         cause = "no process group was made"
     elif watched.process_group == 1:
         cause = "every rank made a process group of one"
     else:
-        cause = "no model was wrapped, no collective called"
+        cause, group = "no model was wrapped, no collective called", ""
     return (
         f"{_NOTHING}{cause}, so each of {watched.world_size} ranks trains a model of its own. Write "
-        "`dist.init_process_group()` and then `model = DistributedDataParallel(model)`"
+        f"{group}`model = DistributedDataParallel(model)`"
     )
 
 
