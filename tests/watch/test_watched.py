@@ -82,7 +82,7 @@ def test_two_models_of_one_class_stay_two_over_ranks():
             "1 DDP model, 30 steps on 2 of 2 ranks, compared 17 times, until it ended with ValueError",
         ),
         (
-            replace(BOTH, models=(), own_collectives=3, comparisons=0, comparisons_due=0),
+            replace(BOTH, models=(), own_collectives=3, may_average=True, comparisons=0, comparisons_due=0),
             "no wrapped model, 30 steps on 2 of 2 ranks: hooks, compiled code and precision were watched, "
             "gradients that the script reduces itself were not",
         ),
@@ -121,13 +121,14 @@ def test_what_was_watched_is_said(watched, text):
         (replace(BOTH, idle_ranks=(1,)), "rank 1 took no optimizer step, another rank 30"),
         (replace(BOTH, idle_ranks=(1,)), "check with `ddpcall.asserts.assert_replicated(model)`, on every rank,"),
         (replace(BOTH, models=(replace(NET, steps=0),)), "no optimizer step used the gradients of 1 DDP model"),
+        (replace(BOTH, models=(), own_collectives=3), "no model was wrapped, collectives carried too little"),
         (replace(BOTH, models=()), "a model of its own. Write `model = DistributedDataParallel(model)`"),
         (
             replace(BOTH, models=(), process_group=0),
             "a model of its own. Write `dist.init_process_group()` and then",
         ),
         (
-            replace(BOTH, models=(), process_group=1, own_collectives=1),
+            replace(BOTH, models=(), process_group=1, own_collectives=1, may_average=True),
             "every rank made a process group of one, so each of 2 ranks",
         ),
         (
@@ -178,8 +179,11 @@ if mode == "fsdp1":
     model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
 elif mode == "data_parallel":
     model = torch.nn.DataParallel(model)
-elif mode not in ("no_group", "unwrapped", "averaged"):
+elif mode not in ("no_group", "unwrapped", "logged", "averaged", "local_sgd"):
     model = DistributedDataParallel(model)
+if mode == "logged":
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, 0)
 torch.manual_seed(rank)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 for step in range(3):
@@ -197,6 +201,12 @@ for step in range(3):
                 parameter -= 0.1 * parameter.grad
     else:
         optimizer.step()
+    if mode == "logged":
+        logged = loss.detach().clone()
+        dist.all_reduce(logged)
+    if mode == "local_sgd" and step == 2:
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.data)
     if mode == "idle":
         break
 if mode == "idle" and rank == 1:
@@ -227,8 +237,9 @@ def test_a_proper_run_says_what_was_watched(launcher, tmp_path):
     assert watched["not_followed"] == []
 
 
-def test_gradients_averaged_by_hand_are_fine_and_said(launcher, tmp_path):
-    codes, line, _ = answer_of(launcher, tmp_path, "averaged")
+@pytest.mark.parametrize("mode", ["averaged", "local_sgd"])
+def test_what_the_script_averages_itself_is_fine_and_said(launcher, tmp_path, mode):
+    codes, line, _ = answer_of(launcher, tmp_path, mode)
     assert codes == [0, 0]
     assert line.startswith("no findings: no wrapped model, 3 steps on 2 of 2 ranks")
 
@@ -240,6 +251,7 @@ def test_gradients_averaged_by_hand_are_fine_and_said(launcher, tmp_path):
         ("idle", "rank 1 took no optimizer step, another rank 1"),
         ("by_hand", "no optimizer step used the gradients of 1 DDP model. To have it watched, update"),
         ("unwrapped", "no model was wrapped, no collective called"),
+        ("logged", "no model was wrapped, collectives carried too little for gradients"),
         ("no_group", "no process group was made"),
         ("group_of_one", "every rank made a process group of one"),
         ("fsdp1", "FullyShardedDataParallel (FSDP1) is not followed by the watch. To have it watched, shard"),

@@ -266,6 +266,7 @@ class Attachment:
             not_compared=replicas.trouble,
             process_group=self._stacks.group_size,
             own_collectives=self._collectives.num_called,
+            may_average=self._count.most > 0 and self._collectives.may_average(self._steps.numel),
             not_followed=tuple(not_followed),
             faults=tuple(dict.fromkeys(self._faults)),
         )

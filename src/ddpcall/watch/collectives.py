@@ -38,6 +38,7 @@ FUNCTIONAL = (
     "broadcast",
 )
 MAX_RECORDS = 100_000
+LEAST_SENT = 1024
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class CollectiveLog:
         """Start with nothing seen."""
         self._storages: dict[int, int] = {}
         self._now = self._last_step = Mark()
+        self._num_steps = self._most_sent = 0
 
     def attach(self) -> Undo:
         """Watch the process group class and the functional collectives; returns the undo."""
@@ -100,6 +102,16 @@ class CollectiveLog:
         """Return how many elements the script has sent since the last optimizer step."""
         return self._now.numel - self._last_step.numel
 
+    def may_average(self, numel: int) -> bool:
+        """Say whether what was sent can have kept that many elements equal; what is logged is far less.
+
+        Args:
+            numel: Elements that the optimizer steps. A part of them is enough: gradients may be compressed.
+        """
+        # What is sent before the first step may be the start's broadcast; where there was one step, nothing tells.
+        sent = self._now.numel if self._num_steps <= 1 else max(self._most_sent, self.num_sent())
+        return self._now.count > 0 and sent > min(numel / 10, LEAST_SENT)
+
     @property
     def num_called(self) -> int:
         """How many collectives the script has called."""
@@ -123,6 +135,9 @@ class CollectiveLog:
 
     def end_step(self) -> None:
         """Note the end of an optimizer step."""
+        if self._num_steps:
+            self._most_sent = max(self._most_sent, self.num_sent())
+        self._num_steps += 1
         self._last_step = self._now
 
 

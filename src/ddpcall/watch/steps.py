@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -67,6 +68,7 @@ class StepWatch:
         self._locator: WeightLocator | None = None
         self._pending: Event | None = None
         self._located: dict[tuple[str, ...], CallSite] = {}
+        self.numel = 0
 
     def attach(self) -> Undo:
         """Hear of every optimizer's steps; returns the undo."""
@@ -81,6 +83,9 @@ class StepWatch:
             del self._stepping[self._stepping.index(id(optimizer)) :]
         self._stepping.append(id(optimizer))
         view = self._view(optimizer)
+        if self._count.of(optimizer) == 1:
+            parameters = (each for group in optimizer.param_groups for each in group["params"])
+            self.numel = max(self.numel, sum(each.numel() for each in parameters if not is_lazy(each)))
         self._count_models(optimizer, view)
         self._models_stepped(view.ledgers)
         self._compiled.before_step(view.get)

@@ -63,6 +63,7 @@ class Watched:
         not_compared: Why no more was compared; empty where nothing went wrong.
         process_group: The size of the default process group; 0 where there was none.
         own_collectives: Collectives that the script itself called.
+        may_average: Whether they carried enough to average gradients or parameters.
         started_alone: Whether a launcher prepared for several processes, and started one.
         not_followed: Wrappers and optimizers that were used, and that the watch does not know.
         not_attached: Parts of the watch that could not attach, and why.
@@ -85,6 +86,7 @@ class Watched:
     not_compared: str = ""
     process_group: int = 0
     own_collectives: int = 0
+    may_average: bool = False
     started_alone: bool = False
     not_followed: tuple[str, ...] = ()
     not_attached: dict[str, str] = field(default_factory=dict)
@@ -149,6 +151,7 @@ def merge_watched(records: Iterable[Watched]) -> Watched:
         not_compared=next((record.not_compared for record in records if record.not_compared), ""),
         process_group=max(record.process_group for record in records),
         own_collectives=max(record.own_collectives for record in records),
+        may_average=any(record.may_average for record in records),
         started_alone=all(record.started_alone for record in of_world),
         not_followed=tuple(dict.fromkeys(each for record in records for each in record.not_followed)),
         not_attached={part: why for record in records for part, why in record.not_attached.items()},
@@ -269,8 +272,8 @@ def _explain_steps(watched: Watched) -> str | None:
 
 
 def _explain_unwrapped(watched: Watched) -> str | None:
-    """Where nothing is wrapped, the script may average gradients by itself; without any collective nobody does."""
-    if watched.models or (watched.own_collectives and watched.process_group > 1):
+    """Where nothing is wrapped, the script may average by itself; where it sends too little, nobody does."""
+    if watched.models or (watched.may_average and watched.process_group > 1):
         return None
     group = "`dist.init_process_group()` and then "
     if not watched.process_group:
@@ -278,7 +281,9 @@ def _explain_unwrapped(watched: Watched) -> str | None:
     elif watched.process_group == 1:
         cause = "every rank made a process group of one"
     else:
-        cause, group = "no model was wrapped, no collective called", ""
+        carried = "collectives carried too little for gradients"
+        sent = carried if watched.own_collectives else "no collective called"
+        cause, group = f"no model was wrapped, {sent}", ""
     return (
         f"{_NOTHING}{cause}, so each of {watched.world_size} ranks trains a model of its own. Write "
         f"{group}`model = DistributedDataParallel(model)`"
