@@ -1,6 +1,7 @@
 """Where a careless measurement of the mixing matrix goes wrong: one test an edge, each says what the matrix is."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint_sequential
 
 import ddpcall
+from ddpcall.asserts import assert_gradients_averaged
 from tests.ranks.mixing_models import (
     columns,
     compute_loss,
@@ -805,7 +807,7 @@ def test_join_compares_the_ranks_that_stepped(rank, by_initial):
     else:
         expect(mixing.result, "averaged", [0, 0, 0, 1 / 3, 1 / 3, 1 / 3])
     assert mixing.ranks == (0, 1, 2)
-    assert "ranks 3 took no step" in mixing.reason
+    assert "rank 3 took no step and is not compared" in mixing.reason
 
 
 def test_weights_that_are_averaged_after_the_step(rank):
@@ -909,3 +911,118 @@ def test_measuring_changes_no_number(rank):
         results.append(copy.deepcopy(model.module.state_dict()))
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
+
+
+# ---- small parameters, late parameters, ranks that part --------------------------------------------------------
+
+
+class WithFactors(nn.Module):
+    """An averaged trunk, and a few numbers outside its wrapper."""
+
+    def __init__(self, numel, wrapped=True):
+        super().__init__()
+        self.trunk = wrap() if wrapped else make_model()
+        self.factors = nn.Parameter(torch.ones(numel))
+
+    def forward(self, x):
+        return self.trunk(x) * self.factors.sum()
+
+
+def take_step(model, optimizer, rank, before_step=lambda: None):
+    optimizer.zero_grad()
+    compute_loss(model, make_batch(rank.rank)).backward()
+    before_step()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("numel", [1, 4])
+def test_a_few_local_numbers_beside_an_averaged_model(rank, numel):
+    model = WithFactors(numel)
+    optimizer = make_sgd(model)
+    mixing = measure(model, optimizer, lambda _: take_step(model, optimizer, rank))
+    assert mixing.shape == "partly_local", mixing
+    assert mixing.by_parameter["local"] == ("factors",)
+
+
+@pytest.mark.parametrize("numel", [1, 4])
+def test_a_few_averaged_numbers_beside_an_averaged_model(rank, numel):
+    model = wrap(WithFactors(numel, wrapped=False))
+    optimizer = make_sgd(model)
+    mixing = measure(model, optimizer, lambda _: take_step(model, optimizer, rank))
+    assert set(mixing.by_parameter) == {"averaged"}, mixing
+
+
+@pytest.mark.parametrize("numel", [1, 4])
+def test_a_few_numbers_of_a_local_model_that_each_rank_clips_by_its_own_norm(rank, numel):
+    model = WithFactors(numel, wrapped=False)
+    optimizer = make_sgd(model)
+    clip = partial(nn.utils.clip_grad_norm_, model.parameters(), 1e-2)
+    mixing = measure(model, optimizer, lambda _: take_step(model, optimizer, rank, clip))
+    assert mixing.shape == "local", mixing
+    assert not set(mixing.by_parameter) - {"local", "unidentifiable"}
+
+
+def test_a_small_bias_that_all_take_from_one_rank_is_not_averaged(rank):
+    model = wrap()
+    optimizer, bias = make_sgd(model), model.module[-1].bias
+    seen = []
+    bias.register_hook(lambda gradient: seen.append(gradient.clone()))
+
+    def broadcast():
+        bias.grad.copy_(seen[-1])
+        dist.broadcast(bias.grad, 0)
+
+    mixing = measure(model, optimizer, lambda _: take_step(model, optimizer, rank, broadcast))
+    assert mixing.by_parameter["transformed"] == ("module.4.bias",), mixing
+
+
+def test_parameters_that_an_optimizer_gets_inside_the_block_are_not_certified(rank):
+    model = make_model()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.01)
+
+    def step(_):
+        optimizer.add_param_group({"params": [*model[2].parameters(), *model[4].parameters()]})
+        take_step(model, optimizer, rank, lambda: reduce_by_hand(model[0]))
+
+    mixing = measure(model, optimizer, step)
+    assert mixing.shape == "unidentifiable"
+    assert "after measuring began" in mixing.reason
+
+
+@pytest.mark.ranks(3)
+def test_a_rank_that_computes_and_does_not_step_parts_from_the_others(rank):
+    model = wrap()
+    optimizer = make_sgd(model)
+
+    def step(_):
+        compute_loss(model, make_batch(rank.rank)).backward()
+        if rank.rank < 2:
+            optimizer.step()
+
+    mixing = measure(model, optimizer, step)
+    assert mixing.shape == "different"
+    assert "rank 2 computed gradients and took no step" in mixing.reason.lower()
+
+
+def test_different_numbers_of_steps_in_a_block_are_not_compared(rank):
+    model = wrap()
+    optimizer = make_sgd(model)
+    with ddpcall.measure_mixing(model, optimizer) as mixing, Join([model]):
+        for _ in range(1 + rank.rank):
+            take_step(model, optimizer, rank)
+    assert mixing.shape == "unidentifiable", mixing
+    assert "different numbers of steps" in mixing.reason
+
+
+@pytest.mark.parametrize("name", ["2.weight", "4.bias"])
+def test_assert_gradients_averaged_allows_what_ddp_was_told_to_ignore(rank, name):
+    model = make_model()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [name])
+    model = wrap(model)
+    optimizer = make_sgd(model)
+    with assert_gradients_averaged(model, optimizer):
+        take_step(model, optimizer, rank)
+    # Others are still looked at.
+    bypassed = pytest.raises(AssertionError, match="not every rank used the mean")
+    with bypassed, assert_gradients_averaged(model, optimizer):
+        take_step(model.module, optimizer, rank)

@@ -27,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ddpcall import torch_internals as internals
 from ddpcall.mixing.places import SHARDED, Place, ranks_along
 from ddpcall.mixing.record import FOREIGN, NO_GRADIENT, NOT_FINITE, PRESENT, UNREAD, Column, RankSketches
+from ddpcall.mixing.result import name_some
 from ddpcall.mixing.shards import find_places
 from ddpcall.sketch import NUM_BUCKETS
 from ddpcall.taps import Undo, outside_dynamo, replace_attribute
@@ -62,12 +63,17 @@ class _Watched:
 
     place: Place
     windows: deque[_Window] = field(default_factory=lambda: deque([_Window()], maxlen=_KEPT_WINDOWS))
+    num_steps: int = 0
     dtype: str = ""
     reduced_in: str = ""
     own_parts: tuple[int, ...] = ()
     own_sum: tuple[int, ...] = ()
     own_unit: tuple[int, ...] = ()
     used_parts: tuple[int, ...] = ()
+
+    def close_window(self) -> None:
+        self.num_steps += 1
+        self.windows[-1].closed = True
 
     def open_window(self) -> _Window:
         """Return the current window; a new one if a step has ended the last."""
@@ -94,6 +100,8 @@ class MixingCollector:
     def __init__(self, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> None:
         self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._watched = [_Watched(place) for place in find_places(model, self._optimizers)]
+        self._model = model
+        self._held_at_first = self._held()
         self._by_id: dict[int, list[_Watched]] = {}  # a flat parameter stands for many
         for watched in self._watched:
             self._by_id.setdefault(id(watched.place.stepped), []).append(watched)
@@ -208,7 +216,7 @@ class MixingCollector:
             return
         for key in self._read_now:
             for watched in self._by_id[key]:
-                watched.windows[-1].closed = True
+                watched.close_window()
                 watched.place.rehook()
         self._num_steps += bool(self._read_now)
         self._read_now.clear()
@@ -264,8 +272,21 @@ class MixingCollector:
     def _skip(self, optimizer: Optimizer) -> None:
         held = list(self._held_by(optimizer))
         for watched in held:
-            watched.open_window().closed = True
+            watched.open_window()
+            watched.close_window()
         self._num_skipped += bool(held)
+
+    def _held(self) -> set[int]:
+        return {
+            id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]
+        }
+
+    def _find_unwatched(self) -> str:
+        """Name the model's parameters that the optimizers were given later: nobody has looked at those."""
+        late = self._held() - self._held_at_first
+        names = [name for name, parameter in self._model.named_parameters() if id(parameter) in late]
+        why = "the optimizer got parameters after measuring began, which nobody measured; add them before"
+        return f"{why}: {name_some(names)}" if names else ""
 
     # ---- the record --------------------------------------------------------------------------------------------
 
@@ -290,12 +311,15 @@ class MixingCollector:
             own_unit=tuple(watched.own_unit for watched in self._watched),
             used_parts=tuple(watched.used_parts for watched in self._watched),
             weight_parts=tuple(watched.place.weight_parts() for watched in self._watched),
+            steps_of=tuple(watched.num_steps for watched in self._watched),
             num_steps=self._num_steps,
             num_skipped=self._num_skipped,
-            failure=self._failure,
+            is_waiting=any(w.windows[-1].own and not w.windows[-1].closed for w in self._watched),
+            failure=self._failure or self._find_unwatched(),
         )
         self._num_steps = self._num_skipped = 0
         for watched in self._watched:
+            watched.num_steps = 0
             if watched.windows[-1].state != UNREAD:
                 watched.windows[-1].closed = True
         return record

@@ -13,7 +13,7 @@ from ddpcall.mixing.matrix import know_nothing, measure_matrix
 from ddpcall.mixing.parameters import Parameter, find_unshared, gather_parameters, join_parameters
 from ddpcall.mixing.record import FOREIGN, NO_GRADIENT, NOT_FINITE, PRESENT, UNREAD, RankSketches
 from ddpcall.mixing.result import Mixing, name_some
-from ddpcall.mixing.shapes import MIN_ELEMENTS, TOO_FEW, TOO_SMALL, Batch, Verdict, judge
+from ddpcall.mixing.shapes import MIN_ELEMENTS, TOO_FEW, TOO_SMALL, Batch, Verdict, judge, judge_misfit
 
 _POOLED_BELOW = 64
 # What is told first where parameters differ.
@@ -40,9 +40,13 @@ def judge_records(records: Sequence[RankSketches]) -> Mixing:
     Raises:
         ValueError: fewer than two ranks took a step.
     """
-    failures = [f"rank {record.rank}: {record.failure}" for record in records if record.failure]
+    failures: dict[str, list[int]] = {}
+    for record in records:
+        if record.failure:
+            failures.setdefault(record.failure, []).append(record.rank)
     if failures:
-        return _give_up(f"measuring failed, and the training went on without it ({'; '.join(failures)})", records)
+        said = "; ".join(f"{_name_ranks(ranks)}: {failure}" for failure, ranks in failures.items())
+        return _give_up(f"measuring failed, and the training went on without it ({said})", records)
     stepped = [record for record in records if record.num_steps]
     if len(stepped) < 2:
         raise ValueError("a mixing matrix needs two ranks that took a step")
@@ -50,11 +54,17 @@ def judge_records(records: Sequence[RankSketches]) -> Mixing:
     _judge_by_layout([p for p in parameters if not _is_settled(p)])
     _adopt_small(parameters)
     _judge_pools(parameters)
+    _judge_misfits(parameters)
     ranks = tuple(record.rank for record in stepped)
     mixing = _put_together(parameters, ranks)
     extra = [mixing.reason] if mixing.reason else []
     if missing := sorted({record.rank for record in records} - set(ranks)):
-        extra.append(f"ranks {', '.join(map(str, missing))} took no step and are not compared")
+        extra.append(f"{_name_ranks(missing)} took no step and {'are' if len(missing) > 1 else 'is'} not compared")
+    behind = [record.rank for record in records if record.is_waiting and not record.num_steps]
+    if behind and mixing.shape == "transformed":
+        # What they computed is in what the others used, and their weights stay what they were.
+        mixing = replace(mixing, shape="different")
+        extra = [f"{_name_ranks(behind)} computed gradients and took no step: the replicas part"]
     if elsewhere := find_unshared(stepped):
         extra.append(f"on some ranks alone, and not compared: {name_some(elsewhere)}")
     return replace(mixing, reason="; ".join(extra))
@@ -66,10 +76,17 @@ def _give_up(reason: str, records: Sequence[RankSketches]) -> Mixing:
     return Mixing(matrix, columns, math.nan, residual, "unidentifiable", {}, reason, len(ranks), ranks)
 
 
+def _name_ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
 def _is_settled(parameter: Parameter) -> bool:
     """Settle what needs no numbers: skipped steps, and gradients that are not there."""
     states = set(parameter.states)
-    if NOT_FINITE in states:
+    if len(set(parameter.num_steps) - {0}) > 1:
+        reason = "the ranks took different numbers of steps, which do not belong together: measure one step"
+        parameter.verdict = Verdict("unidentifiable", reason=reason)
+    elif NOT_FINITE in states:
         parameter.verdict = Verdict("unidentifiable", reason="the gradients were not finite")
     elif FOREIGN in states and PRESENT not in states:
         parameter.verdict = Verdict("unaccounted", reason="the optimizer holds copies of the parameters")
@@ -145,6 +162,16 @@ def _adopt_small(parameters: Sequence[Parameter]) -> None:
         distance = np.linalg.norm(rest, axis=1) / (abs(most.scale) * sizes.mean())
         if (distance <= 5 * parameter.eta).all():
             parameter.verdict = replace(most, residual=distance)
+
+
+def _judge_misfits(parameters: Sequence[Parameter]) -> None:
+    """Judge small parameters by what cannot be: with few elements a fit means nothing, and a misfit does."""
+    if {p.verdict.shape for p in parameters} - _MIXED_ALIKE - {"unidentifiable"}:
+        return  # larger ones say what is wrong, and small ones may have been mixed as those were
+    for parameter in parameters:
+        is_open = parameter.verdict.shape == "unidentifiable" and parameter.verdict.reason == TOO_SMALL
+        if is_open and parameter.weights != "different" and set(parameter.states) == {PRESENT}:
+            parameter.verdict = judge_misfit(_make_batch([parameter])) or parameter.verdict
 
 
 def _put_together(parameters: Sequence[Parameter], ranks: tuple[int, ...]) -> Mixing:

@@ -32,6 +32,7 @@ class Parameter:
     captured: frozenset[int]
     weights: str
     states: tuple[int, ...]
+    num_steps: tuple[int, ...]
     verdict: Verdict = field(default_factory=lambda: Verdict("unidentifiable"))
 
     def layout(self) -> tuple[Any, ...]:
@@ -118,6 +119,7 @@ def _gather(name: str, views: Mapping[int, _RankView], one_replica: bool) -> Par
         captured=frozenset().union(*(views[rank].captured[at[rank]] for rank in ranks)),
         weights=_judge_weights(views, at),
         states=states,
+        num_steps=tuple(views[rank].record.steps_of[at[rank]] for rank in ranks),
     )
 
 

@@ -51,8 +51,10 @@ class RankSketches:
         own_unit: By parameter: ranks that compute one replica of it together (tensor parallelism).
         used_parts: By parameter: ranks whose used sketches make up the whole; empty where it is here.
         weight_parts: By parameter: ranks that hold shards of the weights.
+        steps_of: By parameter: steps that used it since the last record, also those that a GradScaler skipped.
         num_steps: Optimizer steps taken since the last record.
         num_skipped: Steps that a GradScaler skipped.
+        is_waiting: Own gradients were computed that no step has used.
         failure: Why measuring ended early; empty if it did not.
     """
 
@@ -72,8 +74,10 @@ class RankSketches:
     own_unit: tuple[tuple[int, ...], ...] = ()
     used_parts: tuple[tuple[int, ...], ...] = ()
     weight_parts: tuple[tuple[int, ...], ...] = ()
+    steps_of: tuple[int, ...] = ()
     num_steps: int = 0
     num_skipped: int = 0
+    is_waiting: bool = False
     failure: str = ""
 
     def to_bytes(self) -> bytes:

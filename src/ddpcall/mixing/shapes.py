@@ -200,6 +200,30 @@ def judge(batch: Batch) -> list[Verdict]:
     return verdicts
 
 
+def judge_misfit(one: Batch) -> Verdict | None:
+    """Judge one parameter that is too small to judge by a fit.
+
+    Returns:
+        A verdict where ranks used different gradients, or the same that is not the mean, nor a multiple of it;
+        None where the mean is possible.
+    """
+    tau = 5 * float(one.eta[0])
+    used, mean = one.used[0], fit_mean(one)
+    gap = float(np.linalg.norm(used - used[0], axis=-1).max())
+    if gap <= _FAR * tau * float(np.linalg.norm(used, axis=-1).max()):
+        if (mean.distance <= _FAR * tau).all():
+            verdict = _name_mean(one, mean.coefficients[0], mean.distance[0]) if one.own.shape[2] == 1 else None
+            return verdict if verdict and verdict.shape == "summed" else None
+        why = "all ranks used the same gradient, which is not the mean; too few elements to say more"
+        return Verdict("transformed", residual=mean.distance[0], rows_agree=True, reason=why)
+    own = one.own[0].sum(axis=1) + (0 if one.carry is None else one.carry[0])
+    [scale], rest = fit(own.reshape(1, -1), used.reshape(-1))
+    if np.linalg.norm(rest) <= tau * np.linalg.norm(used):
+        distance = np.linalg.norm(rest.reshape(used.shape), axis=-1) / np.linalg.norm(used)
+        return Verdict("local", float(scale), distance, local=tuple(range(one.own.shape[2])))
+    return Verdict("different", residual=mean.distance[0], reason="the ranks use different gradients")
+
+
 def _is_too_small(batch: Batch) -> np.ndarray:
     """Say where a perfect fit means nothing: few elements, or hardly more numbers than unknowns."""
     num_columns = batch.own.shape[2] + (batch.carry is not None)
