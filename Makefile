@@ -11,7 +11,7 @@ IN_LESSONS := hooks_bypass forward_bypass arming replicas_parting batchnorm_drop
   accelerate_unwrap mode_mismatch mixing_matrix
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test browser corpus check bench tables lessons mixing semantics claims screenshot docs wheel clean
+.PHONY: help lab test browser corpus check bench tables lessons mixing semantics claims versions screenshot docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -70,6 +70,9 @@ semantics: $(VENV)/.lab  ## write docs/semantics.md from a run of the whole trut
 
 claims: $(VENV)/.lab  ## run every claim and rewrite docs/claims.md and README from it
 	$(BIN)/python -m ddpcall.lab.claims.document docs/claims.md README.md
+
+versions: $(VENV)/.dev  ## try the oldest, constrained and newest torch, and rewrite docs/versions.md
+	$(BIN)/python -m tests.versions
 
 docs: $(VENV)/.dev  ## build the documentation site into site/, strictly and without a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

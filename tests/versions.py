@@ -88,7 +88,7 @@ class Row:
     @property
     def key(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Rows of one torch and one Python's minor version take each other's place."""
-        return _numbers(self.torch), _numbers(self.python)[:2]
+        return numbers_of(self.torch), numbers_of(self.python)[:2]
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,8 @@ def measure(environment: Environment) -> Row:
 # ---- which versions ---------------------------------------------------------------------------------------------
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def numbers_of(version: str) -> tuple[int, ...]:
+    """Return a version's first three numbers."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
@@ -216,8 +217,8 @@ def read_constrained() -> str:
 
 def choose_versions(offered: Sequence[str], lower_bound: str, constrained: str) -> list[str]:
     """Return the oldest supported torch, the one of the constraints and the newest, each once."""
-    supported = sorted((each for each in offered if _numbers(each) >= _numbers(lower_bound)), key=_numbers)
-    return sorted({supported[0], constrained, supported[-1]}, key=_numbers)
+    supported = sorted((each for each in offered if numbers_of(each) >= numbers_of(lower_bound)), key=numbers_of)
+    return sorted({supported[0], constrained, supported[-1]}, key=numbers_of)
 
 
 def _offered() -> list[str]:
@@ -330,12 +331,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--environment", action="append", type=Path, metavar="DIR", help="try an environment that exists instead")
     add("--dry-run", action="store_true", help="print the table and leave the page as it is")
     options = parser.parse_args(arguments)
-    old = read_rows(PAGE.read_text())
+    rows = []
     with tempfile.TemporaryDirectory(prefix="ddpcall-versions-") as directory:
-        rows = list(_measure_each(options, Path(directory)))
+        for row in _measure_each(options, Path(directory)):
+            rows.append(row)
+            page = PAGE.read_text()
+            if not options.dry_run:  # after each: the next may take minutes
+                PAGE.write_text(write_rows(page, merge_rows(read_rows(page), [row])))
     show_rows(Console(), rows)
-    if not options.dry_run:
-        PAGE.write_text(write_rows(PAGE.read_text(), merge_rows(old, rows)))
     return int(any(cell != PASSED for row in rows for cell in row.cells))
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from ddpcall.lab.mixing_page import IMAGES, fill_page, read_drawings
 from ddpcall.lab.perfetto import write_trace
@@ -314,3 +315,15 @@ def test_forward_skips_hooks_and_what_lives_in_hooks_on_one_process(tmp_path):
         for prefix in ("", "global_")
         for kind in ("forward_pre", "forward", "full_backward")
     }
+
+
+def test_a_probe_whose_private_name_torch_lacks_says_so_and_the_others_measure(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import torch\ndel torch._C._will_engine_execute_node\n")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    run = run_lab(
+        tmp_path, "experiment=forward_bypass", "grid.path=[inner_call]", "expect=[]", environment=environment
+    )
+    assert run.code == 0, run.err
+    assert f"verdict mixing of ddp is none: torch {torch.__version__} has no torch._C._will_engine" in run.err
+    (trial,) = run.summary()["trials"]
+    assert (trial["verdicts"]["mixing"], trial["verdicts"]["gradients"]) == ("none", "local")

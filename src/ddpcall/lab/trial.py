@@ -26,6 +26,7 @@ from ddpcall.evidence import (
     ReplicaEvidence,
     StepTimeline,
 )
+from ddpcall.lab.console import warn
 from ddpcall.lab.data import Split, iterate_batches
 from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.held_out import Examiner
@@ -56,6 +57,7 @@ from ddpcall.probes.replicas import ReplicasObserver, observe_replicas
 from ddpcall.probes.timeline import Counters, TimelineObserver, observe_timeline
 from ddpcall.shards import gather_state, is_sharded, local_state
 from ddpcall.taps import SpanLog
+from ddpcall.torch_internals import TorchNameMissing
 from ddpcall.wrappers import (
     COMPILING,
     OWN_REDUCER,
@@ -282,7 +284,11 @@ class Trial:
         if self._config.probes.mixing and self._world.world_size > 1:
             # FSDP1 computes with a flat parameter, which only the wrapped object knows.
             model = subject.wrapped if self._wrapper is Wrapper.FSDP1 else subject.inner
-            probes.mixing = stack.enter_context(observe_mixing(model, optimizer, self._config.steps))
+            try:
+                probes.mixing = stack.enter_context(observe_mixing(model, optimizer, self._config.steps))
+            except TorchNameMissing as error:
+                if self._world.rank == 0:
+                    warn(f"the verdict mixing of {self._wrapper} is none: {error}")
         self._enter_hooks_probe(stack, subject)
         if self._config.probes.timeline:
             self._enter_timeline_probe(stack, subject)

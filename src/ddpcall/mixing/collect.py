@@ -98,6 +98,8 @@ class MixingCollector:
     """
 
     def __init__(self, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> None:
+        # Without these the sketches would say what is not so.
+        internals.require(internals.WILL_ENGINE_EXECUTE_NODE, internals.TENSOR_BACKWARD_HOOKS)
         self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._watched = [_Watched(place) for place in find_places(model, self._optimizers)]
         self._model = model
