@@ -12,6 +12,7 @@ The body runs on every rank, inside an initialised default process group, on a p
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
@@ -28,6 +29,7 @@ from ddpcall.ranks.outcomes import RankOutcome
 from ddpcall.ranks.place import Rank, current_rank
 from ddpcall.ranks.pool import RankPool, explain_missing_gpus
 from ddpcall.ranks.rank_session import RANK_KEY, SessionRequest, TestRequest, run_test
+from ddpcall.ranks.reruns import prepare_rerun
 from ddpcall.torch_version import explain_torch
 
 if TYPE_CHECKING:
@@ -196,12 +198,18 @@ class RanksPlugin:
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         if (mark := RanksMark.of(item)) is None:
             return None
-        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        for report in self._run(item, mark):
-            item.ihook.pytest_runtest_logreport(report=report)
-        if failed := _tear_down_before(item, nextitem):
-            item.ihook.pytest_runtest_logreport(report=failed)
-        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        for attempt in itertools.count():
+            item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+            reports = self._run(item, mark)
+            delay_s = prepare_rerun(item, reports, attempt)
+            if delay_s is None and (failed := _tear_down_before(item, nextitem)):
+                reports.append(failed)
+            for report in reports:
+                item.ihook.pytest_runtest_logreport(report=report)
+            item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+            if delay_s is None:
+                break
+            time.sleep(delay_s)
         return True
 
     def pytest_unconfigure(self) -> None:

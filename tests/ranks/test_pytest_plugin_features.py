@@ -192,64 +192,6 @@ def test_import_error_on_a_rank_is_reported(run_user_project):
     assert "only on rank 1" in run.output
 
 
-def test_xdist_runs_ranks_on_every_worker(run_user_project):
-    pytest.importorskip("xdist")
-    run = run_user_project(SMALL, "-n", "2", "--ranks-report", "-v")
-    assert run.outcomes == {
-        "test_ordinary": "passed",
-        "test_first": "passed",
-        "test_second": "failed",
-        "test_third": "passed",
-    }
-    assert "3 tests on ranks" in run.output
-
-
-def test_pytest_timeout_limits_a_test_on_ranks(run_user_project):
-    pytest.importorskip("pytest_timeout")
-    text = """
-        import time
-        import pytest
-
-        @pytest.mark.timeout(6)
-        @pytest.mark.ranks(2)
-        def test_it(rank):
-            if rank.rank == 1:
-                time.sleep(50)
-            rank.barrier()
-    """
-    run = run_user_project({"test_user.py": text})
-    assert run.outcomes == {"test_it": "failed"}
-    assert "[rank 1] still running in test_it" in run.texts["test_it"]
-    assert "(timeout 6 s)" in run.texts["test_it"]
-
-
-def test_coverage_counts_lines_that_only_ranks_run(run_user_project):
-    pytest.importorskip("pytest_cov")
-    files = {
-        "user_model.py": """
-            def only_on_ranks(rank):
-                if rank == 0:
-                    return "zero"
-                return "other"
-
-            def never():
-                return "never"
-        """,
-        "test_user.py": """
-            import pytest
-            import user_model
-
-            @pytest.mark.ranks(2)
-            def test_it(rank):
-                assert user_model.only_on_ranks(rank.rank)
-        """,
-    }
-    run = run_user_project(files, "--cov=user_model", "--cov-report=term-missing")
-    assert run.outcomes == {"test_it": "passed"}, run.output
-    line = next(line for line in run.output.splitlines() if line.startswith("user_model.py"))
-    assert line.split()[1:3] == ["6", "1"]
-
-
 def test_collect_only_starts_no_process(run_user_project):
     conftest = """
         import os

@@ -52,6 +52,9 @@ _PARENTS_OPTIONS: dict[str, Any] = {
     "tx": [],
 }
 
+# Plugins whose work is the parent's: showing progress, and running a test again (on all ranks together).
+_PARENTS_PLUGINS = ("sugar", "rerunfailures")
+
 
 @dataclass(frozen=True)
 class SessionRequest:
@@ -165,6 +168,9 @@ def _configure(request: SessionRequest, rank: str) -> pytest.Config:
     ddpcall.__doc__ = f"{ddpcall.__doc__}\nPYTEST_DONT_REWRITE"
     config = _prepareconfig([*request.args, "--capture=no"], None)
     config.pluginmanager.set_blocked("terminalreporter")  # "-p no:terminal" would reject -q and -v as well
+    for name in filter(config.pluginmanager.has_plugin, _PARENTS_PLUGINS):
+        config.pluginmanager.unregister(name=name)
+    config.addinivalue_line("markers", "flaky: rerunfailures' own mark, which its plugin would have declared here")
     for name, value in _PARENTS_OPTIONS.items():
         if hasattr(config.option, name):
             setattr(config.option, name, value)
