@@ -120,7 +120,7 @@ def test_what_was_watched_is_said(watched, text):
         (replace(BOTH, optimizer_steps=0), "no step of a torch optimizer was taken on 1 DDP model"),
         (replace(BOTH, idle_ranks=(1,)), "rank 1 took no optimizer step, another rank 30"),
         (replace(BOTH, idle_ranks=(1,)), "check with `ddpcall.asserts.assert_replicated(model)`, on every rank,"),
-        (replace(BOTH, models=(replace(NET, steps=0),)), "no optimizer step used the gradients of 1 DDP model"),
+        (replace(BOTH, models=(replace(NET, steps=0),)), "changed no parameter of 1 DDP model"),
         (replace(BOTH, models=(), own_collectives=3), "no model was wrapped, collectives carried too little"),
         (replace(BOTH, models=()), "a model of its own. Write `model = DistributedDataParallel(model)`"),
         (

@@ -266,9 +266,24 @@ def _explain_steps(watched: Watched) -> str | None:
             "with `ddpcall.asserts.assert_replicated(model)`, on every rank, that they arrive"
         )
     if watched.models and not any(model.steps for model in watched.models):
-        gradients = f"no optimizer step used the gradients of {_count_models(watched)}"
-        return f"{_NOTHING}{gradients}{_advise(watched.not_followed or (BY_HAND,))}"
+        return _explain_models_not_stepped(watched)
     return None
+
+
+def _explain_models_not_stepped(watched: Watched) -> str | None:
+    """Where optimizers step, and nothing of a wrapped model: what they step may be reduced by the script."""
+    models = _count_models(watched)
+    if watched.not_followed or not watched.optimizer_steps:
+        cause = f"no optimizer step used the gradients of {models}"
+        return f"{_NOTHING}{cause}{_advise(watched.not_followed or (BY_HAND,))}"
+    if watched.may_average:
+        return None
+    return (
+        f"{_NOTHING}{_plural(watched.optimizer_steps, 'optimizer step')} changed no parameter of {models}. Either "
+        "the optimizer holds parameters that are no longer the model's: make it after the model is wrapped and "
+        "before its first forward, `torch.optim.AdamW(model.parameters())`. Or what it trains was added after the "
+        "model was wrapped, and every rank trains it alone: add it first"
+    )
 
 
 def _explain_unwrapped(watched: Watched) -> str | None:
