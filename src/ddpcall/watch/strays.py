@@ -55,7 +55,7 @@ class _Record:
     parameters: list[weakref.ref[Tensor]] = field(default_factory=list)
     site: CallSite = NOWHERE
     step: int = 0
-    reductions: int = -1  # a discriminator may step before the wrapped model's first backward
+    reductions: int = -1  # so that an optimizer may step before the first of them
     num_steps: int = 0
     offered: list[int] = field(default_factory=list)
     is_over: bool = False
