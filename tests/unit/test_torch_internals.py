@@ -22,6 +22,7 @@ OF_OTHERS = {
     *("_exit", "_getframe", "_current_frames", "_run_module_as_main", "_args_from_interpreter_flags"),  # Python
     *("_setupstate", "_prepareconfig", "_do_configure", "_tmp_path_factory"),  # pytest
     *("_reset_state", "_models"),  # accelerate
+    "_get_rerun_filter_regex",  # rerunfailures
 }
 EXCEPTED = {
     "torch_internals.py": "the room itself",
