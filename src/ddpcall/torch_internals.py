@@ -71,6 +71,11 @@ OTHER_REDUCERS = {
     )
     for name in ("_use_python_reducer", "_delay_all_reduce_all_params")
 }
+DELAYED_PARAMETERS = Private(
+    _DDP + "_delay_all_reduce_params",
+    "to know parameters that are reduced after the backward",
+    "parameters that are reduced after the backward are not named as not followed",
+)
 COMM_HOOKS = Private(
     _DDP + "_comm_hooks",
     "to know replicas that local SGD lets differ",

@@ -195,6 +195,17 @@ def test_another_models_optimizer_is_refused(rank):
 
 
 @pytest.mark.ranks(1)
+@pytest.mark.parametrize("what", ["model", "optimizer"])
+def test_what_is_no_model_or_optimizer_is_refused(rank, what):
+    given = {"model": make_model(), "optimizer": [torch.optim.SGD(make_model().parameters())]}
+    given[what] = None if what == "model" else [None]
+    with pytest.raises(
+        TypeError, match="needs the model, wrapped or inner, and the torch optimizer that steps it"
+    ):
+        ddpcall.measure_mixing(**given).__enter__()
+
+
+@pytest.mark.ranks(1)
 def test_one_rank_is_refused(rank):
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters())

@@ -52,9 +52,10 @@ dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Linear(2, 2).requires_grad_(False))
 wrap = prepare = lambda it: it
-if kind == "delayed" and use == "used":
+if kind in ("delayed", "one_delayed") and use == "used":
+    number = 1 if kind == "one_delayed" else 2
     wrap = lambda it: DistributedDataParallel(
-        it, delay_all_reduce_named_params=list(it.named_parameters())[:2], param_to_hook_all_reduce=it[0].bias
+        it, delay_all_reduce_named_params=list(it.named_parameters())[:number], param_to_hook_all_reduce=it[0].bias
     )
 elif kind in ("delayed", "python_reducer"):
     wrap = DistributedDataParallel
@@ -117,6 +118,13 @@ def test_a_reducer_of_ddps_that_is_not_followed_is_named_with_the_line_to_write(
     assert not_followed == [stack]
     assert sorted(run.codes) == [0, 2], run.err
     assert f"{stack} is not followed by the watch. To have it watched, leave " in run.err
+
+
+def test_parameters_that_ddp_reduces_later_are_named_beside_those_that_are_followed(launcher, tmp_path):
+    run, not_followed = watch(launcher, tmp_path, "one_delayed", "used")
+    assert not_followed == ["DDP's delayed all-reduce"]
+    assert run.codes == [0, 0], run.err
+    assert "compared 3 times; not followed: DDP's delayed all-reduce" in run.err
 
 
 @pytest.mark.parametrize("kind", [*PACKAGES, "python_reducer", "delayed"])

@@ -56,8 +56,10 @@ def measure_mixing(
 
     Raises:
         RuntimeError: there is no process group, or one rank alone; no step was taken; ranks are missing.
+        TypeError: what was given is no module, or no optimizer.
         ValueError: the optimizer holds none of the model's parameters.
     """
+    _check_types(model, optimizer)
     if not dist.is_initialized():
         raise RuntimeError(
             "measure_mixing compares ranks, and there is no process group: call "
@@ -82,6 +84,18 @@ def measure_mixing(
     records = [RankSketches.from_bytes(data) for data in exchange_records(record.to_bytes(), timeout_s)]
     _check_stepped(records)
     measurement.result = judge_records(records)
+
+
+def _check_types(model: Any, optimizer: Any) -> None:
+    given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    optimizers = given if isinstance(given, Sequence) else [given]
+    if isinstance(model, nn.Module) and all(isinstance(each, Optimizer) for each in optimizers):
+        return
+    raise TypeError(
+        f"measure_mixing was given a {type(model).__name__} and a {type(optimizer).__name__}. It needs the model, "
+        "wrapped or inner, and the torch optimizer that steps it, or a list of them. Write: "
+        "with measure_mixing(model, optimizer): train_step()"
+    )
 
 
 def _check_stepped(records: Sequence[RankSketches]) -> None:

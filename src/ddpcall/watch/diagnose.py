@@ -405,19 +405,26 @@ def _groups(groups: tuple[tuple[int, ...], ...]) -> str:
 
 
 def _loaded(divergence: Divergence) -> str:
+    number = len(divergence.parameters)
+    count = "1 parameter differs" if number == 1 else f"{number} parameters differ"
     return (
-        f"load_state_dict ran here on some ranks only, and {len(divergence.parameters)} parameters differ between "
-        f"ranks after optimizer step {divergence.step}."
+        f"load_state_dict ran here on some ranks only, and {count} between ranks after optimizer step "
+        f"{divergence.step}."
     )
 
 
 def _diverged(divergence: Divergence, groups: tuple[tuple[int, ...], ...]) -> str:
-    count = f"{len(divergence.parameters)} parameters" if divergence.parameters else "Parameters"
+    number = len(divergence.parameters)
+    count = (
+        ("1 parameter differs" if number == 1 else f"{number} parameters differ")
+        if number
+        else "Parameters differ"
+    )
     size = f", by up to {divergence.difference:.1e} of a parameter's norm" if divergence.difference else ""
     doubt = (
         "" if divergence.is_confirmed else " It was seen once; the run ended before the ranks were asked again."
     )
-    return f"{count} differ between ranks after optimizer step {divergence.step} ({_groups(groups)}){size}.{doubt}"
+    return f"{count} between ranks after optimizer step {divergence.step} ({_groups(groups)}){size}.{doubt}"
 
 
 def _buffers(divergence: Divergence, groups: tuple[tuple[int, ...], ...]) -> str:

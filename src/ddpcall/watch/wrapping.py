@@ -170,6 +170,8 @@ class WrapWatch:
         if in_python or delayed:
             self._stacks.note(PYTHON_REDUCER if in_python else DELAYED_ALL_REDUCE)
             return
+        if internals.DELAYED_PARAMETERS.of(ddp, ()):  # the reducer's own parameters are followed, these are not
+            self._stacks.note(DELAYED_ALL_REDUCE)
         owned = dict(owned_parameters(ddp, earlier))
         owner = self._models.owner
         ledger = next((owner[id(p)] for p in owned.values() if id(p) in owner), None)
