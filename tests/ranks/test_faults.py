@@ -73,7 +73,7 @@ def test_two_ranks_say_what_is_wrong_once(tmp_path, overrides, message):
     run = run_lab(tmp_path, *overrides, ranks=2)
     assert run.code != 0
     assert run.err.count(message) == 1
-    assert "ddpcall/" not in run.err
+    assert "src/ddpcall/" not in run.err
 
 
 def test_help_and_cfg_do_not_import_torch(tmp_path):

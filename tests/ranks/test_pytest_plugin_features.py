@@ -3,7 +3,11 @@
 import pytest
 
 FEATURES = {
-    "pytest.ini": "[pytest]\nfilterwarnings = error\n",
+    "pytest.ini": """
+        [pytest]
+        filterwarnings = error
+        addopts = -p no:asyncio -p no:randomly -p no:rerunfailures -p no:sugar
+    """,
     "conftest.py": """
         import pytest
 

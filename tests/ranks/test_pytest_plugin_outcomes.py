@@ -5,7 +5,11 @@ import re
 import pytest
 
 PROJECT = {
-    "pytest.ini": "[pytest]\nfilterwarnings = error\n",
+    "pytest.ini": """
+        [pytest]
+        filterwarnings = error
+        addopts = -p no:asyncio -p no:randomly -p no:rerunfailures -p no:sugar
+    """,
     "test_user.py": """
         import ctypes, os, signal, subprocess, sys, threading, time
         import pytest

@@ -75,6 +75,13 @@ def test_without_the_lab_extra_the_command_says_what_to_install(wheel, tmp_path)
     bin_directory = install(wheel, tmp_path / "environment")
     done = run(bin_directory / "ddpcall", "train", cwd=tmp_path)
     assert done.returncode == 2
+    assert "torch is not installed" in done.stderr
+    (packages,) = (tmp_path / "environment").glob("lib/python*/site-packages")
+    metadata = packages / "torch-2.13.0.dist-info" / "METADATA"  # the version is read there, without an import
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n")
+    done = run(bin_directory / "ddpcall", "train", cwd=tmp_path)
+    assert done.returncode == 2
     assert "pip install 'ddpcall[lab]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert run(bin_directory / "ddpcall", "--version").stdout.startswith("ddpcall 0.")

@@ -233,7 +233,7 @@ def test_the_numbers_of_a_mixing_matrix_can_be_read(browser, pages, scheme):
         ("watch", "Watched. 1 DDP model, 30 steps on 2 of 2 ranks.", "--other-bg"),
         (
             "unwatched",
-            "Too little was watched. Nothing could be found out: no optimizer step was taken",
+            "Too little was watched. Nothing could be found out: no step of a torch optimizer was taken",
             "--part-bg",
         ),
     ],

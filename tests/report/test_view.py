@@ -272,7 +272,7 @@ def test_a_watch_that_found_nothing_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("content", "start"),
     [
-        ({"watched": make_watched(0)}, "Nothing could be found out: no optimizer step was taken"),
+        ({"watched": make_watched(0)}, "Nothing could be found out: no step of a torch optimizer was taken"),
         ({}, "The file does not say what was watched"),
     ],
 )

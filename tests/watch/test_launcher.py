@@ -48,8 +48,9 @@ def test_the_answer_is_the_last_thing_that_is_said(tmp_path):
     assert err.count("ddpcall: DC301") == 1, "when it happens"
     assert err.count("warning[DC301]") == 1, "at the end"
     assert err.count("ddpcall watch: ") == 1
-    last = err.splitlines()[-1]
-    assert last.startswith("::warning file=train.py,line=7,title=DC301 hooks-skipped::")
+    *_, annotation, last = err.splitlines()
+    assert last.startswith("ddpcall watch: 1 warning; ")
+    assert annotation.startswith("::warning file=train.py,line=7,title=DC301 hooks-skipped::")
     assert "Error" not in err, "no traceback of the launcher's"
     assert len(json.loads((tmp_path / "f.sarif").read_text())["runs"][0]["results"]) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.json", "f.sarif", "train.py"]

@@ -1,4 +1,7 @@
-"""A GAN with a wrapped generator and a bare discriminator, which steps first: one discriminator a rank."""
+"""A GAN with a wrapped generator and a bare discriminator, which steps first: one discriminator a rank.
+
+Source: written for ddpcall, after GAN training scripts that prepare the generator alone.
+"""
 
 import os
 
