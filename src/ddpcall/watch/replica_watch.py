@@ -239,8 +239,8 @@ class ReplicaWatch:
         self._judge_uses()
         if self._asked is not None:  # the answers would have come in a later step
             exchange.ask_details(self._asked, now=True)
-        parts = exchange.asked(self._last_step, wait=True)
-        if parts:
+        # Until the comparing rank closes: it may ask again what it asked, for this is the last step.
+        while parts := exchange.asked(self._last_step, wait=True):
             exchange.post_details(self._last_step, self._details(parts))
         if self._asked is not None:
             details = exchange.details(wait=True)
