@@ -149,7 +149,7 @@ SMALL = {
 
         @pytest.mark.ranks(2)
         def test_third(rank): ...
-    """
+    """,
 }
 
 
