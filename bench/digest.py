@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ddpcall.replicas import StateDigester
-from ddpcall.watch.vitals import VitalsTaker
+from ddpcall.watch.compare.vitals import VitalsTaker
 
 ROUNDS = 21
 LARGE_BYTES = 512 * 2**20

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore
 
-from ddpcall.watch.ledger import Ledger, State
-from ddpcall.watch.vitals import PARTS, Vitals
+from ddpcall.watch.compare.store_protocol import Ledger, State
+from ddpcall.watch.compare.vitals import PARTS, Vitals
 
 SIZES = (10, 100, 1_000, 10_000)
 ROUNDS = 5

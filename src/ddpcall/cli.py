@@ -53,7 +53,7 @@ def watch(arguments: list[str]) -> None:
     if trouble := explain_torch():
         parser.error(trouble)
     from ddpcall.watch.options import Options, parse_codes
-    from ddpcall.watch.script import load_module, load_script, run_program
+    from ddpcall.watch.program.script import load_module, load_script, run_program
 
     rest = options.script
     if options.module is not None:  # argparse ends it at a `--` among the module's own arguments
@@ -73,7 +73,7 @@ def watch(arguments: list[str]) -> None:
             github=options.github,
         )
         if options.num_ranks is not None:
-            from ddpcall.watch.launcher import run_ranks
+            from ddpcall.watch.program.launcher import run_ranks
 
             command = rest if options.module is None else ["-m", *options.module]
             return run_ranks(options.num_ranks, command, settings)

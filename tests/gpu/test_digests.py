@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ddpcall.replicas import CHUNK_BYTES, StateDigester, digest_on_device
-from ddpcall.watch.vitals import VitalsTaker
+from ddpcall.watch.compare.vitals import VitalsTaker
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 

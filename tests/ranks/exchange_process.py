@@ -12,8 +12,8 @@ import time
 
 from torch.distributed import TCPStore
 
-from ddpcall.watch.exchange import Exchange
-from ddpcall.watch.vitals import PARTS, Vitals
+from ddpcall.watch.compare.exchange import Exchange
+from ddpcall.watch.compare.vitals import PARTS, Vitals
 
 LAST_STEP = 10_000
 

@@ -6,8 +6,8 @@ import signal
 import torch.distributed as dist
 from torch.distributed import PrefixStore
 
-from ddpcall.watch.exchange import Exchange, find_store
-from ddpcall.watch.vitals import PARTS, Vitals
+from ddpcall.watch.compare.exchange import Exchange, find_store
+from ddpcall.watch.compare.vitals import PARTS, Vitals
 
 if __name__ == "__main__":
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

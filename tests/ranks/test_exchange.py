@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from ddpcall.watch.exchange import Comparison, Exchange, find_store
-from ddpcall.watch.ledger import Ledger
-from ddpcall.watch.vitals import PARTS, Vitals, VitalsTaker
+from ddpcall.watch.compare.exchange import Comparison, Exchange, find_store
+from ddpcall.watch.compare.store_protocol import Ledger
+from ddpcall.watch.compare.vitals import PARTS, Vitals, VitalsTaker
 
 HEALTHY: dict[str, int] = dict.fromkeys(PARTS, 1)
 PROCESS = Path(__file__).with_name("exchange_process.py")

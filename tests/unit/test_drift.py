@@ -2,7 +2,7 @@
 
 import torch
 
-from ddpcall.watch.drift import Drift, largest, measure, read_drift, sketch_tensor
+from ddpcall.watch.compare.drift import Drift, largest, measure, read_drift, sketch_tensor
 
 
 def drift_of(start, first, second):

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from ddpcall.watch.ledger import Comparison, Ledger, Question, State, compare_details
-from ddpcall.watch.vitals import PARTS, Details, Vitals
+from ddpcall.watch.compare.store_protocol import Comparison, Ledger, Question, State, compare_details
+from ddpcall.watch.compare.vitals import PARTS, Details, Vitals
 
 HEALTHY: dict[str, int] = dict.fromkeys(PARTS, 1)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpcall.watch.vitals import PARTS, Vitals, VitalsTaker
+from ddpcall.watch.compare.vitals import PARTS, Vitals, VitalsTaker
 
 
 class Model(nn.Module):

@@ -44,7 +44,7 @@ def run_rank(rank, request, port_pipe):
             "TORCHELASTIC_RUN_ID": "forked",
         }
     os.environ |= request.get("environment", {})
-    import ddpcall.watch.replica_watch as replica_watch
+    import ddpcall.watch.compare.replica_watch as replica_watch
     from ddpcall.cli import main
 
     replica_watch.WAIT_S = request.get("wait_s", replica_watch.WAIT_S)

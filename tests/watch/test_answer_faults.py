@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpcall.watch.journal import Journal
 from ddpcall.watch.options import Options
-from ddpcall.watch.output import check_output
-from ddpcall.watch.script import Ending
+from ddpcall.watch.output.findings_file import FindingsFile
+from ddpcall.watch.output.streams import check_output
+from ddpcall.watch.program.script import Ending
 from ddpcall.watch.session import Session
 from tests.ranks.lab_process import clean_environment
 from tests.watch.launched import Launched
@@ -228,7 +228,7 @@ def test_a_plain_file_is_looked_at_without_a_trace(tmp_path):
 
 
 def _stay_and_go(path, says_so):
-    journal = Journal(path, "run")
+    journal = FindingsFile(path, "run")
     journal.stay("0/1", "train.py")
     journal.write("0/1", [], done=says_so)
     os._exit(0)
@@ -236,7 +236,7 @@ def _stay_and_go(path, says_so):
 
 @pytest.mark.parametrize("says_so", [True, False])
 def test_a_rank_that_is_gone_without_a_word_is_not_waited_for(tmp_path, says_so):
-    journal = Journal(tmp_path / "f.json", "run")
+    journal = FindingsFile(tmp_path / "f.json", "run")
     journal.stay("0/0", "train.py")
     child = multiprocessing.get_context("spawn").Process(target=_stay_and_go, args=(journal.path, says_so))
     child.start()
@@ -253,7 +253,7 @@ def test_a_rank_that_cannot_leave_as_it_should_speaks_for_itself(tmp_path, monke
     def fail(*_):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(Journal, "write", fail)
+    monkeypatch.setattr(FindingsFile, "write", fail)
     try:
         assert ending.finish(0) == 2
     finally:

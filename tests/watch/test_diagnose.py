@@ -7,8 +7,8 @@ import pytest
 from ddpcall.findings import Finding, Place
 from ddpcall.taps import CallSite
 from ddpcall.watch.advice import Advice
-from ddpcall.watch.diagnose import CODES, Divergence, diagnose, diagnose_divergence
 from ddpcall.watch.events import Event, EventKind
+from ddpcall.watch.rules.diagnose import CODES, Divergence, diagnose, diagnose_divergence
 
 SITE = CallSite("train.py", 12, "step")
 FACTS = {

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from ddpcall.findings import Finding, Place
-from ddpcall.watch.journal import Journal, merge_findings
 from ddpcall.watch.launch import current_launch
 from ddpcall.watch.options import Options
+from ddpcall.watch.output.findings_file import FindingsFile, merge_findings
 from ddpcall.watch.session import Session
 
 FINDING = Finding(
@@ -53,12 +53,12 @@ def test_other_sites_and_causes_stay_apart(change):
 
 
 def test_an_empty_run_leaves_an_empty_list(tmp_path):
-    Journal(tmp_path / "new" / "findings.json", "run").write("0", [])
+    FindingsFile(tmp_path / "new" / "findings.json", "run").write("0", [])
     assert read(tmp_path / "new" / "findings.json") == []
 
 
 def test_the_line_that_led_there_is_in_the_file_and_comes_back_from_it(tmp_path):
-    journal = Journal(tmp_path / "findings.json", "run")
+    journal = FindingsFile(tmp_path / "findings.json", "run")
     inside = replace(FINDING, called_from=Place("main.py", 40, "main"))
     journal.write("0", [inside])
     assert read(journal.path)[0]["called_from"] == {"file": "main.py", "line": 40, "function": "main"}
@@ -66,7 +66,7 @@ def test_the_line_that_led_there_is_in_the_file_and_comes_back_from_it(tmp_path)
 
 
 def test_what_a_rank_withdraws_is_gone_and_what_others_said_stays(tmp_path):
-    journal = Journal(tmp_path / "f.json", "run")
+    journal = FindingsFile(tmp_path / "f.json", "run")
     journal.write("0", [FINDING])
     journal.write("1", [replace(FINDING, ranks=(1,)), replace(FINDING, line=9, ranks=(1,))])
     assert [(f["line"], f["ranks"]) for f in read(tmp_path / "f.json")] == [(3, [0, 1]), (9, [1])]
@@ -75,15 +75,15 @@ def test_what_a_rank_withdraws_is_gone_and_what_others_said_stays(tmp_path):
 
 
 def test_another_run_starts_anew(tmp_path):
-    Journal(tmp_path / "f.json", "yesterday").write("0", [FINDING], done=True)
-    today = Journal(tmp_path / "f.json", "today")
+    FindingsFile(tmp_path / "f.json", "yesterday").write("0", [FINDING], done=True)
+    today = FindingsFile(tmp_path / "f.json", "today")
     assert today.read().findings == {}
     assert today.write("1", []).done == set()
     assert read(tmp_path / "f.json") == []
 
 
 def _write_many(path: Path, rank: int) -> None:
-    journal = Journal(path, "run")
+    journal = FindingsFile(path, "run")
     told = []
     for line in range(1, 21):
         found = [replace(FINDING, line=n, ranks=(rank,)) for n in range(1, line + 1)]
@@ -107,7 +107,7 @@ def test_ranks_that_write_at_once_lose_nothing(tmp_path):
 
 
 def test_the_ranks_own_files_are_removed_at_the_end(tmp_path):
-    journal = Journal(tmp_path / "f.json", "run")
+    journal = FindingsFile(tmp_path / "f.json", "run")
     journal.write("0", [FINDING], done=True)
     journal.remove_state(keep=True)
     assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
@@ -116,7 +116,7 @@ def test_the_ranks_own_files_are_removed_at_the_end(tmp_path):
 
 
 def test_a_rank_that_was_stopped_while_writing_holds_nobody_up(tmp_path):
-    journal = Journal(tmp_path / "f.json", "run", patience_s=0.2)
+    journal = FindingsFile(tmp_path / "f.json", "run", patience_s=0.2)
     journal.write("0", [FINDING])
     with open(tmp_path / ".f.json.lock") as stopped:
         fcntl.flock(stopped, fcntl.LOCK_EX)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
 import ddpcall
-from ddpcall.watch import earlier
-from ddpcall.watch.sharded import ShardedWatch
+from ddpcall.watch.sensors import earlier
+from ddpcall.watch.sensors.sharded import ShardedWatch
 
 
 @pytest.fixture

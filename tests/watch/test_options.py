@@ -6,9 +6,9 @@ import pytest
 
 from ddpcall.findings import Place
 from ddpcall.watch.options import Options, is_ignored_inline, parse_codes
-from ddpcall.watch.report import describe_parameters, render_text
-from ddpcall.watch.sarif import to_sarif
-from ddpcall.watch.watched import Watched
+from ddpcall.watch.output.sarif import to_sarif
+from ddpcall.watch.output.text import describe_parameters, render_text
+from ddpcall.watch.output.watched import Watched
 from tests.watch.test_journal import FINDING
 
 

@@ -11,11 +11,11 @@ from dataclasses import replace
 import pytest
 
 from ddpcall.findings import Place
-from ddpcall.watch.github import append_summary, render_annotation, render_summary
-from ddpcall.watch.sarif import to_sarif
-from ddpcall.watch.source_line import read_source_line
-from ddpcall.watch.terminal import print_findings
-from ddpcall.watch.watched import Watched, WatchedModel, read_watched, weigh
+from ddpcall.watch.output.github import append_summary, render_annotation, render_summary
+from ddpcall.watch.output.sarif import to_sarif
+from ddpcall.watch.output.source_line import read_source_line
+from ddpcall.watch.output.terminal import print_findings
+from ddpcall.watch.output.watched import Watched, WatchedModel, read_watched, weigh
 from tests.watch.test_journal import FINDING
 
 SOURCE = """\
@@ -126,8 +126,8 @@ PRINTING = """
 import sys
 from dataclasses import replace
 from ddpcall.findings import Finding
-from ddpcall.watch.terminal import print_findings
-from ddpcall.watch.watched import Watched, WatchedModel, read_watched, weigh
+from ddpcall.watch.output.terminal import print_findings
+from ddpcall.watch.output.watched import Watched, WatchedModel, read_watched, weigh
 message = "a message with words that are not to be broken " * 4
 finding = Finding(code="DC101", name="gradients-not-synchronized", severity="error", message=message,
                   file="{file}", line=2, function="main", ranks=(0, 1), step=1, parameters=("weight",),

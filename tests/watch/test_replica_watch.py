@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddpcall
-from ddpcall.watch.exchange import Exchange
+from ddpcall.watch.compare.exchange import Exchange
 
 pytestmark = pytest.mark.ranks(2, timeout=120)
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddpcall
-from ddpcall.watch.tracebacks import drop_own_frames
+from ddpcall.watch.program.tracebacks import drop_own_frames
 from tests.ranks.lab_process import clean_environment
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import ddpcall
-from ddpcall.watch.watched import (
+from ddpcall.watch.output.watched import (
     ESSENTIAL_PARTS,
     FSDP1,
     Watched,

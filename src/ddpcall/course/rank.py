@@ -14,7 +14,7 @@ from ddpcall.course.witness import FINDINGS, SOCKET, Line, Witness
 from ddpcall.findings import Finding
 from ddpcall.watch import session
 from ddpcall.watch.options import Options
-from ddpcall.watch.script import load_script, run_program
+from ddpcall.watch.program.script import load_script, run_program
 
 __all__ = ["main", "session"]
 

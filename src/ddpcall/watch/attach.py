@@ -19,28 +19,28 @@ from ddpcall import torch_internals as internals
 from ddpcall.findings import Finding
 from ddpcall.imports import after_import
 from ddpcall.taps import Undo, outside_dynamo, strip_forward_taps
-from ddpcall.watch.averaging import AveragingWatch
-from ddpcall.watch.backwards import BackwardWatch
-from ddpcall.watch.collectives import CollectiveLog
-from ddpcall.watch.compiled import CompiledWatch
-from ddpcall.watch.earlier import find_living
+from ddpcall.watch.compare.replica_watch import ReplicaWatch
 from ddpcall.watch.events import Emit, Event
-from ddpcall.watch.hooks import HookWatch, can_be_tapped
 from ddpcall.watch.models import Models
-from ddpcall.watch.output import say
-from ddpcall.watch.parameters import ParameterWatch
-from ddpcall.watch.precision import PrecisionWatch
-from ddpcall.watch.replica_watch import ReplicaWatch
-from ddpcall.watch.report import WatchError
-from ddpcall.watch.saves import SAVERS, SaveWatch
-from ddpcall.watch.sharded import FULLY_SHARD, ShardedWatch
-from ddpcall.watch.stacks import STACKS, StackWatch
+from ddpcall.watch.output.streams import say
+from ddpcall.watch.output.text import WatchError
+from ddpcall.watch.output.watched import BY_HAND, Watched, WatchedModel
+from ddpcall.watch.rules.averaging import AveragingWatch
+from ddpcall.watch.rules.steps import StepWatch
+from ddpcall.watch.rules.suspects import Suspects
+from ddpcall.watch.sensors.backwards import BackwardWatch
+from ddpcall.watch.sensors.collectives import CollectiveLog
+from ddpcall.watch.sensors.compiled import CompiledWatch
+from ddpcall.watch.sensors.earlier import find_living
+from ddpcall.watch.sensors.hooks import HookWatch, can_be_tapped
+from ddpcall.watch.sensors.last_sites import LastSites
+from ddpcall.watch.sensors.parameters import ParameterWatch
+from ddpcall.watch.sensors.precision import PrecisionWatch
+from ddpcall.watch.sensors.saves import SAVERS, SaveWatch
+from ddpcall.watch.sensors.sharded import FULLY_SHARD, ShardedWatch
+from ddpcall.watch.sensors.stacks import STACKS, StackWatch
+from ddpcall.watch.sensors.wrapping import WrapWatch
 from ddpcall.watch.step_count import StepCount
-from ddpcall.watch.steps import StepWatch
-from ddpcall.watch.suspects import Suspects
-from ddpcall.watch.trail import Trail
-from ddpcall.watch.watched import BY_HAND, Watched, WatchedModel
-from ddpcall.watch.wrapping import WrapWatch
 
 
 class Attachment:
@@ -83,7 +83,7 @@ class Attachment:
         self._count = count = StepCount()
         self._collectives = CollectiveLog()
         self._models = models = Models(self._collectives.mark)
-        trail = Trail(models.is_watched, self._may_use_buffers)
+        trail = LastSites(models.is_watched, self._may_use_buffers)
         suspects = Suspects(emit)
         self._averaging = averaging = AveragingWatch(self._collectives, retract)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpcall.taps import CallSite, find_call_site
-from ddpcall.watch.collectives import Mark
-from ddpcall.watch.reducer_ledger import ReducerLedger
+from ddpcall.watch.sensors.collectives import Mark
+from ddpcall.watch.sensors.reducer_state import ReducerState
 
 
 class Models:
@@ -26,15 +26,15 @@ class Models:
 
     def __init__(self, mark: Callable[[], Mark]) -> None:
         """Take what marks a moment in the log of collectives."""
-        self.ledgers: list[ReducerLedger] = []
-        self.owner: dict[int, ReducerLedger] = {}
+        self.ledgers: list[ReducerState] = []
+        self.owner: dict[int, ReducerState] = {}
         self.origins: dict[int, CallSite] = {}
         self.structure = 0
         self._mark = mark
-        self._by_ddp: dict[int, ReducerLedger] = {}
+        self._by_ddp: dict[int, ReducerState] = {}
         self._frozen: set[int] = set()
 
-    def open(self, ledger: ReducerLedger, root: nn.Module, owned: list[nn.Parameter]) -> None:
+    def open(self, ledger: ReducerState, root: nn.Module, owned: list[nn.Parameter]) -> None:
         """Add a ledger; it owns its parameters, together with earlier wrappers that are still in use."""
         for previous in self.ledgers:
             alive = {id(p) for reference in previous.owned if (p := reference()) is not None}
@@ -55,7 +55,7 @@ class Models:
         self.ledgers.append(ledger)
         self.structure += 1
 
-    def bind(self, ledger: ReducerLedger, ddp: DistributedDataParallel) -> None:
+    def bind(self, ledger: ReducerState, ddp: DistributedDataParallel) -> None:
         """Note whose reducer a ledger is about."""
         ledger.ddp = weakref.ref(ddp, self._forget)
         self._by_ddp[id(ddp)] = ledger
@@ -63,11 +63,11 @@ class Models:
     def _forget(self, reference: Any) -> None:
         self._by_ddp = {key: ledger for key, ledger in self._by_ddp.items() if ledger.ddp is not reference}
 
-    def ledger_of(self, ddp: nn.Module) -> ReducerLedger | None:
+    def ledger_of(self, ddp: nn.Module) -> ReducerState | None:
         """Return a wrapper's ledger."""
         return self._by_ddp.get(id(ddp))
 
-    def ledgers_with(self, module: nn.Module) -> list[ReducerLedger]:
+    def ledgers_with(self, module: nn.Module) -> list[ReducerState]:
         """Return the ledgers of the wrappers that a module is under."""
         return [ledger for ledger in self.ledgers if ledger.contains(module)]
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ddpcall.findings import Finding
 from ddpcall.torch_version import require_torch
-from ddpcall.watch import report
-from ddpcall.watch.journal import Contents, Journal, Key, Said, key_of, merge_findings
 from ddpcall.watch.launch import Launch, current_launch, is_running, is_started_alone
 from ddpcall.watch.options import Options, parse_codes
-from ddpcall.watch.output import check_output, print_anywhere, say
-from ddpcall.watch.report import WatchError
-from ddpcall.watch.watched import Answer, Watched, weigh
+from ddpcall.watch.output import text
+from ddpcall.watch.output.findings_file import Contents, FindingsFile, Key, Said, key_of, merge_findings
+from ddpcall.watch.output.streams import check_output, print_anywhere, say
+from ddpcall.watch.output.text import WatchError
+from ddpcall.watch.output.watched import Answer, Watched, weigh
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +64,7 @@ class Session:
         self._may_raise = options.on_finding == "raise"
         self._lock = threading.RLock()
         paths = dict.fromkeys(path.absolute() for path in (options.json or self.launch.file, self.launch.file))
-        self._journals = [Journal(path, self.launch.run) for path in paths]
+        self._journals = [FindingsFile(path, self.launch.run) for path in paths]
         self._writable = list(self._journals)
         self.journal = self._journals[0]
         self.is_alone = False
@@ -347,7 +347,7 @@ class Session:
         conclusion = self._write_for_tools(findings, watched)
 
         def print_list(stream: TextIO) -> None:
-            from ddpcall.watch.terminal import print_findings
+            from ddpcall.watch.output.terminal import print_findings
 
             print_findings(findings, conclusion, stream)
 
@@ -357,7 +357,7 @@ class Session:
 
     def _write_for_tools(self, findings: list[Finding], watched: Watched) -> str:
         """Write the SARIF log and GitHub's summary; return the last line, which tells of what could not be."""
-        from ddpcall.watch import github, sarif
+        from ddpcall.watch.output import github, sarif
 
         if self.options.sarif is not None:
             self._try_to_write(str(self.options.sarif), sarif.write_sarif, findings, watched, self.options.sarif)
@@ -377,7 +377,7 @@ class Session:
         """Return the last line of the answer."""
         findings, watched = self.collect()
         not_written = tuple(dict.fromkeys([*watched.not_written, *self._not_written]))
-        line = report.conclude(findings, weigh(dataclasses.replace(watched, not_written=not_written)))
+        line = text.conclude(findings, weigh(dataclasses.replace(watched, not_written=not_written)))
         code = self._withheld_code()
         if code:
             line += (
@@ -401,12 +401,12 @@ class Session:
         return self.options.json is not None or len(self.launch.on_host) != 1 or self.journal.has_begun()
 
     def _receive(self, event: Event) -> None:
-        from ddpcall.watch.diagnose import diagnose
+        from ddpcall.watch.rules.diagnose import diagnose
 
         self._record(diagnose(event, self._this_rank()))
 
     def _retract(self, event: Event) -> None:
-        from ddpcall.watch.diagnose import diagnose
+        from ddpcall.watch.rules.diagnose import diagnose
 
         self._withdraw(diagnose(event, self._this_rank()))
 
@@ -473,7 +473,7 @@ class Session:
         if self._may_raise:
             raise WatchError(finding)
         if self.options.on_finding != "record" and is_new_anywhere:
-            render = report.render_line if self.options.brief else report.render_text
+            render = text.render_line if self.options.brief else text.render_text
             say(render(finding))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ddpcall.findings import Finding
 from ddpcall.lab.report.records import Excerpt, SourceLine, WatchRecord
 from ddpcall.lab.report.typed import Misfit, NothingToShow, describe_error, read_record
-from ddpcall.watch.watched import Watched, read_watched
+from ddpcall.watch.output.watched import Watched, read_watched
 
 FINDINGS_SCHEMA = 1
 CONTEXT_LINES = 3

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Skipped, TimelineEvent
 from ddpcall.findings import Finding
-from ddpcall.watch.watched import Watched
+from ddpcall.watch.output.watched import Watched
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ddpcall.findings import CATALOGUE, Finding, Rule, Severity
 from ddpcall.lab.report.records import Excerpt, WatchRecord
 from ddpcall.lab.report.words import code, plural
-from ddpcall.watch.watched import Watched, weigh
+from ddpcall.watch.output.watched import Watched, weigh
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Vitals of sampled steps, and what comes of comparing them between ranks."""

@@ -1,0 +1,290 @@
+"""Vitals: the small record of digests that a rank's training state is compared by."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ddpcall import torch_internals as internals
+from ddpcall.replicas import StateDigester, digest_bytes, digest_tensor
+from ddpcall.watch.compare.drift import measure, sketch_tensor
+
+REPLICATED_PARTS = ("parameters", "buffers", "modes", "optimizer")
+OWN_PARTS = ("rng", "batch")
+PARTS = REPLICATED_PARTS + OWN_PARTS
+"""Replicated parts should be equal on all ranks; own ones should not (batch), or need not (rng)."""
+
+Details = dict[str, int | str | float]
+_MAX_DEPTH = 8
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What one rank publishes about one optimizer step.
+
+    Attributes:
+        step: Optimizer steps done, the same count on every rank.
+        parts: One digest, an int in [-2**63, 2**63), by part of `PARTS`; a part that cannot be told is absent.
+    """
+
+    step: int
+    parts: dict[str, int]
+
+
+class VitalsTaker:
+    """Takes the vitals of one model and its optimizer, again and again.
+
+    Each tensor is read once and none is copied (see `ddpcall.replicas.StateDigester`); the model's structure is
+    looked at anew when a module, parameter or buffer was added, removed or replaced. Changes nothing, and runs no
+    collective.
+
+    Args:
+        model: The wrapped or the inner module, the same choice on every rank. Parameters and buffers that DDP was
+            told to ignore are left out (`_ddp_params_and_buffers_to_ignore`), and so are non-persistent buffers:
+            they differ between ranks by design.
+        optimizer: Absent vitals part `optimizer` when None; may be set later, as the attribute `optimizer`.
+
+    The part `rng` is torch's default generator on the model's device, from which dropout draws. Python's and
+    numpy's generators are among its details only: few scripts seed them, and ranks that share the seed that counts
+    would look different.
+
+    Blind to: shards of DTensors (FSDP2, tensor parallel: each rank holds other values by design; names, dtypes and
+    global shapes are compared, and replicated DTensors whole); the optimizer's state tensors (momenta); values of
+    unknown types in the batch and in the optimizer's settings, of which only the type counts; renamed parameters
+    that are otherwise the same objects in the same places.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        self.optimizer = optimizer
+        self._structure = _Structure(model)
+        self._batch: Details = {}
+        self._origin: dict[str, list[float]] | None = None
+
+    def take(self, step: int, batch: Any = None) -> Vitals:
+        """Digest everything now; waits for the device where tensors are on one.
+
+        Args:
+            step: Optimizer steps done.
+            batch: What this rank's step was computed from: tensors and plain values, nested. Not kept.
+        """
+        self._batch = {} if batch is None else dict(_digest_leaves(batch, "batch"))
+        structure = self._current_structure()
+        if self._origin is None:
+            self._origin = {name: sketch_tensor(p, name) for name, p in structure.named_parameters.items()}
+        parts = {
+            "parameters": structure.parameters.digest() if structure.num_parameters else None,
+            "buffers": structure.buffers.digest() if structure.num_buffers else None,
+            "modes": structure.digest_modes(),
+            "optimizer": _digest_details(self._settings(structure)) if self.optimizer else None,
+            "rng": self._digest_torch_generator(structure),
+            "batch": _digest_details(self._batch) if self._batch else None,
+        }
+        return Vitals(step, {part: digest for part, digest in parts.items() if digest is not None})
+
+    def numel(self) -> int:
+        """Return how many numbers the parameters are."""
+        return sum(parameter.numel() for parameter in self._current_structure().named_parameters.values())
+
+    def digest_parameters(self) -> int:
+        """Return one digest of all parameters, as they are now."""
+        return self._current_structure().parameters.digest()
+
+    def measure_parameters(self) -> dict[str, str]:
+        """Return, by name, what tells how far a parameter is from other ranks' and from where training began."""
+        origin = self._origin or {}
+        parameters = self._current_structure().named_parameters
+        return {name: measure(parameter, name, origin.get(name)) for name, parameter in parameters.items()}
+
+    def measure_buffers(self) -> dict[str, str]:
+        """Return, by name, what tells how far a buffer is from other ranks'."""
+        return {name: measure(b, name, None) for name, b in self._current_structure().named_buffers.items()}
+
+    def details(self, part: str) -> Details:
+        """Return what one part is made of, as it is now: what the second round compares between ranks.
+
+        Args:
+            part: One of `PARTS`. The batch's details are those of the last `take`.
+
+        Returns:
+            By name of parameter or buffer: its digest; by name of module: train or eval; by optimizer setting: its
+            value; by random generator: the digest of its state; by place in the batch: a digest.
+
+        Raises:
+            ValueError: There is no such part.
+        """
+        structure = self._current_structure()
+        match part:
+            case "parameters":
+                return {name: digest_tensor(tensor) for name, tensor in structure.named_parameters.items()}
+            case "buffers":
+                return {name: digest_tensor(tensor) for name, tensor in structure.named_buffers.items()}
+            case "modes":
+                return structure.modes()
+            case "optimizer":
+                return self._settings(structure)
+            case "rng":
+                return _digest_generators()
+            case "batch":
+                return dict(self._batch)
+        raise ValueError(f"vitals have no part {part!r}; the parts are {', '.join(PARTS)}")
+
+    def _digest_torch_generator(self, structure: _Structure) -> int:
+        on_cuda = any(parameter.is_cuda for parameter in structure.first_parameters)
+        return digest_tensor(torch.cuda.get_rng_state() if on_cuda else torch.get_rng_state())
+
+    def _settings(self, structure: _Structure) -> Details:
+        return _optimizer_settings(self.optimizer, structure.ignored) if self.optimizer else {}
+
+    def _current_structure(self) -> _Structure:
+        if not self._structure.is_current():
+            self._structure = _Structure(self._structure.model)
+        return self._structure
+
+
+class _Structure:
+    """The modules, parameters and buffers a model had when it was looked at."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        named_modules = dict(model.named_modules())
+        self._modules = list(named_modules.values())
+        self._names = list(named_modules)
+        self._tables = [entry.of(module) for module in self._modules for entry in internals.MODULE_TABLES.values()]
+        self._entries = self._read_entries()
+        ignored = set(_ignored_names(named_modules))
+        self.named_parameters = {n: p for n, p in model.named_parameters() if n not in ignored}
+        self.ignored = frozenset(id(p) for n, p in model.named_parameters() if n in ignored)
+        ignored.update(_passing_names(named_modules))
+        self.named_buffers = {n: b for n, b in model.named_buffers() if n not in ignored}
+        self.first_parameters = list(self.named_parameters.values())[:1]
+        self.num_parameters, self.num_buffers = len(self.named_parameters), len(self.named_buffers)
+        self.parameters = StateDigester(self.named_parameters)
+        self.buffers = StateDigester(self.named_buffers)
+        self._header = digest_bytes("\n".join(self._names).encode())
+
+    def _read_entries(self) -> list[Any]:
+        return list(chain.from_iterable(map(methodcaller("values"), self._tables)))  # no dicts where scripted
+
+    def is_current(self) -> bool:
+        """Say whether the model still consists of the same objects, in the same places."""
+        entries = self._read_entries()
+        return len(entries) == len(self._entries) and all(map(is_, entries, self._entries))
+
+    def digest_modes(self) -> int:
+        """Return the digest of every module's train/eval flag."""
+        flags = bytes(map(bool, map(attrgetter("training"), self._modules)))
+        return digest_bytes(flags + self._header.to_bytes(8, "little", signed=True))
+
+    def modes(self) -> Details:
+        """Return train or eval by module name; the model itself is called (root)."""
+        flags = zip(self._names, self._modules, strict=True)
+        return {name or "(root)": "train" if module.training else "eval" for name, module in flags}
+
+
+def _ignored_names(named_modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yield what DDP was told to leave alone, named from the root of the model and from that of its wrapper."""
+    for prefix, module in named_modules.items():
+        for name in internals.IGNORED_BY_DDP.of(module, ()):
+            yield f"{prefix}.{name}" if prefix else name
+
+
+def _passing_names(named_modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yield the buffers that are in no checkpoint: caches and hidden states, a rank's own."""
+    for prefix, module in named_modules.items():
+        for name in internals.NON_PERSISTENT_BUFFERS.of(module, ()):
+            yield f"{prefix}.{name}" if prefix else name
+
+
+def _digest_details(details: Details) -> int:
+    """Return one digest over names and values; those of numbers are exact."""
+    return digest_bytes(repr(list(details.items())).encode())
+
+
+def _optimizer_settings(optimizer: Optimizer, ignored: frozenset[int]) -> Details:
+    """Return the class and every hyper-parameter of every group: learning rates, betas, weight decay …
+
+    Groups of parameters that DDP was told to ignore, by id, are a rank's own.
+    """
+    settings: Details = {"class": type(optimizer).__name__}
+    for index, group in enumerate(optimizer.param_groups):
+        if group["params"] and all(id(parameter) in ignored for parameter in group["params"]):
+            continue
+        for key, value in sorted(group.items()):  # a loaded state has its own order
+            if key == "params":
+                settings[f"group {index} parameters"] = len(value)
+            else:
+                settings[f"group {index} {key}"] = _plain_value(value)
+    return settings
+
+
+def _plain_value(value: Any) -> int | str | float:
+    """Return a setting as a number or text that is the same on every rank exactly when the setting is."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else f"tensor {digest_tensor(value):016x}"
+    if isinstance(value, int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return f"({', '.join(str(_plain_value(item)) for item in value)})"
+    # The text of any other object may hold its address.
+    return repr(value) if value is None or isinstance(value, torch.dtype | torch.device) else type(value).__name__
+
+
+def _digest_generators() -> Details:
+    """Return the digest of each default random generator's state, by its name."""
+    details: Details = {"torch cpu": digest_tensor(torch.get_rng_state())}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        details["torch cuda"] = digest_tensor(torch.cuda.get_rng_state())
+    version, state, gauss = random.getstate()
+    details["python"] = digest_bytes(array("L", state).tobytes() + repr((version, gauss)).encode())
+    numpy_random: Any = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        state = numpy_random.get_state(legacy=False)
+        details["numpy"] = digest_bytes(repr(_digest_leaves_of(state)).encode())
+    return details
+
+
+def _digest_leaves(value: Any, where: str, depth: int = 0) -> Iterator[tuple[str, int]]:
+    """Yield (place, digest) for every tensor, array and plain value in a batch, however nested."""
+    if isinstance(value, Tensor):
+        yield where, digest_bytes(f"{value.dtype} {tuple(value.shape)} {digest_tensor(value)}".encode())
+    elif isinstance(value, str | bytes | int | float | complex):
+        yield where, digest_bytes(repr(value).encode())
+    elif hasattr(value, "__array_interface__"):
+        yield where, digest_bytes(f"{value.dtype} {value.shape} {_digest_array(value)}".encode())
+    elif depth < _MAX_DEPTH:
+        for key, item in _items(value):
+            yield from _digest_leaves(item, f"{where}[{key!r}]", depth + 1)
+
+
+def _digest_leaves_of(value: Any) -> list[tuple[str, int]]:
+    return list(_digest_leaves(value, ""))
+
+
+def _digest_array(array_like: Any) -> int:
+    data = np.ascontiguousarray(array_like)
+    if data.dtype.hasobject:
+        return digest_bytes(repr(data.tolist()).encode())
+    return digest_bytes(data)
+
+
+def _items(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return value.items()
+    if isinstance(value, list | tuple):
+        return enumerate(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    own = getattr(value, "__dict__", None)
+    return own.items() if isinstance(own, dict) and not isinstance(value, type | nn.Module) else ()

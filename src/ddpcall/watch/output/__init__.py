@@ -1,0 +1,1 @@
+"""What was found and what was watched: the findings file, the terminal, JSON, SARIF, annotations."""

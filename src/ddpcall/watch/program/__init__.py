@@ -1,0 +1,1 @@
+"""Runs a script or a module unchanged, and leaves as it would."""

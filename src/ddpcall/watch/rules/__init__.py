@@ -1,0 +1,1 @@
+"""What turns facts and comparisons into findings."""

@@ -1,0 +1,286 @@
+"""Compiled models: calls that run eager, and hooks registered too late to be compiled in."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpcall import torch_internals as internals
+from ddpcall.taps import (
+    CallSite,
+    ForwardTap,
+    Undo,
+    count_hook,
+    find_call_site,
+    in_backward,
+    is_user_file,
+    replace_attribute,
+    suspend_forward_taps,
+)
+from ddpcall.watch.events import Event, EventKind
+from ddpcall.watch.sensors.hooks import can_be_tapped, is_users
+
+
+@dataclass(eq=False)
+class CompiledRoot:
+    """One compiled module.
+
+    Attributes:
+        module: The user's own module.
+        in_place: Whether `module.compile()` was used: then there is no other object to call.
+        calls: Times the compiled call was entered.
+        inside: Compiled calls that are running.
+        entries: Eager entries, in all.
+        methods: Lines that took one of the module's own methods from the compiled object, since the last step.
+        waiting: Eager entries under no_grad: harm only if the compiled call is never used.
+        seen: (calls, entries) at the last optimizer step.
+    """
+
+    module: weakref.ref[nn.Module]
+    in_place: bool
+    calls: int = 0
+    inside: int = 0
+    entries: int = 0
+    methods: list[CallSite] = field(default_factory=list)
+    waiting: list[CallSite] = field(default_factory=list)
+    seen: tuple[int, int] = (0, 0)
+
+
+@dataclass(eq=False)
+class LateHook:
+    """A hook registered after the first compiled call, with a witness of the same kind beside it."""
+
+    root: CompiledRoot
+    module: str
+    site: CallSite
+    calls: int
+    witness: Tensor
+    undo: Undo
+
+
+class CompiledWatch:
+    """Follows torch.compile(module) and module.compile().
+
+    Blind to: eager parts after a graph break; compiled functions that are no modules.
+    """
+
+    def __init__(
+        self,
+        emit: Callable[[Event], None],
+        step: Callable[[], int],
+        keep: Callable[[Undo], None],
+        adopted: Callable[[nn.Module], None],
+    ) -> None:
+        """Take where events go, the current step, where undos go, and who wants all modules compiled."""
+        self._emit = emit
+        self._adopted = adopted
+        self._step = step
+        self._keep = keep
+        self._roots: list[CompiledRoot] = []
+        self._of_module: weakref.WeakKeyDictionary[nn.Module, CompiledRoot] = weakref.WeakKeyDictionary()
+        self._late: list[LateHook] = []
+        self._busy = False
+        self._tap = ForwardTap(self._observe, lambda: self._busy)
+        self._getattr_patched = False
+
+    def attach(self) -> Undo:
+        """Hear of models as they are compiled; returns the undo."""
+        internals.require(internals.COMPILED_CALL_IMPL, internals.CURRENT_GRAPH_TASK)
+        compile_, in_place = torch.compile, nn.Module.compile
+
+        @functools.wraps(compile_)
+        def compiling(model: Any = None, **kwargs: Any) -> Any:
+            if not isinstance(model, nn.Module):
+                return compile_(model, **kwargs) if model is not None else compile_(**kwargs)
+            with suspend_forward_taps(model):  # torch looks at where forward is defined
+                compiled: Any = compile_(model, **kwargs)
+            if isinstance(compiled, nn.Module) and compiled is not model:
+                self._adopt_object(model, compiled)
+            return compiled
+
+        @functools.wraps(in_place)
+        def compile_in_place(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+            in_place(module, *args, **kwargs)
+            self._adopt_in_place(module)
+
+        with ExitStack() as stack:
+            stack.callback(replace_attribute(torch, "compile", compiling))
+            stack.callback(replace_attribute(nn.Module, "compile", compile_in_place))
+            return stack.pop_all().close
+
+    def adopt(self, module: nn.Module) -> None:
+        """Follow a module that was compiled before the watch began. Whether it was called since is not known."""
+        is_object = isinstance(module, internals.OPTIMIZED_MODULE.if_imported() or ())
+        model = internals.ORIG_MOD.of(module) if is_object else module
+        if any(root.module() is model and root.in_place is not is_object for root in self._roots):
+            return
+        if is_object:
+            root = self._adopt_object(model, module)
+        elif internals.COMPILED_CALL_IMPL.of(module) is not None:
+            root = self._adopt_in_place(module)
+        else:
+            return
+        root.calls, root.seen = 1, (1, 0)
+
+    def _adopt_in_place(self, module: nn.Module) -> CompiledRoot:
+        root = self._adopt(module, in_place=True)
+        call = internals.COMPILED_CALL_IMPL.of(module)
+        counting = self._counting(call, root)
+        setattr(module, internals.COMPILED_CALL_IMPL.name, counting)
+        reference = weakref.ref(module)
+        self._keep(lambda: _restore_call(reference, counting, call))
+        return root
+
+    def _adopt_object(self, model: nn.Module, compiled: nn.Module) -> CompiledRoot:
+        root = self._adopt(model, in_place=False)
+        forward = compiled.__dict__.get("forward")
+        if forward is not None:
+            self._keep(replace_attribute(compiled, "forward", self._counting(forward, root)))
+        if not self._getattr_patched:
+            self._getattr_patched = True
+            cls = type(compiled)
+            self._keep(replace_attribute(cls, "__getattr__", self._noting(cls.__getattr__)))
+        return root
+
+    def _adopt(self, module: nn.Module, in_place: bool) -> CompiledRoot:
+        root = CompiledRoot(weakref.ref(module), in_place)
+        self._roots.append(root)
+        for child in module.modules():
+            if can_be_tapped(child) and child not in self._of_module:
+                self._of_module[child] = root
+                self._adopted(child)
+                self._keep(self._tap.put(child))
+        return root
+
+    def _counting(self, call: Callable[..., Any], root: CompiledRoot) -> Callable[..., Any]:
+        is_compiling = torch.compiler.is_compiling
+
+        @functools.wraps(call)
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            if is_compiling():
+                return call(*args, **kwargs)
+            root.calls += 1
+            root.inside += 1
+            busy, self._busy = self._busy, True
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._busy = busy
+                root.inside -= 1
+
+        return counting
+
+    def _noting(self, get: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(get)
+        def __getattr__(compiled: Any, name: str) -> Any:
+            value = get(compiled, name)
+            if isinstance(value, MethodType) and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+                root = self._of_module.get(get(compiled, internals.ORIG_MOD.name))
+                if root is not None and is_user_file(value.__func__.__code__.co_filename):
+                    root.methods = [*root.methods[-15:], find_call_site()]
+            return value
+
+        return __getattr__
+
+    def _observe(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A module of a compiled model runs outside every compiled call."""
+        root = self._of_module.get(module)
+        if root is None or in_backward():
+            return original(*args, **kwargs)
+        root.entries += 1
+        self._note_eager(root, module)
+        self._busy = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._busy = False
+
+    def _note_eager(self, root: CompiledRoot, module: nn.Module) -> None:
+        if root.in_place and module is root.module():
+            self._emit(self._bypassed(root, find_call_site()))
+            return
+        site = find_call_site(lambda candidate: self._belongs(candidate, root))
+        if torch.is_grad_enabled():
+            self._emit(self._bypassed(root, site))
+        elif len(root.waiting) < 16:
+            root.waiting.append(site)
+
+    def _belongs(self, candidate: Any, root: CompiledRoot) -> bool:
+        return isinstance(candidate, nn.Module) and self._of_module.get(candidate) is root
+
+    def _bypassed(self, root: CompiledRoot, site: CallSite) -> Event:
+        return Event(EventKind.COMPILED_BYPASSED, site, self._step(), (), (), {"module": _name(root)})
+
+    # ---- hooks ----------------------------------------------------------------------------------------------
+
+    def hook_registered(self, module: nn.Module, kind: str, hook: Any) -> None:
+        """Put a witness beside a hook that is registered after the first compiled call."""
+        root = self._of_module.get(module)
+        if root is None or not root.calls or kind not in ("forward", "forward_pre") or not is_users(hook):
+            return
+        witness = torch.zeros((), dtype=torch.int64)
+        undo = count_hook(module, kind, witness)
+        self._late.append(LateHook(root, type(module).__name__, find_call_site(), root.calls, witness, undo))
+
+    def _judge_late_hooks(self, at_end: bool) -> None:
+        for late in list(self._late):
+            fired = bool(late.witness)
+            if fired or late.root.calls > late.calls:
+                self._late.remove(late)
+                late.undo()
+                if not fired:
+                    facts = {"module": late.module}
+                    self._emit(Event(EventKind.LATE_HOOK, late.site, self._step(), (), (), facts))
+            elif at_end:
+                late.undo()
+
+    # ---- steps ----------------------------------------------------------------------------------------------
+
+    def before_step(self, stepped: Callable[[int], Tensor | None]) -> None:
+        """Judge what happened since the last step.
+
+        Args:
+            stepped: Returns the optimizer's parameter with an id, None where it has none.
+        """
+        if self._late:
+            self._judge_late_hooks(at_end=False)
+        for root in self._roots:
+            state = (root.calls, root.entries)
+            if state == root.seen and root.methods and _has_gradient(root, stepped):
+                self._emit(self._bypassed(root, root.methods[-1]))
+            root.seen, root.methods = state, []
+
+    def close(self) -> None:
+        """Judge what was left for the end."""
+        self._judge_late_hooks(at_end=True)
+        for root in self._roots:
+            if not root.calls:
+                for site in dict.fromkeys(root.waiting):
+                    self._emit(self._bypassed(root, site))
+
+
+def _has_gradient(root: CompiledRoot, stepped: Callable[[int], Tensor | None]) -> bool:
+    module = root.module()
+    parameters = [] if module is None else [stepped(id(parameter)) for parameter in module.parameters()]
+    return any(parameter is not None and parameter.grad is not None for parameter in parameters)
+
+
+def _name(root: CompiledRoot) -> str:
+    module = root.module()
+    return "The model" if module is None else type(module).__name__
+
+
+def _restore_call(reference: weakref.ref[nn.Module], counting: Any, call: Any) -> None:
+    module = reference()
+    if module is not None and internals.COMPILED_CALL_IMPL.of(module) is counting:
+        setattr(module, internals.COMPILED_CALL_IMPL.name, call)

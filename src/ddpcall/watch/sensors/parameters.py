@@ -1,0 +1,120 @@
+"""Parameters that no reducer owns any more, or ever did: re-stored, unfrozen, added or replaced after wrapping."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+from ddpcall import torch_internals as internals
+from ddpcall.taps import Undo, find_call_site, remove_handles, replace_attribute
+from ddpcall.watch.events import Guard
+from ddpcall.watch.models import Models
+from ddpcall.watch.sensors.reducer_state import ReducerState
+
+
+class ParameterWatch:
+    """Patches what converts, unfreezes and registers parameters: calls that are rare in a training step."""
+
+    def __init__(
+        self, models: Models, guard: Guard, tap: Callable[[Iterable[nn.Module], ReducerState], None]
+    ) -> None:
+        """Take the books, and what taps modules that are added to a wrapped model."""
+        self._models = models
+        self._guard = guard
+        self._tap = tap
+        self._applying = 0
+
+    def attach(self) -> Undo:
+        """Watch from now on; returns the undo."""
+        with ExitStack() as stack:
+            for patch in (self._patch_conversion, self._patch_unfreezing, self._hook_registrations):
+                stack.callback(patch())
+            return stack.pop_all().close
+
+    def _patch_conversion(self) -> Undo:
+        apply = internals.APPLY.get()
+
+        @functools.wraps(apply)
+        def _apply(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+            if self._applying:
+                return apply(module, *args, **kwargs)
+            touched = [ledger for ledger in self._models.ledgers if self._touches(module, ledger)]
+            before = [(ledger, _accumulators(ledger.parameters())) for ledger in touched]
+            self._applying += 1
+            try:
+                return apply(module, *args, **kwargs)
+            finally:
+                self._applying -= 1
+                for ledger, nodes in before:
+                    self._guard(self._compare_accumulators, ledger, nodes)
+
+        return replace_attribute(nn.Module, internals.APPLY.name, _apply)
+
+    def _touches(self, module: nn.Module, ledger: ReducerState) -> bool:
+        return ledger.contains(module) or any(child is ledger.ddp() for child in module.modules())
+
+    def _compare_accumulators(self, ledger: ReducerState, before: list[Any]) -> None:
+        """A conversion that changes dtype or device makes a new AccumulateGrad; the reducer hangs on the old one.
+
+        Source: `VariableHooks::set_data` in torch/csrc/autograd/variable.cpp.
+        """
+        parameters = ledger.parameters()
+        if len(parameters) != len(before):
+            return
+        for parameter, old in zip(parameters, before, strict=True):
+            if old is not None and _accumulators([parameter])[0] is not old:
+                ledger.detached.setdefault(id(parameter), find_call_site())
+
+    def _patch_unfreezing(self) -> Undo:
+        slot = internals.TENSOR_REQUIRES_GRAD.get()
+        in_place = nn.Parameter.requires_grad_
+
+        def set_requires_grad(parameter: Tensor, value: bool) -> None:
+            slot.__set__(parameter, value)
+            if value and self._models.is_frozen(parameter):
+                self._models.note_origin(parameter)
+
+        @functools.wraps(in_place)
+        def requires_grad_(parameter: Any, requires_grad: bool = True) -> Tensor:
+            if requires_grad and self._models.is_frozen(parameter):
+                self._models.note_origin(parameter)
+            return in_place(parameter, requires_grad)
+
+        with ExitStack() as stack:
+            changed = property(slot.__get__, set_requires_grad)
+            stack.callback(replace_attribute(nn.Parameter, "requires_grad", changed))
+            stack.callback(replace_attribute(nn.Parameter, "requires_grad_", requires_grad_))
+            return stack.pop_all().close
+
+    def _hook_registrations(self) -> Undo:
+        """See modules and parameters that are put into a wrapped model."""
+
+        def registered_module(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+            ledger = next(iter(self._models.ledgers_with(parent)), self._models.ledger_of(parent))
+            if ledger is None or child is None:
+                return
+            self._tap(child.modules(), ledger)
+            for parameter in child.parameters():
+                if id(parameter) not in ledger.names:
+                    self._models.note_origin(parameter)
+
+        def registered_parameter(parent: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            ledger = next(iter(self._models.ledgers_with(parent)), None)
+            if ledger is not None and parameter is not None and id(parameter) not in ledger.names:
+                self._models.note_origin(parameter)
+
+        return remove_handles(
+            module_hooks.register_module_module_registration_hook(registered_module),
+            module_hooks.register_module_parameter_registration_hook(registered_parameter),
+        )
+
+
+def _accumulators(parameters: Iterable[Tensor]) -> list[Any]:
+    get_edge = torch.autograd.graph.get_gradient_edge
+    return [get_edge(parameter).node if parameter.requires_grad else None for parameter in parameters]

@@ -1,0 +1,295 @@
+"""Find models as they are wrapped, and see how they are entered and when synchronisation is switched off."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpcall import torch_internals as internals
+from ddpcall.taps import (
+    ForwardTap,
+    Undo,
+    find_call_frames,
+    find_call_site,
+    in_backward,
+    is_lazy,
+    replace_attribute,
+    site_of,
+)
+from ddpcall.watch.compare.replica_watch import ReplicaWatch
+from ddpcall.watch.events import Emit, Event, EventKind, Guard
+from ddpcall.watch.models import Models
+from ddpcall.watch.output.watched import DELAYED_ALL_REDUCE, PYTHON_REDUCER
+from ddpcall.watch.sensors.hooks import can_be_tapped
+from ddpcall.watch.sensors.last_sites import LastSites
+from ddpcall.watch.sensors.reducer_state import Entry, ReducerState, owned_parameters
+from ddpcall.watch.sensors.stacks import StackWatch
+from ddpcall.watch.step_count import StepCount
+
+
+class WrapWatch:
+    """Opens a ledger for every DDP and `replicate`, and taps the forwards of the modules under it.
+
+    Blind to: DDP's python reducer and delayed all-reduce, which reduce without being armed.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        count: StepCount,
+        trail: LastSites,
+        replicas: ReplicaWatch,
+        stacks: StackWatch,
+        emit: Emit,
+        guard: Guard,
+        keep: Callable[[Undo], None],
+    ) -> None:
+        """Take the books to write in, and where events and undos go."""
+        self._models = models
+        self._count = count
+        self._trail = trail
+        self._replicas = replicas
+        self._stacks = stacks
+        self._emit = emit
+        self._guard = guard
+        self._keep = keep
+        self._inside_entry = False
+        self._compared: list[ReducerState] = []
+        self._tap = ForwardTap(self._observe_forward, self._is_quiet)
+
+    def attach(self) -> Undo:
+        """Find every DDP that is made from now on; returns the undo."""
+        internals.require(*internals.TO_WATCH_WRAPPERS)
+        ddp_class: Any = DistributedDataParallel
+        init, set_attribute = ddp_class.__init__, ddp_class.__setattr__
+        pre_forward, post_forward = internals.DDP_PRE_FORWARD.get(), internals.DDP_POST_FORWARD.get()
+
+        @functools.wraps(init)
+        def __init__(ddp: Any, *args: Any, **kwargs: Any) -> None:
+            init(ddp, *args, **kwargs)
+            self._guard(self.adopt, ddp)
+
+        @functools.wraps(set_attribute)
+        def __setattr__(ddp: Any, name: str, value: Any) -> None:
+            set_attribute(ddp, name, value)
+            if name == "require_backward_grad_sync":
+                self._guard(self._sync_switched, ddp, value)
+
+        @functools.wraps(pre_forward)
+        def _pre_forward(ddp: Any, *inputs: Any, **kwargs: Any) -> Any:
+            self._guard(self._entering, ddp, inputs, kwargs)
+            return pre_forward(ddp, *inputs, **kwargs)
+
+        @functools.wraps(post_forward)
+        def _post_forward(ddp: Any, output: Any) -> Any:
+            output = post_forward(ddp, output)
+            self._guard(self._passed, ddp, output)
+            return output
+
+        reducer_class: Any = dist.Reducer
+        prepare = reducer_class.prepare_for_backward
+
+        @functools.wraps(prepare)
+        def prepare_for_backward(reducer: Any, *args: Any, **kwargs: Any) -> None:
+            prepare(reducer, *args, **kwargs)
+            self._guard(self._prepared, reducer)
+
+        register = ddp_class.register_comm_hook
+
+        @functools.wraps(register)
+        def register_comm_hook(ddp: Any, state: Any, hook: Any) -> None:
+            register(ddp, state, hook)
+            self._guard(self._adopt_replicas)  # local SGD is one
+
+        with ExitStack() as stack:
+            stack.callback(self._patch_switch())
+            stack.callback(replace_attribute(ddp_class, "__init__", __init__))
+            stack.callback(replace_attribute(ddp_class, "register_comm_hook", register_comm_hook))
+            for owner, method in (
+                (ddp_class, __setattr__),
+                (ddp_class, _pre_forward),
+                (ddp_class, _post_forward),
+                (reducer_class, prepare_for_backward),
+            ):
+                disabled = internals.disable_dynamo(method, recursive=False)
+                stack.callback(replace_attribute(owner, method.__name__, disabled))
+            return stack.pop_all().close
+
+    def _patch_switch(self) -> Undo:
+        """See where `replicate` is told not to synchronize, if this torch has it."""
+        replicated = internals.REPLICATED_MODULE.get(None)
+        if replicated is None:
+            return lambda: None
+        switch = replicated.set_requires_gradient_sync
+
+        @functools.wraps(switch)
+        def set_requires_gradient_sync(module: Any, requires_gradient_sync: bool) -> None:
+            switch(module, requires_gradient_sync)
+            for ledger in self._models.ledgers_with(module):
+                ledger.switched_off = None if requires_gradient_sync else find_call_site()
+
+        return replace_attribute(replicated, switch.__name__, set_requires_gradient_sync)
+
+    def _entering(self, ddp: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._models.ledger_of(ddp) is not None:
+            self._replicas.note_inputs(self._count.preparing_lead(), inputs, kwargs)
+
+    def _passed(self, ddp: nn.Module, output: Any) -> None:
+        ledger = self._models.ledger_of(ddp)
+        if ledger is not None:
+            ledger.passed(output)
+
+    def _prepared(self, reducer: Any) -> None:
+        """Note whose reducer was prepared for a backward, by its forward or by anybody else."""
+        for ledger in self._models.ledgers:
+            ddp = ledger.ddp()
+            if ddp is not None and ddp.reducer is reducer:
+                ledger.arm(reducer)
+
+    def adopt(self, ddp: DistributedDataParallel, earlier: bool = False) -> None:
+        """Watch one DDP, if its process group has more than one rank.
+
+        Args:
+            ddp: The wrapper.
+            earlier: Whether it was made before the watch began. Its replicas are compared once an optimizer
+                steps them: it may be a model of yesterday, and ranks agree on the order of steps alone.
+        """
+        if not dist.is_initialized() or dist.get_world_size(ddp.process_group) == 1:
+            return
+        if self._models.ledger_of(ddp) is not None:
+            return
+        in_python, delayed = (entry.of(ddp, False) for entry in internals.OTHER_REDUCERS.values())
+        if in_python or delayed:
+            self._stacks.note(PYTHON_REDUCER if in_python else DELAYED_ALL_REDUCE)
+            return
+        if internals.DELAYED_PARAMETERS.of(ddp, ()):  # the reducer's own parameters are followed, these are not
+            self._stacks.note(DELAYED_ALL_REDUCE)
+        owned = dict(owned_parameters(ddp, earlier))
+        owner = self._models.owner
+        ledger = next((owner[id(p)] for p in owned.values() if id(p) in owner), None)
+        if ledger is not None and ledger.is_announced:
+            ledger.is_announced = False
+        else:
+            ledger = ReducerState(type(ddp.module).__name__, {id(p): n for n, p in owned.items()})
+            self._open(ledger, ddp.module, list(owned.values()))
+        self._models.bind(ledger, ddp)
+        if earlier:
+            ledger.presume(ddp.reducer)
+        else:
+            self._compared.append(ledger)
+            self._adopt_replicas()
+
+    def stepping(self, ledgers: Iterable[ReducerState]) -> None:
+        """Note that an optimizer is about to step parameters of these reducers."""
+        for ledger in ledgers:
+            if not ledger.in_use:
+                ledger.in_use = True
+                self._compared.append(ledger)
+                self._adopt_replicas()
+
+    def hook_registered(self, module: nn.Module, kind: str, hook: Any) -> None:
+        """See `replicate` by the hook it registers; it makes its DDP in the first call, if one ever comes."""
+        is_first = kind == "forward_pre"
+        if is_first and isinstance(getattr(hook, "__self__", None), internals.REPLICATE_STATE.get(())):
+            self._guard(self._announce, module)
+
+    def _announce(self, root: nn.Module) -> None:
+        known = any(ledger.is_announced for ledger in self._models.ledgers_with(root))
+        if known or not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        owned = {name: p for name, p in root.named_parameters() if p.requires_grad and not is_lazy(p)}
+        ledger = ReducerState(type(root).__name__, {id(p): n for n, p in owned.items()}, is_announced=True)
+        ledger.wrapper = "replicate"
+        self._open(ledger, root, list(owned.values()))
+
+    def _open(self, ledger: ReducerState, root: nn.Module, owned: list[nn.Parameter]) -> None:
+        self._models.open(ledger, root, owned)
+        self._trail.adopt(root)
+        self.tap(root.modules(), ledger)
+
+    def tap(self, modules: Iterable[nn.Module], ledger: ReducerState) -> None:
+        """Count modules as parts of a wrapped model, and tap their forwards."""
+        new = [module for module in modules if id(module) not in ledger.modules and can_be_tapped(module)]
+        ledger.modules.update((id(module), weakref.ref(module)) for module in new)
+        self._keep(self._tap.put(*new))
+
+    def _adopt_replicas(self) -> None:
+        """Compare the replicas of wrapped models that span the world and are meant to stay equal."""
+        wrappers = [ddp for ledger in self._compared if (ddp := ledger.ddp()) is not None]
+        models = [ddp.module for ddp in wrappers if _is_replicated(ddp)]
+        self._replicas.adopt(models)
+
+    # ---- forwards -------------------------------------------------------------------------------------------
+
+    def _is_quiet(self) -> bool:
+        # In a training step the first is true; the others are looked at outside the wrapper alone.
+        return (
+            internals.is_ddp_running()
+            or self._inside_entry
+            or not (torch.is_grad_enabled() or self._count.evaluation_due)
+        )
+
+    def _observe_evaluation(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The first forward under no_grad after a step: an evaluation past the wrapper, in eval mode."""
+        self._count.evaluation_due = False
+        if not module.training:
+            for ledger in self._models.ledgers_with(module):
+                if (ddp := ledger.ddp()) is not None:
+                    self._trail.use_buffers(ddp, "evaluated", ledger.contains)
+        return original(*args, **kwargs)
+
+    def _observe_forward(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A grad-enabled forward of a watched module, outside every wrapper's: a bypass if gradients follow."""
+        if not torch.is_grad_enabled():
+            return self._observe_evaluation(module, original, args, kwargs)
+        if in_backward():
+            return original(*args, **kwargs)
+        ledgers = self._models.ledgers_with(module)
+        if not ledgers:
+            return original(*args, **kwargs)
+        ledger = ledgers[-1]
+        line, caller = find_call_frames(ledger.contains)
+        entry = Entry(site_of(line, caller))
+        self._guard(ledger.read_names, entry, line, caller)
+        self._inside_entry = True
+        try:
+            outputs = original(*args, **kwargs)
+        finally:
+            self._inside_entry = False
+        self._guard(ledger.enter, entry, outputs)
+        return outputs
+
+    # ---- windows --------------------------------------------------------------------------------------------
+
+    def _sync_switched(self, ddp: nn.Module, value: bool) -> None:
+        ledger = self._models.ledger_of(ddp)
+        if ledger is None:
+            return
+        if not value:
+            if ledger.sync_off is None:
+                ledger.sync_off_forwards = ledger.sync_off_reduced = 0
+            # `replicate` hands its own switch on in its forward: the line that turned that is the one to blame.
+            ledger.sync_off = ledger.switched_off or find_call_site()
+            return
+        ledger.switched_off = None
+        off, ledger.sync_off = ledger.sync_off, None
+        if off is not None and ledger.sync_off_reduced and not ledger.sync_off_forwards:
+            self._emit(Event(EventKind.NO_SYNC_WITHOUT_EFFECT, off, self._count.preparing()))
+
+
+def _is_replicated(ddp: DistributedDataParallel) -> bool:
+    """Say whether all ranks are meant to hold the same model after every step."""
+    hooks = " ".join(type(state).__name__ for _, state in internals.COMM_HOOKS.of(ddp, ()))
+    return "LocalSGD" not in hooks and dist.get_world_size(ddp.process_group) == dist.get_world_size()
