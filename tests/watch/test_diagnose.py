@@ -24,28 +24,28 @@ FACTS = {
 
 @pytest.mark.parametrize("kind", list(EventKind))
 def test_every_event_becomes_a_finding_at_its_site(kind):
-    finding = diagnose(Event(kind, SITE, 3, ("w", "b"), (), FACTS.get(kind, {"model": "Net"})), rank=1)
+    finding = diagnose(Event(kind, SITE, 3, ("w", "b"), (), FACTS.get(kind, {"model": "Net"})))
     assert (finding.code, finding.cause) == (CODES[kind], kind.value)
     assert (finding.file, finding.line, finding.function) == ("train.py", 12, "step")
-    assert (finding.ranks, finding.step, finding.parameters) == ((1,), 3, ("w", "b"))
+    assert (finding.ranks, finding.step, finding.parameters) == ((), 3, ("w", "b"))
     assert "{" not in finding.message
     assert len(finding.message) > 40
 
 
 def test_a_window_without_effect_is_only_a_warning():
-    assert diagnose(Event(EventKind.NO_SYNC_WITHOUT_EFFECT, SITE), 0).severity == "warning"
-    assert diagnose(Event(EventKind.SYNC_OFF, SITE), 0).severity == "error"
+    assert diagnose(Event(EventKind.NO_SYNC_WITHOUT_EFFECT, SITE)).severity == "warning"
+    assert diagnose(Event(EventKind.SYNC_OFF, SITE)).severity == "error"
 
 
 def test_other_lines_of_the_same_forward_are_named():
     others = (CallSite("train.py", 14, "step"), CallSite("train.py", 13, "step"))
     event = Event(EventKind.BYPASSED, SITE, 1, ("w",), others, {"model": "Net"})
-    assert "(and lines 13, 14)" in diagnose(event, 0).message
+    assert "(and lines 13, 14)" in diagnose(event).message
 
 
 def bypassed(was_called: bool = False, **facts: Any) -> Finding:
     return diagnose(
-        Event(EventKind.BYPASSED, SITE, 1, ("w",), (), {"model": "Net", "was_called": was_called, **facts}), 0
+        Event(EventKind.BYPASSED, SITE, 1, ("w",), (), {"model": "Net", "was_called": was_called, **facts})
     )
 
 
@@ -78,13 +78,13 @@ def test_advice_falls_back_to_the_general_one_with_the_wrappers_name_where_it_is
 def test_of_several_lines_none_is_written_anew_alone():
     others = (CallSite("train.py", 14, "step"),)
     facts = {"model": "Net", "advice": Advice("`h = ddp(x)`.", "net.enc", "ddp")}
-    fix = diagnose(Event(EventKind.BYPASSED, SITE, 1, ("w",), others, facts), 0).fix
+    fix = diagnose(Event(EventKind.BYPASSED, SITE, 1, ("w",), others, facts)).fix
     assert fix == "Let `forward` do what these lines do, and call the wrapper, `ddp`, once."
 
 
 def test_a_librarys_line_is_not_the_users_to_change():
     site = CallSite("/env/lib/python3.11/site-packages/trl/trainer/dpo.py", 7, "loss", CallSite("t.py", 3, "main"))
-    finding = diagnose(Event(EventKind.BYPASSED, site, 1, ("w",), (), {"model": "Net"}), 0)
+    finding = diagnose(Event(EventKind.BYPASSED, site, 1, ("w",), (), {"model": "Net"}))
     assert finding.fix.endswith("The line is trl's: override it in code of your own, or report it there.")
     assert finding.called_from == Place("t.py", 3, "main")
 
@@ -92,10 +92,10 @@ def test_a_librarys_line_is_not_the_users_to_change():
 def test_a_backward_inside_the_wrapped_forward_is_told_with_its_line():
     backward = CallSite("train.py", 11, "learn")
     facts = {"model": "Net", "backward": backward}
-    finding = diagnose(Event(EventKind.IN_FORWARD, SITE, 1, ("codes",), (), facts), 0)
+    finding = diagnose(Event(EventKind.IN_FORWARD, SITE, 1, ("codes",), (), facts))
     assert finding.message.startswith("Net ran a backward (line 11) inside its wrapper's forward.")
     assert finding.fix.startswith("Average the gradients of that backward before the step")
-    at_backward = diagnose(Event(EventKind.IN_FORWARD, backward, 1, ("codes",), (), facts), 0)
+    at_backward = diagnose(Event(EventKind.IN_FORWARD, backward, 1, ("codes",), (), facts))
     assert at_backward.message.startswith("Net ran a backward here inside its wrapper's forward.")
 
 

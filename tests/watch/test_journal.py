@@ -132,7 +132,7 @@ def test_findings_that_cannot_be_written_are_said_once_and_kept(tmp_path, capsys
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "out").write_text("in its place")
     for line in (1, 2):
-        session._record(replace(FINDING, line=line))
+        session.book.report(replace(FINDING, line=line))
     session.close()
     assert [finding.line for finding in session.all_findings()] == [1, 2]
     assert capsys.readouterr().err.count("ddpcall watch: cannot write findings to") == 1
@@ -170,7 +170,7 @@ def test_hosts_that_share_a_file_add_to_each_other(monkeypatch, tmp_path):
     sessions[0].open()
     last = []
     for rank, session in enumerate(sessions):
-        session._record(replace(FINDING, ranks=(rank,)))
+        session.book.report(replace(FINDING, ranks=(rank,)))
         session.close()
         last.append(session.is_last())
     assert last == [False, True, False, True], "the last of each host reports"

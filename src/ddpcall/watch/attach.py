@@ -16,16 +16,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpcall import torch_internals as internals
-from ddpcall.findings import Finding
 from ddpcall.imports import after_import
 from ddpcall.taps import Undo, outside_dynamo, strip_forward_taps
 from ddpcall.watch.compare.replica_watch import ReplicaWatch
-from ddpcall.watch.events import Emit, Event
+from ddpcall.watch.events import Event
+from ddpcall.watch.findings_book import FindingsBook
 from ddpcall.watch.models import Models
+from ddpcall.watch.output.findings_file import key_of
 from ddpcall.watch.output.streams import say
 from ddpcall.watch.output.text import WatchError
 from ddpcall.watch.output.watched import BY_HAND, Watched, WatchedModel
 from ddpcall.watch.rules.averaging import AveragingWatch
+from ddpcall.watch.rules.diagnose import diagnose
 from ddpcall.watch.rules.steps import StepWatch
 from ddpcall.watch.rules.suspects import Suspects
 from ddpcall.watch.sensors.backwards import BackwardWatch
@@ -52,28 +54,25 @@ class Attachment:
 
     def __init__(
         self,
-        emit: Emit,
+        book: FindingsBook,
         *,
         missing: Callable[[str, Exception], None],
         every: int = 0,
         vitals_taken: Callable[[], None] = lambda: None,
-        compared: Callable[[Finding, bool], None] = lambda finding, in_haste: None,
-        withdraw: Callable[[Finding], None] = lambda finding: None,
-        retract: Callable[[Event], None] = lambda event: None,
-        explained: Callable[[], bool] = lambda: False,
     ) -> None:
         """Attach to torch; models are found as they are wrapped from now on.
 
         Args:
-            emit: Gets every event, on the thread it happened on.
+            book: Gets every finding, on the thread it happened on.
             missing: Gets what cannot be watched, in plain words, and why; also when a library is imported later.
             every: Ranks compare vitals every so many optimizer steps; 0 for never.
             vitals_taken: Is called at the steps after which vitals are taken.
-            compared: Gets the findings that only a comparison shows, on rank 0.
-            withdraw: Gets such a finding when a better one takes its place.
-            retract: Gets an event that proved to be no harm after it was emitted.
-            explained: Whether a finding says already why parameters differ.
         """
+
+        def emit(event: Event) -> None:
+            book.report(diagnose(event))
+
+        self._book = book
         self._emit = emit
         self._missing = missing
         self._faults: list[str] = []
@@ -84,13 +83,18 @@ class Attachment:
         self._collectives = CollectiveLog()
         self._models = models = Models(self._collectives.mark)
         trail = LastSites(models.is_watched, self._may_use_buffers)
-        suspects = Suspects(emit)
-        self._averaging = averaging = AveragingWatch(self._collectives, retract)
+        suspects = Suspects(book)
+        self._averaging = averaging = AveragingWatch(self._collectives, book)
 
-        def is_explained() -> bool:
-            return explained() or averaging.has_any() or self._steps.is_waiting()
-
-        self._replicas = ReplicaWatch(every, trail, suspects, compared, withdraw, is_explained, vitals_taken)
+        self._replicas = ReplicaWatch(
+            every,
+            trail,
+            suspects,
+            lambda finding, in_haste: book.report(finding, quietly=in_haste),
+            lambda finding: book.withdraw(key_of(finding), for_good=False),
+            book.explains_divergence,
+            vitals_taken,
+        )
         self._stacks = stacks = StackWatch()
         self._wraps = WrapWatch(models, count, trail, self._replicas, stacks, emit, guard, keep)
         self._sharded = sharded = ShardedWatch(keep)
@@ -107,6 +111,7 @@ class Attachment:
             self._compiled,
             sharded,
             self._wraps.stepping,
+            book,
             emit,
             guard,
         )
@@ -283,7 +288,8 @@ class Attachment:
                 self._steps.close,
                 partial(self._replicas.close, in_order),
                 self._compiled.close,
-                self._steps.release,
+                self._book.release,
+                self._steps.stop_locating,
                 self._averaging.look,
             ):
                 last.callback(self._guard, work)

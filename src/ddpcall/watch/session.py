@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ddpcall.findings import Finding
 from ddpcall.torch_version import require_torch
+from ddpcall.watch.findings_book import FindingsBook
 from ddpcall.watch.launch import Launch, current_launch, is_running, is_started_alone
 from ddpcall.watch.options import Options, parse_codes
 from ddpcall.watch.output import text
-from ddpcall.watch.output.findings_file import Contents, FindingsFile, Key, Said, key_of, merge_findings
+from ddpcall.watch.output.findings_file import Contents, FindingsFile, Said, key_of
 from ddpcall.watch.output.streams import check_output, print_anywhere, say
 from ddpcall.watch.output.text import WatchError
 from ddpcall.watch.output.watched import Answer, Watched, weigh
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ddpcall.watch.attach import Attachment
-    from ddpcall.watch.events import Event
 
 __all__ = ["Session", "WatchError", "watch"]
 
@@ -51,7 +51,7 @@ class Session:
         self.launch = current_launch() if launch is None else launch
         self.script = "train.py"
         self.not_attached: dict[str, str] = {}
-        self._found: dict[Key, Finding] = {}
+        self.book = FindingsBook(self)
         self._attachment: Attachment | None = None
         self._collected: tuple[list[Finding], Watched] | None = None
         self._is_open = True
@@ -101,14 +101,7 @@ class Session:
         from ddpcall.watch.attach import Attachment
 
         self._attachment = Attachment(
-            self._receive,
-            missing=self.note_missing,
-            every=self.options.every,
-            compared=self._record,
-            withdraw=self._withdraw,
-            retract=self._retract,
-            explained=self._is_divergence_explained,
-            vitals_taken=self._keep_up,
+            self.book, missing=self.note_missing, every=self.options.every, vitals_taken=self._keep_up
         )
         if Session._running is None and not Session._follows_forks:
             Session._follows_forks = True
@@ -178,7 +171,7 @@ class Session:
     @property
     def findings(self) -> list[Finding]:
         """What this rank has found so far."""
-        return merge_findings(self._found.values())
+        return self.book.findings()
 
     @property
     def watched(self) -> Watched:
@@ -202,7 +195,7 @@ class Session:
         is_told = launch.num_ranks > 1 or self._attachment is None
         return Watched(
             script=self.script,
-            ranks=(launch.rank if is_told else self._this_rank(),),
+            ranks=(launch.rank if is_told else self.rank,),
             world_size=launch.num_ranks,
             elsewhere=launch.ranks_elsewhere,
             idle_ranks=(launch.rank,),
@@ -314,7 +307,7 @@ class Session:
         if session is not None:
             session.launch = session.launch.forked()
             session._lock = threading.RLock()
-            session._found = {}
+            session.book.clear()
             session._watched = None
             session.has_said = False
 
@@ -400,30 +393,23 @@ class Session:
     def _is_shared(self) -> bool:
         return self.options.json is not None or len(self.launch.on_host) != 1 or self.journal.has_begun()
 
-    def _receive(self, event: Event) -> None:
-        from ddpcall.watch.rules.diagnose import diagnose
-
-        self._record(diagnose(event, self._this_rank()))
-
-    def _retract(self, event: Event) -> None:
-        from ddpcall.watch.rules.diagnose import diagnose
-
-        self._withdraw(diagnose(event, self._this_rank()))
-
-    def _this_rank(self) -> int:
-        """Return the process group's rank, also after it is gone; the launcher's where there was none."""
+    @property
+    def rank(self) -> int:
+        """The process group's rank, also after it is gone; the launcher's where there was none."""
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized():
             self._rank = dist.get_rank()
         return self._rank
 
-    def _is_divergence_explained(self) -> bool:
-        return any(finding.code < "DC2" for finding in self.all_findings())
+    def wants(self, finding: Finding) -> bool:
+        """Say whether the user wants to hear of a finding."""
+        return self.options.wants(finding)
 
-    def _withdraw(self, finding: Finding) -> None:
+    def republish(self) -> None:
+        """Put on disk what is left after a finding was withdrawn."""
         with self._lock:
-            if self._found.pop(key_of(finding), None) is not None and self._is_shared():
+            if self._is_shared():
                 self._write()
 
     def _write(self, done: bool = False) -> Said | None:
@@ -435,7 +421,7 @@ class Session:
         self.has_said = True
         for journal in list(self._writable):
             try:
-                said = journal.write(self.launch.author, self._found.values(), self.watched, done)
+                said = journal.write(self.launch.author, self.findings, self.watched, done)
             except OSError as error:
                 self._writable.remove(journal)
                 self._not_written.append(f"{journal.path} ({error.strerror or error})")
@@ -453,22 +439,22 @@ class Session:
                 self._write()
                 self._next_write = time.monotonic() + 1.0
 
-    def _record(self, finding: Finding, in_haste: bool = False) -> None:
-        """Keep a finding, put it on disk and say it; of one found in haste nothing is said: a better follows."""
-        if not self.options.wants(finding):
-            return
+    def publish(self, finding: Finding, quietly: bool) -> None:
+        """Put a finding on disk, and say it where no rank of this host has.
+
+        Args:
+            finding: With its count so far.
+            quietly: Whether nothing is said, since a better one follows.
+
+        Raises:
+            WatchError: With `on_finding="raise"`, for one that is new on this rank.
+        """
+        is_new_here = is_new_anywhere = finding.count == 1
         with self._lock:
-            key = key_of(finding)
-            known = self._found.get(key)
-            count = 1 if known is None else known.count + 1
-            merged = finding if known is None else merge_findings([known, finding])[0]
-            self._found[key] = dataclasses.replace(merged, count=count)
-            is_new_here = known is None
-            is_new_anywhere = is_new_here
-            if self._is_shared() and count & (count - 1) == 0:  # at 1, 2, 4, …: not at every step
+            if self._is_shared() and finding.count & (finding.count - 1) == 0:  # at 1, 2, 4, …: not at every step
                 said = self._write()
-                is_new_anywhere = is_new_here if said is None else key in said.new
-        if not is_new_here or in_haste:
+                is_new_anywhere = is_new_here if said is None else key_of(finding) in said.new
+        if not is_new_here or quietly:
             return
         if self._may_raise:
             raise WatchError(finding)

@@ -37,13 +37,8 @@ CODES: dict[EventKind, str] = {
 SEVERITIES = {EventKind.NO_SYNC_WITHOUT_EFFECT: Severity.WARNING}
 
 
-def diagnose(event: Event, rank: int) -> Finding:
-    """Turn one event into the finding it amounts to.
-
-    Args:
-        event: What happened on this rank; events that did no harm are not emitted in the first place.
-        rank: This rank.
-    """
+def diagnose(event: Event) -> Finding:
+    """Turn one event into the finding it amounts to, of the rank it happened on."""
     rule = CATALOGUE[CODES[event.kind]]
     return Finding(
         code=rule.code,
@@ -53,7 +48,7 @@ def diagnose(event: Event, rank: int) -> Finding:
         file=event.site.file,
         line=event.site.line,
         function=event.site.function,
-        ranks=(rank,),
+        ranks=(),
         step=event.step,
         parameters=event.parameters,
         cause=event.kind.value,

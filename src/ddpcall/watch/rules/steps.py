@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,11 +15,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ddpcall import torch_internals as internals
+from ddpcall.findings import Finding
 from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_site, in_backward, remove_handles
 from ddpcall.watch.compare.replica_watch import ReplicaWatch
 from ddpcall.watch.events import Emit, Event, EventKind, Guard
+from ddpcall.watch.findings_book import FindingsBook, Status
 from ddpcall.watch.models import Models
 from ddpcall.watch.rules.averaging import AveragingWatch
+from ddpcall.watch.rules.diagnose import diagnose
 from ddpcall.watch.rules.strays import StrayWatch
 from ddpcall.watch.rules.suspects import Suspects
 from ddpcall.watch.sensors.collectives import CollectiveLog, Mark
@@ -46,6 +49,7 @@ class StepWatch:
         compiled: CompiledWatch,
         sharded: ShardedWatch,
         stepping: Callable[[list[ReducerState]], None],
+        book: FindingsBook,
         emit: Emit,
         guard: Guard,
     ) -> None:
@@ -61,13 +65,14 @@ class StepWatch:
         self._compiled = compiled
         self._sharded = sharded
         self._models_stepped = stepping
+        self._book = book
         self._emit = emit
         self._guard = guard
         self._views: dict[int, OptimizerView] = {}
         self._stepping: list[int] = []
         self._locator: WeightLocator | None = None
-        self._pending: Event | None = None
-        self._located: dict[tuple[str, ...], CallSite] = {}
+        self._held: tuple[Hashable, Event] | None = None
+        self._located: dict[Hashable, CallSite] = {}
         self.numel = 0
 
     def attach(self) -> Undo:
@@ -92,6 +97,8 @@ class StepWatch:
         for event in self._sharded.before_step(self._count.of(optimizer), view.parameters.__contains__):
             self._emit(event)
         self._averaging.look()
+        if self._held is not None and self._book.status(self._held[0]) is Status.WITHDRAWN:
+            self.stop_locating()
         if self._count.lead_done() is not None and self._count.leads(optimizer):
             self._replicas.starting(self._count.of(optimizer), self._collectives.num_sent())
         if in_backward():
@@ -222,23 +229,28 @@ class StepWatch:
             names = tuple(ledger.names[key] for key in used)
             steps_in_forward = blame.kind is EventKind.IN_FORWARD and ledger.is_in_forward()
             site = find_call_site() if steps_in_forward else blame.site
+            harm = (blame.kind, blame.site, id(ledger))
             event = Event(blame.kind, site, step, names, blame.others, blame.facts(ledger))
             if self._were_reduced(used, view, ledger.unarmed_since):
-                self._suspect(event, used, view)
-            elif not self._averaging.is_averaged(event):
-                self._emit_or_wait(event, used)
-                self._averaging.said(event, [p for key in used if (p := view.get(key)) is not None])
+                self._suspect(harm, diagnose(event), used, view)
+            elif self._book.status(harm) is not Status.WITHDRAWN:
+                self._averaging.doubt(harm, step, [p for key in used if (p := view.get(key)) is not None])
+                if blame.kind is EventKind.RAW_WEIGHTS and not has_compiled():
+                    self._report_located(harm, event, used)
+                else:
+                    self._book.report(diagnose(event), harm)
 
     def _suspect_written(self, ledger: ReducerState, view: OptimizerView, step: int) -> None:
         """Gradients without any backward: the script wrote them, perhaps the same on all ranks."""
         used = [key for key in ledger.names if nonzero(view.gradients([key]))]
         if used:
             names, facts = tuple(ledger.names[key] for key in used), {"model": ledger.name}
-            self._suspect(Event(EventKind.WRITTEN, find_call_site(), step, names, (), facts), used, view)
+            finding = diagnose(Event(EventKind.WRITTEN, find_call_site(), step, names, (), facts))
+            self._suspect((finding.cause, finding.file, finding.line, id(ledger)), finding, used, view)
 
-    def _suspect(self, event: Event, keys: list[int], view: OptimizerView) -> None:
-        if self._replicas.is_due(event.step):
-            self._suspects.add(event, view.gradients(keys))
+    def _suspect(self, harm: Hashable, finding: Finding, keys: list[int], view: OptimizerView) -> None:
+        if self._replicas.is_due(finding.step):
+            self._suspects.add(harm, finding, view.gradients(keys))
 
     def _is_used(self, key: int, blame: Unreduced, view: OptimizerView) -> bool:
         parameter = view.get(key)
@@ -268,39 +280,31 @@ class StepWatch:
 
     # ---- raw weights: the line is looked for in the next step ------------------------------------------------
 
-    def _emit_or_wait(self, event: Event, keys: list[int]) -> None:
-        if event.kind is not EventKind.RAW_WEIGHTS or has_compiled():
-            self._emit(event)
-        elif event.parameters in self._located:
-            self._emit(replace(event, site=self._located[event.parameters]))
-        elif self._pending is None or self._locator is None:
-            self._pending = event
-            self._locator = WeightLocator(keys, self._models.owner[keys[0]])
+    def _report_located(self, harm: Hashable, event: Event, keys: list[int]) -> None:
+        """Report that weights were used directly, once the line that uses them was seen in the next step."""
+        if harm in self._located:
+            self._book.report(diagnose(replace(event, site=self._located[harm])), harm)
+        elif self._locator is None:
+            self._book.hold(harm, diagnose(event))
+            self._held, self._locator = (harm, event), WeightLocator(keys, self._models.owner[keys[0]])
             self._locator.start()
-        elif event.parameters == self._pending.parameters:
-            site, self._locator = self._locator.stop(), None
-            self._located[event.parameters] = site or event.site
-            self._pending = replace(self._pending, site=site or event.site)
-            self.release()
+        elif self._held is not None and harm == self._held[0]:
+            first = self._held[1]
+            self._located[harm] = self._locator.site or first.site
+            self.stop_locating()
+            self._book.report(diagnose(replace(first, site=self._located[harm])), harm)
         else:
-            self._emit(event)
+            self._book.report(diagnose(event), harm)
 
-    def release(self) -> None:
-        """Emit what was waiting for a better line."""
+    def stop_locating(self) -> None:
+        """Look no longer for the line that uses weights directly."""
         if self._locator is not None:
             self._locator.stop()
             self._locator = None
-        if self._pending is not None:
-            self._emit(self._pending)
-            self._pending = None
 
     def close(self) -> None:
         """Judge what has waited for other ranks."""
         self._strays.close()
-
-    def is_waiting(self) -> bool:
-        """Say whether an event waits for a better line."""
-        return self._pending is not None
 
 
 class OptimizerView:

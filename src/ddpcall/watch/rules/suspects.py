@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Hashable, Iterable
 
 from torch import Tensor
 
+from ddpcall.findings import Finding
 from ddpcall.replicas import digest_tensor
-from ddpcall.taps import CallSite
-from ddpcall.watch.events import Emit, Event, EventKind
+from ddpcall.watch.findings_book import FindingsBook
 
 
 class Suspects:
-    """Events that harm nobody unless their gradients were not the same on all ranks.
+    """Findings that harm nobody unless their gradients were not the same on all ranks.
 
     The script reduced them itself, as far as its collectives tell, or wrote them itself. Where the parameters
-    differ all the same, and these gradients too, the events say why.
+    differ all the same, and these gradients too, the findings say why.
     """
 
-    def __init__(self, emit: Emit) -> None:
-        """Take where events go that turn out to be harm."""
-        self._emit = emit
-        self._events: dict[tuple[EventKind, CallSite], Event] = {}
-        self._digests: dict[tuple[EventKind, CallSite], tuple[int, ...]] = {}
+    def __init__(self, book: FindingsBook) -> None:
+        """Take where findings are suspected, and confirmed."""
+        self._book = book
+        self._parameters: dict[Hashable, tuple[str, ...]] = {}
+        self._digests: dict[Hashable, tuple[int, ...]] = {}
 
-    def add(self, event: Event, gradients: Iterable[Tensor]) -> None:
-        """Suspect an event; digests the gradients that are about to be used."""
-        self._events.setdefault((event.kind, event.site), event)
-        self._digests[event.kind, event.site] = tuple(map(digest_tensor, gradients))
+    def add(self, key: Hashable, finding: Finding, gradients: Iterable[Tensor]) -> None:
+        """Suspect a finding; digests the gradients that are about to be used."""
+        self._book.suspect(key, finding)
+        self._parameters[key] = finding.parameters
+        self._digests[key] = tuple(map(digest_tensor, gradients))
 
     def digest(self) -> int | None:
         """Return a digest of the gradients as they were last used, None where nothing is suspected."""
         return hash(tuple(self._digests.values())) if self._digests else None
 
-    def convict(self) -> None:
-        """Emit what was suspected."""
-        events, self._events = self._events, {}
-        for event in events.values():
-            self._emit(event)
+    def convict(self, names: Collection[str] | None = None) -> None:
+        """Confirm what was suspected; only of these parameters, where names are given."""
+        for key, parameters in self._parameters.items():
+            if names is None or not set(names).isdisjoint(parameters):
+                self._book.confirm(key)

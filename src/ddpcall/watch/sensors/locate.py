@@ -25,6 +25,9 @@ def has_compiled() -> bool:
 class WeightLocator(TorchFunctionMode):
     """Notes the first differentiable torch function that gets one of the wanted parameters outside the wrapper.
 
+    Attributes:
+        site: The line that called it, None while there was none.
+
     It is slow and is only put on for one step, after gradients were seen to arrive without any forward.
     """
 
@@ -33,22 +36,21 @@ class WeightLocator(TorchFunctionMode):
         super().__init__()
         self._keys = frozenset(keys)
         self._ledger = ledger
-        self._site: CallSite | None = None
+        self.site: CallSite | None = None
 
     def start(self) -> None:
         """Look from now on."""
         self.__enter__()
 
-    def stop(self) -> CallSite | None:
-        """Stop looking and return the line, None when nothing was found."""
+    def stop(self) -> None:
+        """Stop looking."""
         self.__exit__(None, None, None)
-        return self._site
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function and note it."""
         outputs = func(*args, **(kwargs or {}))
-        if self._site is None and self._is_use(func, args, kwargs or {}, outputs):
-            self._site = find_call_site(self._ledger.contains)
+        if self.site is None and self._is_use(func, args, kwargs or {}, outputs):
+            self.site = find_call_site(self._ledger.contains)
         return outputs
 
     def _is_use(self, func: Any, args: Any, kwargs: Any, outputs: Any) -> bool:
