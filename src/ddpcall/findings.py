@@ -31,7 +31,8 @@ class Rule:
     """One kind of finding.
 
     Attributes:
-        code: DC and three digits: 1xx gradients, 2xx replicas, 3xx what a call loses on one rank.
+        code: DC and three digits: 1xx gradients, 2xx replicas, 3xx what a call loses on one rank,
+            5xx how the run is set up.
         name: The code in words.
         severity: The usual severity; a finding may have a lower one.
         title: One line.
@@ -282,6 +283,20 @@ _RULES = (
         links=("https://github.com/huggingface/transformers/issues/31412",),
     ),
     Rule(
+        code="DC208",
+        name="loss-scale-differs",
+        severity=Severity.ERROR,
+        title="The GradScaler's loss scale differs between ranks",
+        why="DDP averages the scaled gradients, and each rank divides the same average by its own scale: "
+        "the ranks take steps of different sizes, and the replicas drift apart.",
+        wrong='if rank == 0:\n    scaler.load_state_dict(checkpoint["scaler"])',
+        fix="Call `scaler.load_state_dict(...)` on every rank, and give every rank the same `init_scale`.",
+        silent_when="Gradients are unscaled before they are reduced, so that the parameters stay equal; each rank "
+        "trains on its own until the script averages parameters (local SGD).",
+        blind_to="A scale that is kept by hand; a GradScaler whose `step` and `unscale_` are never called.",
+        links=("https://docs.pytorch.org/docs/stable/amp.html#gradient-scaling", _ISSUE + "136009"),
+    ),
+    Rule(
         code="DC301",
         name="hooks-skipped",
         severity=Severity.WARNING,
@@ -360,6 +375,24 @@ _RULES = (
         "gradients are reduced with those of a later call, before the step.",
         blind_to="FSDP1; weights of a sharded module used without any module's forward.",
         links=(_FSDP_DOCS, _ISSUE + "109385"),
+    ),
+    Rule(
+        code="DC502",
+        name="ranks-step-apart",
+        severity=Severity.ERROR,
+        title="Ranks took different numbers of optimizer steps, and ended with different parameters",
+        why="A gradient is averaged over all ranks, but only some of them use it: each rank that skips a step by "
+        "its own measure (its KL, its loss, its number of batches) keeps other parameters from there on.",
+        wrong="if kl > 1.5 * target_kl:  # this rank's own KL\n    break",
+        fix="Decide on what all ranks share: `dist.all_reduce(kl, op=dist.ReduceOp.AVG)` before the comparison.",
+        silent_when="The parameters are equal at the end (`Join` broadcasts them); the script averages parameters "
+        "(local SGD); a rank crashed, or took no step at all.",
+        blind_to="Steps that all ranks skip equally often, but not the same ones; other optimizers than the first "
+        "that stepped a wrapped model.",
+        links=(
+            "https://github.com/huggingface/trl/issues/254",
+            "https://docs.pytorch.org/docs/stable/distributed.algorithms.join.html",
+        ),
     ),
 )
 

@@ -25,8 +25,22 @@ from tests.corpus.score import (
 BYPASS = Expected(frozenset({"DC101"}), 12)
 MARKS = Marks(expected=(BYPASS,), accepted=frozenset({("DC101", 20)}))
 ALL_CODES = {
-    *("DC101", "DC102", "DC103", "DC104", "DC105", "DC201", "DC202", "DC203", "DC204", "DC205", "DC206", "DC207"),
-    *("DC301", "DC302", "DC303", "DC304", "DC305", "DC306"),
+    *(
+        "DC101",
+        "DC102",
+        "DC103",
+        "DC104",
+        "DC105",
+        "DC201",
+        "DC202",
+        "DC203",
+        "DC204",
+        "DC205",
+        "DC206",
+        "DC207",
+        "DC208",
+    ),
+    *("DC301", "DC302", "DC303", "DC304", "DC305", "DC306", "DC502"),
 }
 
 

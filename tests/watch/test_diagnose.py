@@ -136,6 +136,8 @@ def test_each_part_has_its_code_and_line():
     groups = ((0,), (1,))
     cases: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("optimizer", "DC203", {"optimizer_site": SITE}),
+        ("optimizer", "DC208", {"scaler_site": SITE, "settings": {"loss scale": {0: 4096.0, 1: 1024.0}}}),
+        ("steps", "DC502", {"step_site": SITE, "settings": {"steps": {0: 3, 1: 5}}}),
         ("modes", "DC204", {"mode_site": SITE, "modules": {"drop": {0: "eval", 1: "train"}}}),
         ("buffers", "DC205", {"buffer_site": SITE, "buffer_use": "evaluated"}),
         ("batch", "DC206", {"forward_site": SITE}),
@@ -144,3 +146,19 @@ def test_each_part_has_its_code_and_line():
     for part, code, sites in cases:
         (finding,) = diagnose_divergence(Divergence(2, {part: groups}, **sites), explained=False)
         assert (finding.code, finding.line) == (code, 12)
+
+
+def test_scales_and_steps_are_told_by_rank():
+    groups = ((0,), (1,))
+    settings = {"loss scale": {0: 4096.0, 1: 1024.0}, "group 0 lr": {0: 0.1, 1: 0.2}}
+    rate, scale = sorted(
+        diagnose_divergence(Divergence(2, {"optimizer": groups}, settings=settings), explained=False),
+        key=lambda finding: finding.code,
+    )
+    assert "group 0 lr" in rate.message
+    assert "loss scale" not in rate.message
+    assert "4096 on rank 0, 1024 on rank 1" in scale.message
+    steps = {"steps": {0: 3, 1: 5, 2: 3}}
+    (apart,) = diagnose_divergence(Divergence(2, {"steps": ((0, 2), (1,))}, settings=steps), explained=False)
+    assert "rank 1 took 5 steps, rank 0 took 3 steps" in apart.message
+    assert apart.ranks == (1,)

@@ -147,6 +147,36 @@ def test_a_rate_per_rank_is_found_where_the_optimizer_was_made(rank, tmp_path):
     assert [(code, where) for code, where, _ in found] == [("DC203", made)]
 
 
+@pytest.mark.parametrize("ranks", [(1,), (0, 1)])
+def test_a_loss_scale_restored_on_some_ranks_is_found_on_its_line(rank, tmp_path, ranks):
+    run = Run(rank, tmp_path)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    if run.rank in ranks:
+        scaler.load_state_dict(scaler.state_dict() | {"scale": 32.0})  # here
+    for _ in range(2):
+        run.optimizer.zero_grad()
+        scaler.scale(run.ddp(torch.randn(3, 4)).square().mean()).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+    found = [(code, where) for code, where, _ in run.findings()]
+    here = line(test_a_loss_scale_restored_on_some_ranks_is_found_on_its_line)
+    assert found == ([("DC208", here)] if ranks == (1,) else [])
+
+
+@pytest.mark.parametrize("mends", [True, False])
+def test_a_step_that_one_rank_skips_is_told_at_the_end_unless_the_parameters_are_equal_then(rank, tmp_path, mends):
+    run = Run(rank, tmp_path).train(20)
+    run.optimizer.zero_grad()
+    run.ddp(torch.randn(3, 4)).square().mean().backward()
+    if run.rank == 0:
+        run.optimizer.step()
+    if mends:
+        for parameter in run.ddp.parameters():
+            dist.broadcast(parameter.detach(), 0)
+    # Step 21 itself is not compared.
+    assert [code for code, _, _ in run.findings()] == ([] if mends else ["DC502"])
+
+
 def test_a_rank_left_in_eval_mode_is_found_where_it_was_switched(rank, tmp_path):
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
     run = Run(rank, tmp_path, model).train(2)

@@ -376,12 +376,13 @@ class Exchange:
             self._inbox.vitals.append(vitals)
             self._changed.notify_all()
 
-    def compare(self, step: int, *, wait: bool = False) -> Comparison | None:
+    def compare(self, step: int, *, wait: bool = False, wait_s: float | None = None) -> Comparison | None:
         """Return the comparison of a step, once; None while ranks are missing that may still come.
 
         Args:
             step: A step that was published; ask one interval later, so that nobody waits.
-            wait: Wait until the comparison is there, for at most twice `wait_s`: at the end of a run.
+            wait: Wait until the comparison is there: at the end of a run.
+            wait_s: For at most so many seconds; twice the exchange's own by default.
 
         Returns:
             None for ever on ranks other than the comparing one, after a failure, and for steps never published.
@@ -389,7 +390,7 @@ class Exchange:
         with self._changed:
             if wait and self._compares:
                 # It may have been taken already, by `comparisons`.
-                self._await(lambda: self._inbox.compared >= step, 2 * self._wait_s)
+                self._await(lambda: self._inbox.compared >= step, 2 * self._wait_s if wait_s is None else wait_s)
             return self._inbox.comparisons.pop(step, None)
 
     def comparisons(self) -> list[Comparison]:

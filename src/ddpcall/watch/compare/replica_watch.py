@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,17 +17,20 @@ from ddpcall.findings import Finding
 from ddpcall.taps import NOWHERE, CallSite, find_call_site
 from ddpcall.watch.compare.drift import Drift, largest, read_drift
 from ddpcall.watch.compare.exchange import Comparison, DetailsComparison, Exchange, find_store
-from ddpcall.watch.compare.vitals import Details, VitalsTaker
+from ddpcall.watch.compare.store_protocol import AT_THE_END
+from ddpcall.watch.compare.vitals import LOSS_SCALE, Details, Vitals, VitalsTaker
 from ddpcall.watch.rules.diagnose import Divergence, diagnose_divergence
 from ddpcall.watch.rules.suspects import Suspects
 from ddpcall.watch.sensors.last_sites import BufferUse, LastSites
 
 WAIT_S = 15.0
+LEAVE_S = 10.0
 EVERY_STEP_UNTIL = 16
 LOADED = "@load_state_dict"
 GRADIENTS = "@gradients"
 SWITCHED = "@mode"
 STARTED = "@started"
+SCALER_LOADED = "@scaler_load_state_dict"
 MEASURED = "@measured "
 EVALUATED = "@evaluated"
 _UNHARMFUL_STEPS = 2
@@ -111,7 +114,7 @@ class ReplicaWatch:
         self._uses: list[BufferUse] = []
         self._uses_asked: list[BufferUse] = []
         self._last_compared: Comparison | None = None
-        self._last_step = 0
+        self._last_step = self._num_steps = 0
         self._numel: int | None = None
         self._started: int | None = None
         self._has_told_start = False
@@ -176,7 +179,10 @@ class ReplicaWatch:
 
     def stepped(self, optimizer: Optimizer, step: int) -> None:
         """If they are due, take and publish the vitals of a step, and read what has come back meanwhile."""
-        if self._taker is None or not self.is_due(step):
+        if self._taker is None:
+            return
+        self._num_steps = step
+        if not self.is_due(step):
             return
         self.sites = replace(
             self.sites,
@@ -188,7 +194,7 @@ class ReplicaWatch:
         exchange = self._connect()
         if exchange is None:
             return
-        self._taker.optimizer = optimizer
+        self._taker.optimizer, self._taker.scaler = optimizer, self._trail.scalers.get(optimizer)
         exchange.publish(self._taker.take(step, self.batch))
         self.batch = self._first = None
         self._last_step = step
@@ -229,6 +235,8 @@ class ReplicaWatch:
         exchange.finish()
         if not self._last_step:
             return
+        if self._rank != 0:
+            self._tell_steps(exchange)
         last = exchange.compare(self._last_step, wait=True)
         self.read()
         self._look_again = 0  # after what was read, which may have put it off beyond the last step
@@ -247,6 +255,28 @@ class ReplicaWatch:
             # Without answers what this rank knows by itself must do.
             own = DetailsComparison(self._last_step, (), (), {"modes": self._own_modes()})
             self._explain(own if details is None or details.missing else details, is_last=True)
+        if self._rank == 0:
+            self._tell_steps(exchange)
+            self._judge_steps(exchange.compare(AT_THE_END, wait=True, wait_s=LEAVE_S))
+
+    def _tell_steps(self, exchange: Exchange) -> None:
+        """Tell how many steps this rank took, and of the parameters it leaves with."""
+        assert self._taker is not None
+        parts = {"optimizer": self._num_steps, "parameters": self._taker.digest_parameters()}
+        exchange.publish(Vitals(AT_THE_END, parts))
+
+    def _judge_steps(self, last: Comparison | None) -> None:
+        """Say that ranks took different numbers of steps, unless their parameters end equal, as under `Join`."""
+        if last is None or not {"optimizer", "parameters"} <= last.differing.keys() or self._explained():
+            return
+        groups = last.differing["optimizer"]
+        of_groups = zip(groups, last.digests["optimizer"], strict=True)
+        counts = {rank: steps for ranks, steps in of_groups if steps is not None for rank in ranks}
+        found = Divergence(
+            min(counts.values()) + 1, {"steps": groups}, settings={"steps": counts}, step_site=self.sites.step
+        )
+        self._say(found)
+        self._preliminary = []
 
     def _own_modes(self) -> dict[str, dict[int, Any]]:
         if self._taker is None or False not in self._trail.modes:
@@ -265,6 +295,9 @@ class ReplicaWatch:
             self._has_told_start = self._started is not None
             if self._started is not None:
                 details["parameters"][STARTED] = self._started
+        if "optimizer" in details and self._trail.scaler_loads[0]:
+            times, site = self._trail.scaler_loads
+            details["optimizer"][SCALER_LOADED] = f"{times} {_write_site(site)}"
         if "buffers" in details:
             _add_measures(details["buffers"], self._taker.measure_buffers())
             # With the rank, so that it is told from all of them.
@@ -330,9 +363,14 @@ class ReplicaWatch:
         self._preliminary = []
         parameters = details.differing.get("parameters", {})
         modes = details.differing.get("modes", {})
-        load = next((value for value in _values(parameters, LOADED) if not value.startswith("0")), "")
-        switch = next(iter(_values(modes, SWITCHED)), "")
         differing = dict(asked.differing)
+        load = next((value for value in _values(parameters, LOADED) if not value.startswith("0")), "")
+        settings = details.differing.get("optimizer", {})
+        scaler_load = _loaded_on_some(settings.pop(SCALER_LOADED, {}), details.ranks)
+        if settings.keys() == {LOSS_SCALE} and not self._apart:  # unscaled before they were reduced
+            del differing["optimizer"]
+            self._judged.discard("optimizer")
+        switch = next(iter(_values(modes, SWITCHED)), "")
         self._explain_buffers(differing.pop("buffers", ()), details)
         harmful = [name for name in modes if not name.startswith("@") and self._depends_on_mode(name)]
         if not harmful:
@@ -351,9 +389,10 @@ class ReplicaWatch:
                 self._apart[0] if drifts and self._apart else asked.step,
                 differing,
                 parameters=tuple(drifts),
-                settings=details.differing.get("optimizer", {}),
+                settings=settings,
                 modules={name: {rank: str(mode) for rank, mode in modes[name].items()} for name in harmful},
                 load_site=_read_site(load.split(" ", 1)[1]) if " " in load else None,
+                scaler_site=scaler_load or self.sites.step,
                 mode_site=_read_site(switch) if switch else None,
                 is_confirmed=is_complete or len(self._apart) > 1,
                 difference=largest(drifts.values()),
@@ -463,6 +502,13 @@ def _drops(module: Any, any_mode: bool = False) -> bool:
 
 def _values(details: dict[str, dict[int, Any]], name: str) -> list[str]:
     return [str(value) for value in details.get(name, {}).values()]
+
+
+def _loaded_on_some(loads: Mapping[int, Any], ranks: tuple[int, ...]) -> CallSite | None:
+    """Return the line that loaded a GradScaler's state, where some ranks loaded it more often than others."""
+    times = {rank: int(loads.get(rank, "0").partition(" ")[0]) for rank in ranks}
+    most = max(times, key=times.__getitem__, default=0)
+    return _read_site(loads[most].partition(" ")[2]) if len(set(times.values())) > 1 else None
 
 
 def _add_measures(details: Details, measures: dict[str, str]) -> None:

@@ -14,10 +14,11 @@ below it only what is incomplete or differs. Keys are deleted, by the rank that 
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.distributed import Store
@@ -26,6 +27,8 @@ from ddpcall.watch.compare.vitals import OWN_PARTS, PARTS, REPLICATED_PARTS, Det
 
 FAN_OUT = 8
 MAX_KEPT_STEPS = 64
+AT_THE_END = sys.maxsize - 1
+"""In place of a step: what a rank says of itself when it leaves."""
 _BITS = 1 + len(PARTS)  # arrived, and one for each part that differs: 7 × 8 bits fit the store's signed counters
 _REPLICATED_BITS = sum(1 << PARTS.index(part) for part in REPLICATED_PARTS)
 _ABSENT = "absent"
@@ -44,6 +47,7 @@ class Comparison:
         differing: By replicated part that differs: the groups of ranks that agree with each other, largest first.
         unlike: Own parts (batch, rng) that are not equal on all ranks, as they should be (batch) or may be (rng).
         ungrouped: Ranks known to differ from others, but not who agrees with whom: more than 1,024 differed.
+        digests: By replicated part that differs: the digest of each group.
     """
 
     step: int
@@ -53,6 +57,7 @@ class Comparison:
     differing: dict[str, tuple[tuple[int, ...], ...]]
     unlike: tuple[str, ...]
     ungrouped: tuple[int, ...] = ()
+    digests: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -228,21 +233,22 @@ class Ledger:
         anywhere = _summarize([bits for _, bits in entries]) >> 1
         deviants = sorted(rank for rank, bits in entries if rank >= 0 and bits >> 1 & _REPLICATED_BITS)
         reference = json.loads(self._read(f"{prefix}/first") or "null")
-        differing, ungrouped = self._group_parts(prefix, reference, missing, deviants) if deviants else ({}, ())
+        grouped, ungrouped = self._group_parts(prefix, reference, missing, deviants) if deviants else ({}, ())
         told = [part for index, part in enumerate(PARTS) if reference and reference[1 + index] is not None]
         return Comparison(
             step=step,
             num_ranks=self._world_size - len(missing),
             missing=tuple(sorted(missing)),
             same=tuple(part for part in told if not anywhere >> PARTS.index(part) & 1),
-            differing=differing,
+            differing={part: tuple(groups.values()) for part, groups in grouped.items()},
             unlike=tuple(part for part in OWN_PARTS if anywhere >> PARTS.index(part) & 1),
             ungrouped=ungrouped,
+            digests={part: tuple(groups) for part, groups in grouped.items()},
         )
 
     def _group_parts(
         self, prefix: str, reference: list[int | None], missing: set[int], deviants: list[int]
-    ) -> tuple[dict[str, tuple[tuple[int, ...], ...]], tuple[int, ...]]:
+    ) -> tuple[dict[str, dict[int | None, tuple[int, ...]]], tuple[int, ...]]:
         """Group the ranks by part from the digests that the differing ones left; tell whose were not read."""
         records = {rank: self._read(f"{prefix}/record/{rank}") for rank in deviants[:_MAX_RECORDS]}
         for rank in records:
@@ -320,14 +326,13 @@ def _summarize(children: Sequence[int]) -> int:
 
 def _group(
     agreeing: Iterable[int], reference: int | None, digests: Mapping[int, int | None]
-) -> tuple[tuple[int, ...], ...]:
+) -> dict[int | None, tuple[int, ...]]:
+    """Return the ranks by digest, largest group first."""
     groups: dict[int | None, list[int]] = {reference: list(agreeing)}
     for rank, digest in digests.items():
         groups.setdefault(digest, []).append(rank)
-    ordered = sorted(
-        (sorted(ranks) for ranks in groups.values() if ranks), key=lambda ranks: (-len(ranks), ranks[0])
-    )
-    return tuple(tuple(ranks) for ranks in ordered)
+    ordered = {digest: tuple(sorted(ranks)) for digest, ranks in groups.items() if ranks}
+    return dict(sorted(ordered.items(), key=lambda group: (-len(group[1]), group[1][0])))
 
 
 def _pack(value: Any) -> str:

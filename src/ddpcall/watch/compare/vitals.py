@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ddpcall import torch_internals as internals
@@ -27,6 +28,7 @@ PARTS = REPLICATED_PARTS + OWN_PARTS
 """Replicated parts should be equal on all ranks; own ones should not (batch), or need not (rng)."""
 
 Details = dict[str, int | str | float]
+LOSS_SCALE = "loss scale"
 _MAX_DEPTH = 8
 
 
@@ -55,6 +57,7 @@ class VitalsTaker:
             told to ignore are left out (`_ddp_params_and_buffers_to_ignore`), and so are non-persistent buffers:
             they differ between ranks by design.
         optimizer: Absent vitals part `optimizer` when None; may be set later, as the attribute `optimizer`.
+            Its settings include the loss scale where the attribute `scaler` is set.
 
     The part `rng` is torch's default generator on the model's device, from which dropout draws. Python's and
     numpy's generators are among its details only: few scripts seed them, and ranks that share the seed that counts
@@ -68,6 +71,7 @@ class VitalsTaker:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self.optimizer = optimizer
+        self.scaler: GradScaler | None = None
         self._structure = _Structure(model)
         self._batch: Details = {}
         self._origin: dict[str, list[float]] | None = None
@@ -145,7 +149,10 @@ class VitalsTaker:
         return digest_tensor(torch.cuda.get_rng_state() if on_cuda else torch.get_rng_state())
 
     def _settings(self, structure: _Structure) -> Details:
-        return _optimizer_settings(self.optimizer, structure.ignored) if self.optimizer else {}
+        if self.optimizer is None:
+            return {}
+        scale: Details = {} if self.scaler is None else {LOSS_SCALE: self.scaler.get_scale()}
+        return _optimizer_settings(self.optimizer, structure.ignored) | scale
 
     def _current_structure(self) -> _Structure:
         if not self._structure.is_current():

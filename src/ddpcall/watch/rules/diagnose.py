@@ -10,6 +10,7 @@ from typing import Any
 from ddpcall.findings import CATALOGUE, Finding, Place, Rule, Severity
 from ddpcall.taps import NOWHERE, CallSite
 from ddpcall.watch.advice import Advice
+from ddpcall.watch.compare.vitals import LOSS_SCALE
 from ddpcall.watch.events import Event, EventKind
 
 CODES: dict[EventKind, str] = {
@@ -304,7 +305,9 @@ class Divergence:
         load_site: The line that loaded a checkpoint, on some ranks only.
         mode_site: The line that switched to eval, where that differs between ranks.
         optimizer_site: The line that set the optimizer up, or its schedule.
+        scaler_site: The line that loaded a GradScaler's state on some ranks only, else the step.
         forward_site: The wrapper's forward.
+        step_site: The last optimizer step.
         buffer_site: The line that evaluated or saved the model.
         buffer_use: `evaluated` or `saved`.
     """
@@ -319,7 +322,9 @@ class Divergence:
     load_site: CallSite | None = None
     mode_site: CallSite | None = None
     optimizer_site: CallSite = NOWHERE
+    scaler_site: CallSite = NOWHERE
     forward_site: CallSite = NOWHERE
+    step_site: CallSite = NOWHERE
     buffer_site: CallSite = NOWHERE
     buffer_use: str = ""
 
@@ -337,8 +342,18 @@ def diagnose_divergence(divergence: Divergence, explained: bool) -> Iterator[Fin
                 yield _compared("DC202", divergence, groups, divergence.load_site, _loaded(divergence))
             elif not explained and "optimizer" not in divergence.groups:
                 yield _compared("DC201", divergence, groups, NOWHERE, _diverged(divergence, groups))
-        elif part == "optimizer" and not _is_shared_out(divergence, explained):
-            yield _compared("DC203", divergence, groups, divergence.optimizer_site, _settings(divergence))
+        elif part == "optimizer":
+            settings = dict(divergence.settings)
+            scales = settings.pop(LOSS_SCALE, None)
+            if scales is not None and not explained:
+                site, message = divergence.scaler_site, _loss_scales(divergence.step, scales)
+                yield _compared("DC208", divergence, groups, site, message)
+            if (settings or scales is None) and not _is_shared_out(settings, divergence, explained):
+                message = _settings(divergence.step, settings)
+                yield _compared("DC203", divergence, groups, divergence.optimizer_site, message)
+        elif part == "steps":
+            message = _steps(divergence.settings["steps"])
+            yield _compared("DC502", divergence, groups, divergence.step_site, message)
         elif part == "modes":
             yield _compared("DC204", divergence, groups, divergence.mode_site or NOWHERE, _modes(divergence))
         elif part == "buffers":
@@ -438,20 +453,34 @@ def _buffers(divergence: Divergence, groups: tuple[tuple[int, ...], ...]) -> str
     )
 
 
-def _is_shared_out(divergence: Divergence, explained: bool) -> bool:
+def _is_shared_out(settings: Mapping[str, Any], divergence: Divergence, explained: bool) -> bool:
     """Say whether each rank's optimizer has its share of the parameters, and the script sends them to the others.
 
     They differ in how many they have, in nothing else, and the replicas are equal or known to be made so.
     """
-    names = divergence.settings
-    differ_in_number = bool(names) and all(re.fullmatch(r"group \d+ parameters", name) for name in names)
+    differ_in_number = bool(settings) and all(re.fullmatch(r"group \d+ parameters", name) for name in settings)
     return differ_in_number and (explained or "parameters" not in divergence.groups)
 
 
-def _settings(divergence: Divergence) -> str:
-    named = [f"{name}: {_by_rank(values)}" for name, values in list(divergence.settings.items())[:3]]
+def _settings(step: int, settings: Mapping[str, Mapping[int, Any]]) -> str:
+    named = [f"{name}: {_by_rank(values)}" for name, values in list(settings.items())[:3]]
     shown = "; ".join(named) if named else "settings"
-    return f"The optimizer's settings differ between ranks in step {divergence.step}: {shown}."
+    return f"The optimizer's settings differ between ranks in step {step}: {shown}."
+
+
+def _loss_scales(step: int, scales: Mapping[int, float]) -> str:
+    return (
+        f"The GradScaler's loss scale differs between ranks in optimizer step {step}: "
+        f"{_by_rank({rank: f'{scale:.10g}' for rank, scale in scales.items()})}. DDP averages the scaled "
+        "gradients, and each rank divides the average by its own scale."
+    )
+
+
+def _steps(counts: Mapping[int, int]) -> str:
+    first_of = {steps: rank for rank, steps in sorted(counts.items(), reverse=True)}
+    told = [f"rank {rank} took {steps} steps" for steps, rank in sorted(first_of.items(), reverse=True)]
+    shown = ", ".join(told if len(told) <= 4 else [*told[:2], "…", told[-1]])
+    return f"The ranks took different numbers of optimizer steps: {shown}. They ended with different parameters."
 
 
 def _modes(divergence: Divergence) -> str:

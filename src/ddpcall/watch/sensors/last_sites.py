@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -41,6 +42,8 @@ class LastSites:
         optimizers: Line that made an optimizer.
         additions: Last line that handed an optimizer more parameters.
         schedulers: Last line that stepped a scheduler, by optimizer.
+        scalers: The GradScaler that last unscaled an optimizer's gradients or stepped it.
+        scaler_loads: (times, last line) of a GradScaler's `load_state_dict`.
         buffer_uses: Evaluations and checkpoints since they were last taken.
         has_evaluated: Whether there ever was such an evaluation.
     """
@@ -64,6 +67,8 @@ class LastSites:
         self.optimizers: weakref.WeakKeyDictionary[Optimizer, CallSite] = weakref.WeakKeyDictionary()
         self.additions: weakref.WeakKeyDictionary[Optimizer, CallSite] = weakref.WeakKeyDictionary()
         self.schedulers: weakref.WeakKeyDictionary[Optimizer, CallSite] = weakref.WeakKeyDictionary()
+        self.scalers: weakref.WeakKeyDictionary[Optimizer, GradScaler] = weakref.WeakKeyDictionary()
+        self.scaler_loads: tuple[int, CallSite] = (0, NOWHERE)
         self.buffer_uses: list[BufferUse] = []
         self.has_evaluated = False
         self._early_eval: weakref.WeakKeyDictionary[nn.Module, CallSite] = weakref.WeakKeyDictionary()
@@ -84,6 +89,9 @@ class LastSites:
                 (Optimizer, "add_param_group", self._note_addition),
                 (LRScheduler, "step", self._note_scheduler),
                 (ReduceLROnPlateau, "step", self._note_scheduler),
+                (GradScaler, "step", self._note_scaler),
+                (GradScaler, "unscale_", self._note_scaler),
+                (GradScaler, "load_state_dict", self._note_scaler_load),
             ):
                 stack.callback(replace_attribute(owner, name, self._noting(getattr(owner, name), note)))
             return stack.pop_all().close
@@ -129,3 +137,10 @@ class LastSites:
         optimizer = getattr(scheduler, "optimizer", None)
         if isinstance(optimizer, Optimizer):
             self.schedulers[optimizer] = find_call_site()
+
+    def _note_scaler(self, scaler: GradScaler, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(optimizer, Optimizer):
+            self.scalers[optimizer] = scaler
+
+    def _note_scaler_load(self, scaler: GradScaler, *args: Any, **kwargs: Any) -> None:
+        self.scaler_loads = (self.scaler_loads[0] + 1, find_call_site())
