@@ -1,7 +1,7 @@
 """ddpcall: what `model.forward(x)` and `model.module(x)` lose in distributed PyTorch training.
 
 Importing this package does no work: it patches nothing and imports neither torch nor Hydra. `ddpcall.watch` is
-imported when it is first asked for, and so is `ddpcall.measure_mixing`.
+imported when it is first asked for, and so are `ddpcall.measure_mixing` and `ddpcall.same_as_one_process`.
 """
 
 import importlib
@@ -15,4 +15,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("ddpcall.watch")
     if name == "measure_mixing":
         return importlib.import_module("ddpcall.mixing").measure_mixing
+    if name == "same_as_one_process":
+        return importlib.import_module("ddpcall.compare").same_as_one_process
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddpcall import torch_internals as internals
+from ddpcall.compare import OneProcessComparison, same_as_one_process
 from ddpcall.mixing import MixingMeasurement, measure_mixing
 from ddpcall.replicas import digest_tensor
 from ddpcall.taps import count_forwards, count_hook
@@ -101,6 +102,33 @@ def assert_gradients_averaged(
     is_averaged = counted & {"averaged", "scaled"} and not counted - {"averaged", "scaled", "unidentifiable"}
     if not is_averaged or mixing.shape not in {*mixing.by_parameter, "partly_local"}:
         raise AssertionError(f"not every rank used the mean of all ranks' gradients:\n{mixing}")
+
+
+def assert_same_as_one_process(
+    step: Callable[[Any, Any], Any], model: nn.Module, batch: Any, **options: Any
+) -> OneProcessComparison:
+    """Assert that a training step of all ranks computes what one process with the whole batch would.
+
+        assert_same_as_one_process(step, model, batch)
+
+    Args:
+        step: `step(model, batch)`: forward, backward and what else happens before the optimizer; returns the loss.
+        model: The plain module, the same on every rank.
+        batch: The global batch, the same on every rank.
+        **options: Those of `ddpcall.same_as_one_process`: `wrap`, `optimizer`, `steps`, `split`, `timeout_s`.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        AssertionError: on every rank; says what differs first, and why where that can be told.
+        RuntimeError, ValueError: there is nothing to compare; see `ddpcall.same_as_one_process`.
+    """
+    __tracebackhide__ = True
+    result = same_as_one_process(step, model, batch, **options)
+    if not result.same:
+        raise AssertionError(f"the ranks do not compute what one process does ({result.cause}):\n{result.message}")
+    return result
 
 
 def _names_ignored_by_ddp(model: nn.Module) -> set[str]:

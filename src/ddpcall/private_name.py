@@ -29,7 +29,7 @@ class Private:
             the name as an attribute.
         purpose: What it is used for.
         without: What does not work where it is missing.
-        rooms: Who uses it: watch, lab (probes and wrappers), ranks.
+        rooms: Who uses it: watch, lab (probes and wrappers), ranks, compare.
         seen: Versions of torch that have it.
     """
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         assert_gradients_synchronized,
         assert_hooks_fire,
         assert_replicated,
+        assert_same_as_one_process,
         assert_same_on_all_ranks,
     )
 
@@ -47,6 +48,7 @@ __all__ = [
     "assert_gradients_synchronized",
     "assert_hooks_fire",
     "assert_replicated",
+    "assert_same_as_one_process",
     "assert_same_on_all_ranks",
 ]
 

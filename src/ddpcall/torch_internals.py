@@ -479,7 +479,9 @@ GET_DEFAULT_STORE = Private(
 UPDATE_DEFAULT_PG = Private(
     "torch.distributed.distributed_c10d._update_default_pg",
     "to hear of a process group being made",
-    "the size of a process group is not known, and ranks that multiprocessing starts are not watched",
+    "the size of a process group is not known, ranks that multiprocessing starts are not watched, and ranks are "
+    "not compared with one process",
+    ("watch", "compare"),
 )
 WORLD = Private(
     "torch.distributed.distributed_c10d._world",

@@ -21,7 +21,7 @@ LEAVES = {
     "ranks",
     "torch_version",
 } | INTERNALS
-MIDDLE = LEAVES | {"verdicts", "replicas", "sketch", "mixing", "probes"}
+MIDDLE = LEAVES | {"verdicts", "replicas", "sketch", "mixing", "probes", "compare"}
 MAY_IMPORT = {
     "paths": set(),
     "evidence": set(),
@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "replicas": LEAVES,
     "sketch": INTERNALS,
     "mixing": INTERNALS | {"taps", "replicas", "sketch"},
+    "compare": INTERNALS | {"taps", "replicas", "sketch", "mixing"},
     "probes": MIDDLE,
     "lab": MIDDLE | {"lab", "watch"},
     "watch": MIDDLE | {"watch"},
@@ -53,7 +54,7 @@ ONLY_IN_LAB = {"hydra", "omegaconf", "sklearn", "jinja2", "markupsafe", "yaml"}
 # Claims are experiments that a learner reads and copies, so they spell out what `paths` and `wrappers` are for.
 # Exercises are scripts as users write them; they are handed out, never imported.
 MAY_SPELL_FORWARD = {"paths.py", "lab/claims", "course/exercises"}
-# taps, watch and the course's witness look at what users have wrapped.
+# taps, watch and the course's witness look at what users have wrapped; compare wraps in DDP by default.
 MAY_WRAP = {
     "wrappers.py",
     "torch_internals.py",
@@ -61,6 +62,7 @@ MAY_WRAP = {
     "course/exercises",
     "course/witness.py",
     "taps",
+    "compare/same.py",
     "watch",
 }
 WRAPPING = ("torch.nn.parallel", "torch.distributed._composable", "torch.distributed.fsdp")

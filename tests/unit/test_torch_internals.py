@@ -115,7 +115,7 @@ def test_the_installed_torch_has_every_name_that_it_should(entry):
     assert not entry.is_missing(), entry.sentence()
     assert entry.purpose.startswith("to ")
     assert entry.without
-    assert set(entry.rooms) <= {"watch", "lab", "ranks"}
+    assert set(entry.rooms) <= {"watch", "lab", "ranks", "compare"}
 
 
 def test_a_method_that_somebody_patched_still_sets_its_attributes(monkeypatch):

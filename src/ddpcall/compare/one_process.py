@@ -1,0 +1,52 @@
+"""A world of its own within a launch, of one rank or of all, and random state that is put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ddpcall import torch_internals as internals
+
+
+@contextmanager
+def world_of(ranks: Sequence[int], timeout_s: float) -> Iterator[None]:
+    """Make a new group of these ranks the default process group, within the block.
+
+    With one rank: rank 0 of 1, whose collectives return at once; the other ranks need not take part. A collective
+    that fails, because another rank raised, breaks the new group and not the user's.
+
+    Args:
+        ranks: Numbers in the default process group; this rank is one of them.
+        timeout_s: How long collectives wait.
+
+    Blind to: process groups that were made before; they stay as large as they are.
+    """
+    replace = internals.UPDATE_DEFAULT_PG.get()
+    everybody = dist.group.WORLD
+    group = dist.new_group(ranks, timedelta(seconds=timeout_s), use_local_synchronization=len(ranks) == 1)
+    replace(group)
+    try:
+        yield
+    finally:
+        replace(everybody)
+        dist.destroy_process_group(group)  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Put the random state of Python, numpy and torch back at the end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.accelerator.device_count())) if torch.accelerator.is_available() else []
+    kind = torch.accelerator.current_accelerator() if devices else None
+    try:
+        with torch.random.fork_rng(devices, device_type=kind.type if kind is not None else "cuda"):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

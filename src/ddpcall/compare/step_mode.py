@@ -1,0 +1,71 @@
+"""What stands around the user's step: it counts targets and leaves dropout out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_DROPOUTS = (
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
+)  # fmt: skip
+# Where their arguments have dropout_p.
+_ATTENTIONS = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
+_LOSSES = (F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
+
+
+class StepMode(TorchFunctionMode):
+    """While it is on, dropout does nothing, and the targets of losses that take a mean are counted.
+
+    Attributes:
+        num_targets: By call: targets of `cross_entropy`, `nll_loss` and `binary_cross_entropy` with
+            `reduction="mean"`; those that `ignore_index` names are left out.
+        num_dropouts: Dropouts that were left out.
+
+    Blind to: dropout inside recurrent layers; losses in compiled code.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_targets: list[int] = []
+        self.num_dropouts = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            self.num_dropouts += 1
+            return args[0] if args else kwargs["input"]
+        if func in _ATTENTIONS:
+            place = _ATTENTIONS[func]
+            probability = args[place] if len(args) > place else kwargs.get("dropout_p", 0.0)
+            self.num_dropouts += probability > 0
+            if len(args) > place:
+                args = (*args[:place], 0.0, *args[place + 1 :])
+            else:
+                kwargs = {**kwargs, "dropout_p": 0.0}
+        elif func in _LOSSES:
+            self.num_targets += _count_targets(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _count_targets(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    given = inspect.signature(func).bind(*args, **kwargs)
+    given.apply_defaults()
+    target: Tensor = given.arguments["target"]
+    if given.arguments["reduction"] != "mean":
+        return []
+    if target.is_floating_point():  # cross_entropy divides probabilities by the number of their rows
+        is_rows = func is F.cross_entropy
+        return [target.numel() // (target.size(1 if target.dim() > 1 else 0) if is_rows else 1)]
+    return [int((target != given.arguments["ignore_index"]).sum())]
