@@ -25,6 +25,10 @@ MULTIPLE = 6.0
 BLIND = 0.5
 """Where rounding alone changes a gradient by this part of itself, nothing can be told."""
 
+COARSE = 0.01
+"""Where the tolerance is larger, a difference just above it may come from one just below it elsewhere."""
+
+_IN_FLOAT32 = " Repeat the comparison in float32, where more can be told."
 _ORDER_MATTERS = 20.0
 _RANDOM = 20.0
 _SURE_WEIGHTS = 0.02
@@ -136,7 +140,7 @@ class StepJudge:
         if self._relative_tolerance() > BLIND:
             return (
                 f"Nothing can be told: a change of one unit in the last place alone changes the gradient of one "
-                f"process by {self._relative_tolerance() / MULTIPLE:.0%} of itself."
+                f"process by {self._relative_tolerance() / MULTIPLE:.0%} of itself.{_IN_FLOAT32}"
             )
         return ""
 
@@ -226,6 +230,13 @@ class StepJudge:
             if fit is not None and reference is not None:
                 return self._explain_weights(fit, reference)
             weights = weights or fit
+        if self._relative_tolerance() > COARSE and self._exceed(off) < 3:
+            return self._say(
+                "unexplained",
+                f"The gradients of {_name_some(off)} differ by up to {self._exceed(off):.1f} times what counts as "
+                f"a difference, too little to tell why in this precision.{_IN_FLOAT32}",
+                where=off[0],
+            )
         if len(off) < len(self._names):
             return self._explain_some(off)
         if weights is not None and first.is_whole:
@@ -248,6 +259,10 @@ class StepJudge:
 
     def _outputs_of_variants(self) -> list[SampleOutputs]:
         return [step.outputs for step in self._variants]
+
+    def _exceed(self, names: Sequence[str]) -> float:
+        numbers = self._measure_parameters()
+        return max(numbers[name].difference / numbers[name].tolerance for name in names)
 
     def _largest(self, names: Sequence[str]) -> float:
         return max(self._measure_parameters()[name].difference for name in names)
@@ -360,6 +375,14 @@ class StepJudge:
     def _explain_update(self, updated: list[str]) -> OneProcessComparison:
         numbers = self._measure_parameters()
         worst = max(numbers[name].update_difference for name in updated)
+        if self._relative_tolerance() > COARSE and len(updated) < len(self._names):
+            return self._say(
+                "unexplained",
+                f"The gradients agree within {self._relative_tolerance():.0%}, which is coarse, and the updates "
+                f"of {_name_some(updated)} differ by up to {worst:.1%} of their size. Optimizers that normalize, "
+                f"such as Adam, enlarge small differences of gradients, so it cannot be told why.{_IN_FLOAT32}",
+                where=updated[0],
+            )
         return self._say(
             "update",
             f"The gradients agree, and what the optimizer adds does not, by up to {worst:.1%} of its size: "
@@ -378,7 +401,8 @@ class StepJudge:
             _farthest(self._ranks.used[name], scale * self._reference.used[name][0]) <= slack * self._allowed[name]
             for name in self._names
         )
-        return scale if fits else None
+        is_difference = abs(scale - 1) > self._relative_tolerance()
+        return scale if fits and is_difference else None
 
     def _fit_weights(self, used: Mapping[str, np.ndarray], by_backward: bool = False) -> tuple[float, ...] | None:
         """Return the weights of the ranks' own gradients that explain every gradient, if some do and are sure.
