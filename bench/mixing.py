@@ -68,7 +68,7 @@ def time_steps(model: nn.Module, batch: Any, steps: int) -> dict[str, list[float
         step()
     for _ in range(ROUNDS):
         times["bare"].append(statistics.median(seconds(step) for _ in range(steps)))
-        collector = MixingCollector(ddp, optimizer)
+        collector = MixingCollector.of_model(ddp, optimizer)
         collector.start()
         collect()
         times["collected"].append(statistics.median(seconds(collect) for _ in range(steps)))

@@ -153,7 +153,7 @@ def test_everything_is_undone_also_after_an_exception(rank):
 def test_a_collector_gives_a_record_a_step(rank):
     model = DistributedDataParallel(make_model())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    collector = MixingCollector(model, optimizer)
+    collector = MixingCollector.of_model(model, optimizer)
     collector.start()
     shapes = []
     for call in (model, model.module, model):

@@ -92,20 +92,28 @@ def write_package(directory, file, name):
         path.write_text(text)
 
 
-def watch(launcher, directory, kind, use):
+def watch(launcher, directory, kind, use, *options):
     name = ""
     if kind in PACKAGES:
         file, called, _ = PACKAGES[kind]
         write_package(directory / "packages", file, called)
         name = f"{file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}.{called}"
-    run = Launched(launcher, directory, TRAINING, kind, name, use)
+    run = Launched(launcher, directory, TRAINING, kind, name, use, options=options)
     return run, json.loads((directory / "f.json").read_text())["watched"]["not_followed"]
 
 
 @pytest.mark.parametrize("kind", PACKAGES)
-def test_a_stack_that_is_used_is_named_and_the_run_proves_nothing(launcher, tmp_path, kind):
+def test_a_stack_that_is_used_is_named_and_what_it_does_to_gradients_is_measured(launcher, tmp_path, kind):
     run, not_followed = watch(launcher, tmp_path, kind, "used")
     assert not_followed == [PACKAGES[kind][2]]
+    assert run.codes == [0, 0], run.err
+    assert "3 steps measured: every rank used the sum of both ranks' gradients" in run.err
+    assert f"; not followed: {PACKAGES[kind][2]}" in run.err
+
+
+@pytest.mark.parametrize("kind", PACKAGES)
+def test_a_stack_that_is_used_and_not_measured_proves_nothing(launcher, tmp_path, kind):
+    run, _ = watch(launcher, tmp_path, kind, "used", "--every", "0")
     assert sorted(run.codes) == [0, 2], run.err
     assert f"nothing could be found out: {PACKAGES[kind][2]} is not followed by the watch" in run.err
 
@@ -114,7 +122,7 @@ def test_a_stack_that_is_used_is_named_and_the_run_proves_nothing(launcher, tmp_
     ("kind", "stack"), [("python_reducer", "DDP's python reducer"), ("delayed", "DDP's delayed all-reduce")]
 )
 def test_a_reducer_of_ddps_that_is_not_followed_is_named_with_the_line_to_write(launcher, tmp_path, kind, stack):
-    run, not_followed = watch(launcher, tmp_path, kind, "used")
+    run, not_followed = watch(launcher, tmp_path, kind, "used", "--every", "0")
     assert not_followed == [stack]
     assert sorted(run.codes) == [0, 2], run.err
     assert f"{stack} is not followed by the watch. To have it watched, leave " in run.err
@@ -124,7 +132,8 @@ def test_parameters_that_ddp_reduces_later_are_named_beside_those_that_are_follo
     run, not_followed = watch(launcher, tmp_path, "one_delayed", "used")
     assert not_followed == ["DDP's delayed all-reduce"]
     assert run.codes == [0, 0], run.err
-    assert "compared 3 times; not followed: DDP's delayed all-reduce" in run.err
+    assert "compared 3 times; 3 steps measured" in run.err
+    assert "; not followed: DDP's delayed all-reduce" in run.err
 
 
 @pytest.mark.parametrize("kind", [*PACKAGES, "python_reducer", "delayed"])

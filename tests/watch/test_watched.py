@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import ddpcall
@@ -230,7 +231,13 @@ def answer_of(launcher, directory, mode, *options):
 def test_a_proper_run_says_what_was_watched(launcher, tmp_path):
     codes, line, watched = answer_of(launcher, tmp_path, "clean")
     assert codes == [0, 0]
-    assert line == "no findings: 1 DDP model, 3 steps on 2 of 2 ranks, compared 3 times"
+    assert line.startswith(
+        "no findings: 1 DDP model, 3 steps on 2 of 2 ranks, compared 3 times; 3 steps measured: every rank used "
+        "the mean of both ranks' gradients (largest residual "
+    )
+    assert watched["mixing"]["shapes"] == {"averaged": 3}
+    assert watched["mixing"]["residual"] < 1e-6
+    assert np.allclose(watched["mixing"]["matrix"], 0.5, atol=1e-6)
     assert (watched["attached"], watched["ranks"], watched["world_size"]) == (True, [0, 1], 2)
     assert watched["models"] == [{"name": "Linear", "wrapper": "ddp", "steps": 3}]
     assert (watched["optimizer_steps"], watched["comparisons"], watched["ended"]) == (3, 3, True)
@@ -250,12 +257,8 @@ def test_what_the_script_averages_itself_is_fine_and_said(launcher, tmp_path, mo
         ("no_step", "no step of a torch optimizer was taken on 1 DDP model"),
         ("idle", "rank 1 took no optimizer step, another rank 1"),
         ("by_hand", "no optimizer step used the gradients of 1 DDP model. To have it watched, update"),
-        ("unwrapped", "no model was wrapped, no collective called"),
-        ("logged", "no model was wrapped, collectives carried too little for gradients"),
         ("no_group", "no process group was made"),
         ("group_of_one", "every rank made a process group of one"),
-        ("fsdp1", "FullyShardedDataParallel (FSDP1) is not followed by the watch. To have it watched, shard"),
-        ("data_parallel", "torch.nn.DataParallel is not followed"),
     ],
 )
 def test_where_nothing_could_be_found_out_the_run_does_not_succeed(launcher, tmp_path, mode, reason):
@@ -263,6 +266,37 @@ def test_where_nothing_could_be_found_out_the_run_does_not_succeed(launcher, tmp
     assert sorted(codes) == [0, 2], line
     assert line.startswith("nothing could be found out: ")
     assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("unwrapped", "no model was wrapped, no collective called"),
+        ("logged", "no model was wrapped, collectives carried too little for gradients"),
+        ("fsdp1", "FullyShardedDataParallel (FSDP1) is not followed by the watch. To have it watched, shard"),
+        ("data_parallel", "torch.nn.DataParallel is not followed"),
+    ],
+)
+def test_what_is_not_followed_and_not_measured_proves_nothing(launcher, tmp_path, mode, reason):
+    codes, line, _ = answer_of(launcher, tmp_path, mode, "--every", "0")
+    assert sorted(codes) == [0, 2], line
+    assert line.startswith("nothing could be found out: ")
+    assert reason in line
+
+
+@pytest.mark.parametrize("mode", ["unwrapped", "logged", "data_parallel"])
+def test_a_model_that_nothing_averages_is_found_without_any_wrapper(launcher, tmp_path, mode):
+    codes, line, watched = answer_of(launcher, tmp_path, mode)
+    assert sorted(codes) == [0, 1], line
+    assert line.startswith("1 error; `ddpcall explain DC101` says more; no wrapped model")
+    assert watched["mixing"]["shapes"] == {"local": 3}
+
+
+def test_a_stack_that_is_not_followed_is_measured_all_the_same(launcher, tmp_path):
+    codes, line, watched = answer_of(launcher, tmp_path, "fsdp1")
+    assert codes == [0, 0], line
+    assert line.startswith("no findings: no wrapped model, 3 steps on 2 of 2 ranks; 3 steps measured: every rank ")
+    assert watched["mixing"]["shapes"] == {"averaged": 3}
 
 
 def test_with_fail_on_never_it_does(launcher, tmp_path):

@@ -83,27 +83,31 @@ class _Watched:
 
 
 class MixingCollector:
-    """Collects a rank's sketches, step after step.
+    """Collects a rank's sketches, step after step; may be started again after it was stopped.
 
     Args:
-        model: Wrapped or inner; its parameters are watched as far as the optimizers hold them.
-        optimizers: One or several. Optimizers inside them, and others that step the same parameters, are heard
-            too.
-
-    Raises:
-        ValueError: the optimizers hold none of the model's parameters.
+        places: The parameters to watch, as `ddpcall.mixing.shards.find_places` finds them.
+        optimizers: One or several that hold them. Optimizers inside them, and others that step the same
+            parameters, are heard too.
+        stepped: Is called when a step that stands inside no other has ended, and was read.
 
     Blind to: gradients that never pass through autograd's leaves (`torch.func`); optimizers that are no
     `torch.optim.Optimizer`; compiled autograd, under which it stays off.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> None:
+    def __init__(
+        self,
+        places: Iterable[Place],
+        optimizers: Sequence[Optimizer],
+        stepped: Callable[[Optimizer], None] = lambda optimizer: None,
+    ) -> None:
         # Without these the sketches would say what is not so.
         internals.require(internals.WILL_ENGINE_EXECUTE_NODE, internals.TENSOR_BACKWARD_HOOKS)
-        self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-        self._watched = [_Watched(place) for place in find_places(model, self._optimizers)]
-        self._model = model
+        self._optimizers = list(optimizers)
+        self._watched = [_Watched(place) for place in places]
+        self._model: nn.Module | None = None
         self._held_at_first = self._held()
+        self._stepped = stepped
         self._by_id: dict[int, list[_Watched]] = {}  # a flat parameter stands for many
         for watched in self._watched:
             self._by_id.setdefault(id(watched.place.stepped), []).append(watched)
@@ -116,6 +120,18 @@ class MixingCollector:
         self._failure = ""
         self._on = False
 
+    @classmethod
+    def of_model(cls, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> MixingCollector:
+        """Return a collector of the model's parameters, wrapped or inner, as far as the optimizers hold them.
+
+        Raises:
+            ValueError: the optimizers hold none of the model's parameters.
+        """
+        optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        collector = cls(find_places(model, optimizers), optimizers)
+        collector._model = model
+        return collector
+
     # ---- on and off --------------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -125,9 +141,7 @@ class MixingCollector:
             for watched in self._watched:
                 see = outside_dynamo(partial(self._guard, self._see_own, watched))
                 self._undos.append(watched.place.hook(see))
-            for optimizer in _with_inner(self._optimizers):
-                self._undos.append(replace_attribute(optimizer, "step", self._wrap_step(optimizer)))
-            before = outside_dynamo(partial(self._guard, self._before_step))
+            before = outside_dynamo(self._before_step)
             after = outside_dynamo(partial(self._guard, self._after_step))
             self._undos += [
                 register_optimizer_step_pre_hook(before).remove,
@@ -137,6 +151,13 @@ class MixingCollector:
         except BaseException:
             self.stop()
             raise
+
+    def forget(self) -> None:
+        """Forget what was seen of earlier steps: what comes next does not follow them."""
+        for watched in self._watched:
+            watched.windows = deque([_Window()], maxlen=_KEPT_WINDOWS)
+            watched.num_steps = 0
+        self._num_steps = self._num_skipped = 0
 
     def stop(self) -> None:
         """Take everything off again. May be called twice."""
@@ -180,17 +201,44 @@ class MixingCollector:
 
     # ---- used --------------------------------------------------------------------------------------------------
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Prepare for a step; a closure is replaced, the one thing that a pre-hook may return."""
+        self._guard(self._begin_step, optimizer)
+        closures = [value for value in (*args, *kwargs.values()) if callable(value)]
+        if not (self._on and closures and any(self._held_by(optimizer))):
+            return None
+        self._closures.add(id(optimizer))
+        watch = partial(self._watch_closure, optimizer)
+        return tuple(map(watch, args)), {name: watch(value) for name, value in kwargs.items()}
+
+    def _watch_closure(self, optimizer: Optimizer, closure: Any) -> Any:
+        """Return a closure that lets what is used be read when it returns."""
+        if not callable(closure):
+            return closure
+
+        @wraps(closure)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = closure(*args, **kwargs)
+            self._guard(self._read, optimizer)
+            return result
+
+        return call
+
+    def _begin_step(self, optimizer: Optimizer) -> None:
+        self._closures.discard(id(optimizer))
         if id(optimizer) in self._stepping:  # an earlier step of its raised
             del self._stepping[self._stepping.index(id(optimizer)) :]
         if not any(self._held_by(optimizer)):
             return
         self._stepping.append(id(optimizer))
         # Last of the instance's own hooks, which run after the global ones: somebody may reduce in one of them.
-        if id(optimizer) in self._reading:
-            self._reading.pop(id(optimizer))[1].remove()
+        self._stop_reading(optimizer)
         read = outside_dynamo(partial(self._guard, self._read_before))
         self._reading[id(optimizer)] = (optimizer, optimizer.register_step_pre_hook(read))
+
+    def _stop_reading(self, optimizer: Optimizer) -> None:
+        if id(optimizer) in self._reading:
+            self._reading.pop(id(optimizer))[1].remove()
 
     def _read_before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if id(optimizer) not in self._closures:
@@ -214,48 +262,23 @@ class MixingCollector:
         if id(optimizer) not in self._stepping:
             return
         del self._stepping[self._stepping.index(id(optimizer)) :]
+        self._stop_reading(optimizer)
+        self._closures.discard(id(optimizer))
         if self._stepping:
             return
         for key in self._read_now:
             for watched in self._by_id[key]:
                 watched.close_window()
                 watched.place.rehook()
-        self._num_steps += bool(self._read_now)
-        self._read_now.clear()
+        if self._read_now:
+            self._num_steps += 1
+            self._read_now.clear()
+            self._stepped(optimizer)
 
     def _held_by(self, optimizer: Optimizer) -> Iterator[_Watched]:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 yield from self._by_id.get(id(parameter), ())
-
-    def _wrap_step(self, optimizer: Optimizer) -> Callable[..., Any]:
-        """Return a `step` that reads what is used when the closure returns."""
-        original = optimizer.step
-
-        @wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            closures = [value for value in (*args, *kwargs.values()) if callable(value)]
-            if not (self._on and closures):
-                return original(*args, **kwargs)
-
-            def watch(closure: Any) -> Any:
-                if not callable(closure):
-                    return closure
-
-                def call(*inner: Any, **named: Any) -> Any:
-                    result = closure(*inner, **named)
-                    self._guard(self._read, optimizer)
-                    return result
-
-                return call
-
-            self._closures.add(id(optimizer))
-            try:
-                return original(*map(watch, args), **{name: watch(value) for name, value in kwargs.items()})
-            finally:
-                self._closures.discard(id(optimizer))
-
-        return step
 
     def _wrap_scaler_step(self) -> Callable[..., Any]:
         """Return a `GradScaler.step` that ends the window where the scaler skips the step."""
@@ -286,7 +309,8 @@ class MixingCollector:
     def _find_unwatched(self) -> str:
         """Name the model's parameters that the optimizers were given later: nobody has looked at those."""
         late = self._held() - self._held_at_first
-        names = [name for name, parameter in self._model.named_parameters() if id(parameter) in late]
+        named = self._model.named_parameters() if self._model is not None else ()
+        names = [name for name, parameter in named if id(parameter) in late]
         why = "the optimizer got parameters after measuring began, which nobody measured; add them before"
         return f"{why}: {name_some(names)}" if names else ""
 
@@ -294,7 +318,8 @@ class MixingCollector:
 
     def take(self) -> RankSketches:
         """End the step and return its record: each parameter's last window that a step has read."""
-        windows = [_find_read(watched) for watched in self._watched]
+        # What no step has used since the last record says nothing of this one.
+        windows = [_find_read(watched) if watched.num_steps else (_Window(), None) for watched in self._watched]
         columns, own = _number_columns(windows)
         record = RankSketches(
             rank=dist.get_rank() if dist.is_initialized() else 0,
@@ -325,16 +350,6 @@ class MixingCollector:
             if watched.windows[-1].state != UNREAD:
                 watched.windows[-1].closed = True
         return record
-
-
-def _with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
-    """Return optimizers and those that they keep inside, as SAM and ZeroRedundancyOptimizer do."""
-    found = {id(optimizer): optimizer for optimizer in optimizers}
-    for optimizer in list(found.values()):
-        for value in vars(optimizer).values():
-            if isinstance(value, Optimizer):
-                found.setdefault(id(value), value)
-    return list(found.values())
 
 
 def _find_read(watched: _Watched) -> tuple[_Window, _Window | None]:

@@ -70,7 +70,7 @@ def measure_mixing(
             "measure_mixing compares ranks, and there is only one: start the script with "
             "torchrun --nproc-per-node 2 or more"
         )
-    collector = MixingCollector(model, optimizer)
+    collector = MixingCollector.of_model(model, optimizer)
     measurement = MixingMeasurement()
     collector.start()
     try:

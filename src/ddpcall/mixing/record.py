@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -80,6 +81,21 @@ class RankSketches:
     is_waiting: bool = False
     failure: str = ""
 
+    def without(self, names: Collection[str]) -> RankSketches:
+        """Return the record without some parameters."""
+        if not names:
+            return self
+        kept = [index for index, name in enumerate(self.names) if name not in names]
+        place = {index: new for new, index in enumerate(kept)}
+        rows = [row for row, column in enumerate(self.columns) if column.parameter in place]
+        columns = tuple(replace(self.columns[row], parameter=place[self.columns[row].parameter]) for row in rows)
+        by_parameter = {
+            name: type(values)(values[index] for index in kept) if isinstance(values, tuple) else values[kept]
+            for name, values in vars(self).items()
+            if name in _BY_PARAMETER and len(values)
+        }
+        return replace(self, own=self.own[rows], columns=columns, **by_parameter)
+
     def to_bytes(self) -> bytes:
         """Return the record as bytes that hold nothing but numbers and text."""
         plain = {name: value for name, value in vars(self).items() if name not in _ARRAYS}
@@ -99,6 +115,10 @@ class RankSketches:
             return RankSketches(**tuples, columns=columns, **{name: arrays[name] for name in _ARRAYS})
 
 
+_BY_PARAMETER = (
+    "names", "numel", "dtypes", "used", "states", "carry", "before", "after", "own_parts", "own_sum", "own_unit",
+    "used_parts", "weight_parts", "steps_of",
+)  # fmt: skip
 _ARRAYS = ("used", "own", "carry", "before", "after")
 
 

@@ -52,7 +52,7 @@ def observe_mixing(model: nn.Module, optimizer: Optimizer, num_steps: int) -> It
 
     Blind to: the steps before; whether the mean over ranks is what was meant.
     """
-    collector = MixingCollector(model, optimizer)
+    collector = MixingCollector.of_model(model, optimizer)
     try:
         yield MixingObserver(collector, max(0, num_steps - NUM_MEASURED))
     finally:

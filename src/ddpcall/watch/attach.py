@@ -7,17 +7,19 @@ import traceback
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from ddpcall import torch_internals as internals
 from ddpcall.imports import after_import
-from ddpcall.taps import Undo, outside_dynamo, strip_forward_taps
+from ddpcall.taps import NOWHERE, CallSite, Undo, outside_dynamo, strip_forward_taps
+from ddpcall.watch.compare.mixing_watch import MixingWatch
 from ddpcall.watch.compare.replica_watch import ReplicaWatch
 from ddpcall.watch.events import Event
 from ddpcall.watch.findings_book import FindingsBook
@@ -34,6 +36,7 @@ from ddpcall.watch.sensors.backwards import BackwardWatch
 from ddpcall.watch.sensors.collectives import CollectiveLog
 from ddpcall.watch.sensors.compiled import CompiledWatch
 from ddpcall.watch.sensors.earlier import find_living
+from ddpcall.watch.sensors.gradients import GradientSensor
 from ddpcall.watch.sensors.hooks import HookWatch, can_be_tapped
 from ddpcall.watch.sensors.last_sites import LastSites
 from ddpcall.watch.sensors.parameters import ParameterWatch
@@ -82,8 +85,20 @@ class Attachment:
         self._count = count = StepCount()
         self._collectives = CollectiveLog()
         self._models = models = Models(self._collectives.mark)
-        trail = LastSites(models.is_watched, self._may_use_buffers)
         suspects = Suspects(book)
+        self._mixing = MixingWatch(
+            count,
+            self._collectives,
+            book,
+            lambda name: name in self._gradients.inside,
+            lambda name: self._replicas.compares(name),
+            self._find_made,
+            suspects.convict,
+        )
+        self._gradients = gradients = GradientSensor(
+            every, self._find_roots, self._collectives.num_sent, self._mixing.measured
+        )
+        self._trail = trail = LastSites(models.is_watched, self._may_use_buffers, gradients.add)
         self._averaging = averaging = AveragingWatch(self._collectives, book)
 
         self._replicas = ReplicaWatch(
@@ -110,6 +125,7 @@ class Attachment:
             trail,
             self._compiled,
             sharded,
+            gradients,
             self._wraps.stepping,
             book,
             emit,
@@ -122,7 +138,7 @@ class Attachment:
             ("DistributedDataParallel and replicate", self._wraps.attach),
             ("parameters changed after wrapping", ParameterWatch(models, guard, self._wraps.tap).attach),
             ("process groups", stacks.attach_groups),
-            ("backwards", BackwardWatch(models, guard).attach),
+            ("backwards", BackwardWatch(models, gradients, guard).attach),
             ("collectives and optimizer steps", self._attach_steps),
             ("hooks of modules", hooks.attach),
             ("torch.compile", self._compiled.attach),
@@ -163,6 +179,15 @@ class Attachment:
             stack.callback(self._collectives.attach())
             stack.callback(self._steps.attach())
             return stack.pop_all().close
+
+    def _find_made(self, optimizer: Optimizer) -> CallSite:
+        """Return the line that handed parameters to an optimizer last."""
+        return self._trail.additions.get(optimizer) or self._trail.optimizers.get(optimizer, NOWHERE)
+
+    def _find_roots(self) -> list[nn.Module]:
+        """Return the modules inside the wrapped models that are known."""
+        ledgers = [root for ledger in self._models.ledgers if (root := ledger.root()) is not None]
+        return [*ledgers, *self._sharded.roots()]
 
     def _guard(self, work: Callable[..., Any], *args: Any) -> None:
         """Do the watch's own work: an error of ours is said once and never reaches the script."""
@@ -260,6 +285,8 @@ class Attachment:
         replicas, world_size = self._replicas, max(record.world_size, self._stacks.group_size)
         return replace(
             record,
+            mixing=asdict(self._mixing.certificate),
+            not_measured=self._gradients.failure or self._mixing.trouble,
             attached=True,
             world_size=world_size,
             elsewhere=tuple(sorted({*record.elsewhere, *replicas.heard} - set(record.ranks))),
@@ -285,8 +312,10 @@ class Attachment:
         with ExitStack() as last:  # each of these, though an earlier one raises its finding
             last.callback(self.detach)
             for work in (
-                self._steps.close,
                 partial(self._replicas.close, in_order),
+                self._mixing.close,
+                self._steps.close,
+                partial(self._mixing.finish, in_order),
                 self._compiled.close,
                 self._book.release,
                 self._steps.stop_locating,
@@ -296,5 +325,6 @@ class Attachment:
 
     def detach(self) -> None:
         """Take everything off, and say nothing."""
+        self._gradients.stop()
         self._models.close()
         self._undo.close()

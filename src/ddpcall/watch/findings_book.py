@@ -147,6 +147,10 @@ class FindingsBook:
         with self._lock:
             return merge_findings(self._reported())
 
+    def told(self) -> list[Finding]:
+        """Return what all ranks have reported."""
+        return merge_findings([*self.findings(), *self._publisher.all_findings()])
+
     def _reported(self) -> list[Finding]:
         return [entry.finding for entry in self._entries.values() if entry.status is Status.REPORTED]
 

@@ -138,6 +138,10 @@ class ReplicaWatch:
         if self._every > 0:
             self._connect()
 
+    def compares(self, name: str) -> bool:
+        """Say whether a parameter's replicas are compared, by its name in the wrapped module."""
+        return self._taker is not None and self._taker.has_parameter(name)
+
     def _connect(self) -> Exchange | None:
         """Return the exchange, made when it is first asked for: so that this rank is known to be watched."""
         if self._exchange is None:

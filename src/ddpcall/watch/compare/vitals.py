@@ -97,6 +97,11 @@ class VitalsTaker:
         }
         return Vitals(step, {part: digest for part, digest in parts.items() if digest is not None})
 
+    def has_parameter(self, name: str) -> bool:
+        """Say whether the model has a parameter of this name."""
+        known = self._current_structure().named_parameters  # of several models: behind their number
+        return name in known or any(each.partition(".")[2] == name for each in known)
+
     def numel(self) -> int:
         """Return how many numbers the parameters are."""
         return sum(parameter.numel() for parameter in self._current_structure().named_parameters.values())

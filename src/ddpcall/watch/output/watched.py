@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
+from ddpcall.watch.output.certificate import certify, tells_something
+
 WRAPPERS = {"ddp": "DDP", "replicate": "replicate()", "fsdp2": "FSDP2", "tp": "tensor-parallel"}
 FSDP1 = "FullyShardedDataParallel (FSDP1)"
 DATA_PARALLEL = "torch.nn.DataParallel"
@@ -61,6 +63,8 @@ class Watched:
         comparisons: Steps after which the ranks' vitals were compared.
         comparisons_due: Steps after which a rank took its vitals.
         not_compared: Why no more was compared; empty where nothing went wrong.
+        mixing: Who learned from whom, in the steps that were measured: the fields of `rules.mixing.Certificate`.
+        not_measured: Why no step was measured any more; empty where nothing went wrong.
         process_group: The size of the default process group; 0 where there was none.
         own_collectives: Collectives that the script itself called.
         may_average: Whether they carried enough to average gradients or parameters.
@@ -84,6 +88,8 @@ class Watched:
     comparisons: int = 0
     comparisons_due: int = 0
     not_compared: str = ""
+    mixing: dict[str, Any] = field(default_factory=dict)
+    not_measured: str = ""
     process_group: int = 0
     own_collectives: int = 0
     may_average: bool = False
@@ -149,6 +155,8 @@ def merge_watched(records: Iterable[Watched]) -> Watched:
         comparisons=max(record.comparisons for record in records),
         comparisons_due=max(record.comparisons_due for record in records),
         not_compared=next((record.not_compared for record in records if record.not_compared), ""),
+        mixing=max((record.mixing for record in records), key=lambda mixing: mixing.get("steps", 0)),
+        not_measured=next((record.not_measured for record in records if record.not_measured), ""),
         process_group=max(record.process_group for record in records),
         own_collectives=max(record.own_collectives for record in records),
         may_average=any(record.may_average for record in records),
@@ -206,11 +214,13 @@ def _find_obstacle(watched: Watched) -> str | None:
         return _explain_missing_ranks(watched)
     if watched.world_size > 1 and any(part in watched.not_attached for part in ESSENTIAL_PARTS):
         return f"{_NOTHING}gradients are not watched where a part of the watch is missing; please report it"
-    if watched.not_followed and not watched.models:
+    if watched.not_followed and not watched.models and not tells_something(watched.mixing):
         stacks = f"{_join(watched.not_followed)} {_is_are(watched.not_followed)}"
         return f"{_NOTHING}{stacks} not followed by the watch{_advise(watched.not_followed)}"
     if watched.world_size == 1:
         return _explain_one_process(watched)
+    if tells_something(watched.mixing):  # who learns from whom was measured, whoever wrapped the model
+        return None
     return _explain_steps(watched) or _explain_unwrapped(watched) or _explain_not_compared(watched)
 
 
@@ -325,7 +335,9 @@ def _describe(watched: Watched) -> str:
             text += " (the others report by themselves)"
         if watched.comparisons:
             text += f", compared {_plural(watched.comparisons, 'time')}"
-        if not watched.models:
+        if certificate := certify(watched.mixing, watched.not_measured):
+            text += f"; {certificate}"
+        elif not watched.models:
             text += f": {_ALONE}, gradients that the script reduces itself were not"
     idle = [model.name for model in watched.models if not model.steps]
     if idle:

@@ -27,6 +27,7 @@ from ddpcall.watch.rules.strays import StrayWatch
 from ddpcall.watch.rules.suspects import Suspects
 from ddpcall.watch.sensors.collectives import CollectiveLog, Mark
 from ddpcall.watch.sensors.compiled import CompiledWatch
+from ddpcall.watch.sensors.gradients import GradientSensor
 from ddpcall.watch.sensors.last_sites import LastSites
 from ddpcall.watch.sensors.locate import WeightLocator, has_compiled
 from ddpcall.watch.sensors.reducer_state import ReducerState, Unreduced, address_of, nonzero
@@ -48,6 +49,7 @@ class StepWatch:
         trail: LastSites,
         compiled: CompiledWatch,
         sharded: ShardedWatch,
+        gradients: GradientSensor,
         stepping: Callable[[list[ReducerState]], None],
         book: FindingsBook,
         emit: Emit,
@@ -64,12 +66,14 @@ class StepWatch:
         self._strays = StrayWatch(emit)
         self._compiled = compiled
         self._sharded = sharded
+        self._gradients = gradients
         self._models_stepped = stepping
         self._book = book
         self._emit = emit
         self._guard = guard
         self._views: dict[int, OptimizerView] = {}
         self._stepping: list[int] = []
+        self._judged_after: set[int] = set()
         self._locator: WeightLocator | None = None
         self._held: tuple[Hashable, Event] | None = None
         self._located: dict[Hashable, CallSite] = {}
@@ -88,6 +92,7 @@ class StepWatch:
             del self._stepping[self._stepping.index(id(optimizer)) :]
         self._stepping.append(id(optimizer))
         view = self._view(optimizer)
+        self._gradients.add(optimizer)
         if self._count.of(optimizer) == 1:
             parameters = (each for group in optimizer.param_groups for each in group["params"])
             self.numel = max(self.numel, sum(each.numel() for each in parameters if not is_lazy(each)))
@@ -103,7 +108,9 @@ class StepWatch:
             self._replicas.starting(self._count.of(optimizer), self._collectives.num_sent())
         if in_backward():
             self._stepped_in_backward(optimizer, view)
-        elif not _is_judged_after(optimizer, args, kwargs):
+        elif _is_judged_after(optimizer, args, kwargs):
+            self._judged_after.add(id(optimizer))
+        else:
             self._judge(optimizer, view)
 
     def _count_models(self, optimizer: Optimizer, view: OptimizerView) -> None:
@@ -120,8 +127,11 @@ class StepWatch:
             del self._stepping[self._stepping.index(id(optimizer)) :]
         if in_backward():
             return
+        if not self._stepping:
+            self._gradients.count()
         view = self._view(optimizer)
-        if _is_judged_after(optimizer, args, kwargs):
+        if id(optimizer) in self._judged_after:
+            self._judged_after.discard(id(optimizer))
             self._judge(optimizer, view)
         for ledger in view.ledgers:
             ledger.end_step()

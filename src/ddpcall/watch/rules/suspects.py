@@ -7,6 +7,7 @@ from collections.abc import Collection, Hashable, Iterable
 from torch import Tensor
 
 from ddpcall.findings import Finding
+from ddpcall.mixing.places import clean_name
 from ddpcall.replicas import digest_tensor
 from ddpcall.watch.findings_book import FindingsBook
 
@@ -36,6 +37,6 @@ class Suspects:
 
     def convict(self, names: Collection[str] | None = None) -> None:
         """Confirm what was suspected; only of these parameters, where names are given."""
-        for key, parameters in self._parameters.items():
-            if names is None or not set(names).isdisjoint(parameters):
+        for key, parameters in list(self._parameters.items()):
+            if names is None or not set(names).isdisjoint(map(clean_name, parameters)):
                 self._book.confirm(key)

@@ -13,6 +13,7 @@ from ddpcall import torch_internals as internals
 from ddpcall.taps import Undo, find_call_site, in_backward, replace_attribute
 from ddpcall.watch.events import EventKind, Guard
 from ddpcall.watch.models import Models
+from ddpcall.watch.sensors.gradients import GradientSensor
 from ddpcall.watch.sensors.reducer_state import Unreduced, address_of
 
 _INPUTS = 4  # the place of the inputs among the engine's arguments
@@ -26,9 +27,10 @@ class BackwardWatch:
     Blind to: `backward()` inside a TorchScript function, which starts the engine from C++.
     """
 
-    def __init__(self, models: Models, guard: Guard) -> None:
-        """Take the books."""
+    def __init__(self, models: Models, gradients: GradientSensor, guard: Guard) -> None:
+        """Take the books, and what measures gradients."""
         self._models = models
+        self._gradients = gradients
         self._guard = guard
 
     def attach(self) -> Undo:
@@ -55,6 +57,7 @@ class BackwardWatch:
 
     def _begin(self, accumulates: bool) -> None:
         if not in_backward():  # else a checkpoint's, inside another
+            self._gradients.prepare()
             for ledger in self._models.ledgers:
                 ledger.begin_backward() if accumulates else ledger.begin_taking()
 

@@ -51,16 +51,21 @@ class LastSites:
     _MAX_EARLY = 10_000
 
     def __init__(
-        self, is_watched: Callable[[nn.Module], bool], may_use_buffers: Callable[[nn.Module], int | None]
+        self,
+        is_watched: Callable[[nn.Module], bool],
+        may_use_buffers: Callable[[nn.Module], int | None],
+        optimizer_made: Callable[[Optimizer], None],
     ) -> None:
         """Take two questions to the attachment.
 
         Args:
             is_watched: Whether a module is a wrapper or belongs to one.
             may_use_buffers: Steps done, if evaluating or saving this module now means rank-local buffers.
+            optimizer_made: Hears of optimizers, before they have parameters.
         """
         self._is_watched = is_watched
         self._may_use_buffers = may_use_buffers
+        self._optimizer_made = optimizer_made
         self._depth = 0
         self.loads: tuple[int, CallSite] = (0, NOWHERE)
         self.modes: dict[bool, CallSite] = {}
@@ -128,6 +133,7 @@ class LastSites:
             self.buffer_uses = [*self.buffer_uses[-15:], BufferUse(find_call_site(inside), step, use)]
 
     def _note_optimizer(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        self._optimizer_made(optimizer)
         self.optimizers[optimizer] = find_call_site(lambda candidate: candidate is optimizer)
 
     def _note_addition(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:

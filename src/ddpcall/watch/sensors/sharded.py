@@ -99,6 +99,10 @@ class ShardedWatch:
         """Return the sharded models that were seen, also those that are gone."""
         return [WatchedModel(name, wrapper, self.num_steps) for name, wrapper in self._seen.values()]
 
+    def roots(self) -> list[nn.Module]:
+        """Return the modules that fully_shard was called on last."""
+        return list(self._roots)
+
     # ---- gradients that never reach the shards -----------------------------------------------------------------
 
     def _is_quiet(self) -> bool:

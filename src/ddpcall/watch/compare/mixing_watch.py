@@ -1,0 +1,125 @@
+"""Brings the measured steps of all ranks together, and has them judged on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from ddpcall.mixing.places import clean_name
+from ddpcall.mixing.record import RankSketches
+from ddpcall.taps import CallSite, find_call_site
+from ddpcall.watch.compare.exchange import find_store
+from ddpcall.watch.compare.records import MAX_RANKS, RecordExchange
+from ddpcall.watch.findings_book import FindingsBook
+from ddpcall.watch.rules.mixing import Certificate, MixingRule, Where
+from ddpcall.watch.sensors.collectives import CollectiveLog
+from ddpcall.watch.sensors.gradients import plain_name
+from ddpcall.watch.step_count import StepCount
+
+WAIT_S = 15.0
+
+
+class MixingWatch:
+    """Hands this rank's records to the exchange; on rank 0 they meet those of the others.
+
+    Args:
+        count: Each optimizer's steps.
+        collectives: What the script itself sends: enough to average weights, or too little.
+        book: Gets findings, on rank 0.
+        is_inside: Says of a parameter's name whether it belongs to a wrapped model.
+        is_compared: Says whether its weights are compared anyway.
+        find_made: Returns the line that handed parameters to an optimizer.
+        confirm: Reports what sensors suspected of some parameters' gradients.
+
+    Attributes:
+        trouble: Why no step is measured; empty where nothing went wrong.
+    """
+
+    def __init__(
+        self,
+        count: StepCount,
+        collectives: CollectiveLog,
+        book: FindingsBook,
+        is_inside: Callable[[str], bool],
+        is_compared: Callable[[str], bool],
+        find_made: Callable[[Optimizer], CallSite],
+        confirm: Callable[[list[str]], None],
+    ) -> None:
+        self._count = count
+        self._book = book
+        self._find_made = find_made
+        self._rule = MixingRule(
+            book.report,
+            self._is_explained,
+            lambda names: confirm([*map(plain_name, names)]),
+            lambda: collectives.num_sent() if collectives.num_called else None,
+            is_inside,
+            is_compared,
+        )
+        self._exchange: RecordExchange | None = None
+        self._steps: dict[int, Where] = {}
+        self.trouble = ""
+
+    @property
+    def certificate(self) -> Certificate:
+        """What was measured so far; empty on ranks other than 0."""
+        return self._rule.certificate
+
+    def measured(self, number: int, optimizer: Optimizer, record: RankSketches) -> None:
+        """Take what was measured of a step.
+
+        Args:
+            number: The step's number over all optimizers, by which ranks are paired.
+            optimizer: The one that stepped.
+            record: This rank's.
+        """
+        exchange = self._connect()
+        if exchange is None:
+            return
+        if dist.get_rank() == 0:
+            site, made = find_call_site(), self._find_made(optimizer)
+            self._steps[number] = Where(self._count.of(optimizer), id(optimizer), site, made)
+        exchange.post(number, record.to_bytes)
+        self._read(exchange)
+
+    def _connect(self) -> RecordExchange | None:
+        if self._exchange is None and not self.trouble:
+            world_size = dist.get_world_size()
+            store = find_store(WAIT_S)
+            if store is None:
+                self.trouble = "there is no store that all ranks share"
+            elif world_size > MAX_RANKS:
+                self.trouble = f"more than {MAX_RANKS} ranks"
+            else:
+                self._exchange = RecordExchange(store, dist.get_rank(), world_size, WAIT_S)
+        return self._exchange
+
+    def _read(self, exchange: RecordExchange) -> None:
+        self.trouble = exchange.failure
+        for number, records in exchange.take():
+            where = self._steps.pop(number)
+            self._rule.judge(where, [RankSketches.from_bytes(data) for data in records.values()])
+
+    def _is_explained(self, name: str) -> bool:
+        """Say whether a finding tells already why this parameter's gradients are not averaged."""
+        told = [finding for finding in self._book.told() if finding.code.startswith("DC1")]
+        name = plain_name(name)
+        return any(not f.parameters or name in map(clean_name, f.parameters) for f in told)
+
+    def finish(self, in_order: bool) -> None:
+        """Judge what the other ranks measured last, unless the script failed.
+
+        Args:
+            in_order: Whether the script came to its end; other ranks are not waited for where it did not.
+        """
+        exchange, self._exchange = self._exchange, None
+        if exchange is None:
+            return
+        exchange.finish(waits=in_order)
+        self._read(exchange)
+
+    def close(self) -> None:
+        """Say what has waited for the weights to be averaged."""
+        self._rule.close()

@@ -1,0 +1,328 @@
+"""Who learned from whom: the mixing matrix of measured steps, judged across ranks, whoever wrapped the model.
+
+Law convicts, facts explain. A gradient that is a rank's own is no harm by itself: the script may average weights
+instead, and experts are a rank's own by design. It is harm where the weights were equal on all ranks before, and
+part for good. Where a sensor saw the cause, a finding names the line already; this rule speaks of the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from ddpcall.findings import CATALOGUE, Finding, Place
+from ddpcall.mixing.judge import judge_records
+from ddpcall.mixing.record import UNREAD, RankSketches
+from ddpcall.mixing.result import Mixing, name_some
+from ddpcall.taps import NOWHERE, CallSite
+
+PATIENCE_STEPS = 64
+"""Measured or not: so long a script may train apart before it averages weights, and nothing is said."""
+TOGETHER = ("averaged", "summed", "scaled", "transformed", "weighted")
+"""Shapes in which every rank uses the same gradient."""
+_APART = ("local", "partly_local", "groups", "different")
+_CODES = {
+    "local": "DC101",
+    "partly_local": "DC104",
+    "groups": "DC106",
+    "dropped": "DC107",
+    "late": "DC108",
+    "thrown_away": "DC109",
+    "different": "DC201",
+}
+_REPEATED = 2
+
+
+@dataclass
+class Certificate:
+    """What was measured, in the steps that were.
+
+    Attributes:
+        steps: Steps that were measured and judged.
+        shapes: How many of them had each shape.
+        residual: The largest that a shape left unexplained, relative to the gradients that were mixed.
+        scale: Times the mean, in the last step.
+        ranks: How many ranks were compared.
+        matrix: Shape (ranks, columns), of the last step; nan where it does not tell.
+        columns: (rank, backward) of the matrix's columns.
+        by_parameter: Parameters' names by shape, in the last step that was not one shape for all.
+        reason: Why the last step that could not be judged could not.
+    """
+
+    steps: int = 0
+    shapes: dict[str, int] = field(default_factory=dict)
+    residual: float = 0.0
+    scale: float = 1.0
+    ranks: int = 0
+    matrix: list[list[float | None]] = field(default_factory=list)
+    columns: list[list[int]] = field(default_factory=list)
+    by_parameter: dict[str, list[str]] = field(default_factory=dict)
+    reason: str = ""
+
+    def add(self, mixing: Mixing) -> None:
+        """Count a measured step."""
+        self.steps += 1
+        self.shapes[mixing.shape] = self.shapes.get(mixing.shape, 0) + 1
+        self.ranks = max(self.ranks, mixing.num_ranks)
+        if mixing.shape == "unidentifiable":
+            self.reason = mixing.reason
+            return
+        residuals = [value for value in mixing.residual if np.isfinite(value)]
+        self.residual = max([self.residual, *residuals])
+        plain = mixing.to_json()
+        self.scale = plain["scale"] or 0.0
+        self.matrix, self.columns = plain["matrix"], plain["columns"]
+        if len(mixing.by_parameter) > 1:
+            self.by_parameter = plain["by_parameter"]
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the comparing rank knows of a step.
+
+    Attributes:
+        step: Its optimizer's number of it, from 1.
+        optimizer: Which optimizer, by its id.
+        stepped: The line that stepped.
+        made: The line that handed parameters to the optimizer last.
+    """
+
+    step: int = 0
+    optimizer: int = 0
+    stepped: CallSite = NOWHERE
+    made: CallSite = NOWHERE
+
+
+@dataclass
+class _Apart:
+    """Parameters that a step left to each rank alone, and where that was first seen."""
+
+    shape: str
+    step: int
+    names: list[str]
+    reason: str
+    site: CallSite = NOWHERE
+
+
+class MixingRule:
+    """Judges the measured steps; lives on the rank that compares.
+
+    Args:
+        report: Gets findings.
+        is_explained: Says of a parameter's name whether a finding with a line tells of its gradients already.
+        confirm: Reports what sensors suspected of some parameters' gradients: it is known now to be harm.
+        num_sent: Returns how many numbers the script itself sent since the last step, which may be weights that it
+            averages; None where it never sent any.
+        is_inside: Says whether a parameter belongs to a wrapped model.
+        is_compared: Says whether the weights are compared anyway.
+
+    Blind to: whether the mean over ranks is what was meant; weights that are averaged less often than every
+    64 steps, where the script's own collectives cannot be seen.
+    """
+
+    def __init__(
+        self,
+        report: Callable[[Finding], None],
+        is_explained: Callable[[str], bool],
+        confirm: Callable[[list[str]], None] = lambda names: None,
+        num_sent: Callable[[], int | None] = lambda: None,
+        is_inside: Callable[[str], bool] = lambda name: True,
+        is_compared: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        self.certificate = Certificate()
+        self._report = report
+        self._is_explained = is_explained
+        self._confirm = confirm
+        self._num_sent = num_sent
+        self._numel: dict[str, int] = {}
+        self._is_inside = is_inside
+        self._is_compared = is_compared
+        self._makers: dict[CallSite, set[int]] = {}
+        self._maker_of: dict[str, CallSite] = {}
+        self._ever_equal: set[str] = set()
+        self._averaged: set[str] = set()
+        self._pending: dict[str, _Apart] = {}
+        self._said: set[str] = set()
+        self._repeated: dict[tuple[str, str], int] = {}
+        self._where = Where()
+
+    def judge(self, where: Where, records: Sequence[RankSketches]) -> None:
+        """Judge one measured step.
+
+        Args:
+            where: What the comparing rank knows of it.
+            records: All ranks' records.
+        """
+        step = where.step
+        records = list(_keep_stepped_by_all(records))
+        if sum(record.num_steps > 0 for record in records) < 2:
+            return
+        mixing = judge_records(records)
+        self._where = where
+        self._makers.setdefault(where.made, set()).add(where.optimizer)
+        self._maker_of.update((name, where.made) for shape in mixing.by_parameter.values() for name in shape)
+        self.certificate.add(mixing)
+        for record in records:
+            self._numel.update(zip(record.names, record.numel, strict=True))
+        self._note_weights(mixing)
+        for shape, names in mixing.by_parameter.items():
+            if shape in _APART:
+                self._note_apart(shape, self._find_parted(names, mixing), step, mixing)
+            elif shape in ("dropped", "late", "thrown_away"):
+                self._note_repeated(shape, names, step, mixing)
+            elif shape in TOGETHER:
+                self._note_mixed(names, step, mixing)
+        for key, apart in list(self._pending.items()):
+            if step >= apart.step + PATIENCE_STEPS and self._num_sent() is None:
+                self._say(self._pending.pop(key))
+
+    def close(self) -> None:
+        """Say what has waited for the weights to be averaged: they never were, unless after the last step."""
+        sent = self._num_sent() or 0
+        for key in list(self._pending):
+            apart = self._pending.pop(key)
+            if sent < sum(self._numel[name] for name in apart.names):
+                self._say(apart)
+
+    # ---- what becomes of the weights ---------------------------------------------------------------------------
+
+    def _note_weights(self, mixing: Mixing) -> None:
+        for kind in ("equal", "averaged", "parted"):
+            names = set(mixing.weights.get(kind, ()))
+            self._ever_equal |= names
+            self._averaged |= {name for each in self._pending.values() for name in each.names if name in names}
+        self._averaged |= set(mixing.weights.get("averaged", ()))
+        for key, apart in list(self._pending.items()):
+            apart.names = [name for name in apart.names if name not in self._averaged]
+            if not apart.names:
+                del self._pending[key]
+
+    def _find_parted(self, names: Iterable[str], mixing: Mixing) -> list[str]:
+        """Return the parameters whose weights were equal, and are not any more."""
+        parted = set(mixing.weights.get("parted", ()))
+        parted |= set(mixing.weights.get("different", ())) & self._ever_equal
+        return [name for name in names if name in parted and name not in self._averaged]
+
+    def _note_apart(self, shape: str, names: list[str], step: int, mixing: Mixing) -> None:
+        new = [name for name in names if name not in self._said]
+        if not new:
+            return
+        # Where nothing of it is wrapped, the line that handed it to the optimizer says more.
+        is_inside = self._is_inside(new[0])
+        site = self._where.stepped if is_inside or shape != "local" else self._where.made
+        known = self._pending.setdefault(f"{shape} {site}", _Apart(shape, step, [], mixing.reason, site))
+        known.names += [name for name in new if name not in known.names]
+
+    def _note_repeated(self, shape: str, names: Iterable[str], step: int, mixing: Mixing) -> None:
+        """Take what may happen once in a training that is right: it counts where it happens again."""
+        often = []
+        for name in names:
+            self._repeated[shape, name] = self._repeated.get((shape, name), 0) + 1
+            if self._repeated[shape, name] == _REPEATED and name not in self._said:
+                often.append(name)
+        if often:
+            self._say(_Apart(shape, step, often, mixing.reason, self._where.stepped))
+
+    def _note_mixed(self, names: Iterable[str], step: int, mixing: Mixing) -> None:
+        """Weights that were never equal, and whose gradients are averaged: replicas that began apart."""
+        different = set(mixing.weights.get("different", ()))
+        never_equal = [
+            name
+            for name in names
+            if name in different and name not in self._ever_equal | self._said and not self._is_compared(name)
+        ]
+        if never_equal:
+            self._say(_Apart("began_apart", step, never_equal, "", self._where.stepped))
+
+    # ---- what is said ------------------------------------------------------------------------------------------
+
+    def _say(self, apart: _Apart) -> None:
+        names = [name for name in apart.names if name not in self._said and not self._is_of_inner_loop(name)]
+        if apart.shape != "began_apart":
+            self._confirm(names)
+        if apart.shape == "different":  # how the weights differ says more
+            names = [name for name in names if not self._is_compared(name)]
+        names = [name for name in names if not self._is_explained(name)]
+        self._said.update(apart.names)
+        if names:
+            self._report(self._make_finding(replace(apart, names=names)))
+
+    def _is_of_inner_loop(self, name: str) -> bool:
+        """Say whether an inner loop trains a parameter: its line makes optimizer after optimizer, beside another.
+
+        Meta-learning does so, with a copy of the model on each rank that is thrown away.
+        """
+        return len(self._makers) > 1 and len(self._makers[self._maker_of[name]]) > 1
+
+    def _make_finding(self, apart: _Apart) -> Finding:
+        num_all = len(self._ever_equal | set(apart.names))
+        code = _CODES.get(apart.shape, "DC201")
+        is_inside = self._is_inside(apart.names[0])
+        if apart.shape == "local" and (is_inside or len(apart.names) < num_all):
+            code = "DC102"
+        rule = CATALOGUE[code]
+        led = apart.site.called_from
+        caller = None if led is None else Place(led.file, led.line, led.function)
+        return Finding(
+            code=code,
+            name=rule.name,
+            severity=rule.severity,
+            message=_describe(apart, num_all, self.certificate.ranks),
+            file=apart.site.file,
+            line=apart.site.line,
+            function=apart.site.function,
+            called_from=caller,
+            ranks=tuple(range(self.certificate.ranks)),
+            step=apart.step,
+            parameters=tuple(apart.names),
+            cause=f"mixing_{apart.shape}",
+            fix=_FIXES.get(apart.shape, rule.fix),
+        )
+
+
+def _keep_stepped_by_all(records: Sequence[RankSketches]) -> Iterator[RankSketches]:
+    """Yield the records without what only some ranks stepped here: another optimizer's turn on those."""
+    some: set[str] = set()
+    for record in records:
+        if record.num_steps:
+            some |= {name for name, state in zip(record.names, record.states, strict=True) if state == UNREAD}
+    for record in records:
+        yield record.without(some)
+
+
+_AVERAGE = "`dist.all_reduce(p.grad)`, then `p.grad /= dist.get_world_size()`"
+_FIXES: Mapping[str, str] = {
+    "local": "Wrap the model that holds these parameters before the first forward, and call the wrapper; or "
+    f"average each gradient before the step: {_AVERAGE}.",
+    "began_apart": "Give every rank the same weights before training: `dist.broadcast(p.data, 0)` for each "
+    "parameter `p`, or `torch.manual_seed(…)` with the same seed before the model is made.",
+}
+
+
+def _describe(apart: _Apart, num_all: int, num_ranks: int) -> str:
+    count, all_ = len(apart.names), f"all {num_ranks} ranks"
+    part = f"{count} of {num_all} parameters" if count < num_all else f"all {count} parameters"
+    names = name_some(apart.names)
+    match apart.shape:
+        case "local":
+            what = f"every rank used its own gradient alone, as measured on {all_}: nothing was averaged"
+        case "partly_local":
+            what = f"a part of what each rank used is its own alone ({apart.reason})"
+        case "groups":
+            what = f"the ranks averaged in groups that never meet ({apart.reason})"
+        case "dropped":
+            what = f"what some ranks computed is in nobody's gradient ({apart.reason})"
+        case "late":
+            what = f"the last backward's gradient was not used in the step it was computed for ({apart.reason})"
+        case "thrown_away":
+            what = "gradients were computed, and the optimizer used none of them: it changes nothing of these"
+        case "began_apart":
+            what = (
+                "the ranks' weights differed before the step, and the same gradient was used on all of them: they "
+            )
+            what += "are replicas that never were equal"
+        case _:
+            what = f"the ranks used different gradients ({apart.reason or 'no common mixture explains them'})"
+    return f"In optimizer step {apart.step}, of {part} ({names}): {what}."

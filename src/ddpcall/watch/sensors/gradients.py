@@ -1,0 +1,228 @@
+"""Own and used gradients of every parameter that an optimizer steps, wrapped or not, in measured steps.
+
+What one rank computed and what its optimizer used are kept as sketches (`ddpcall.mixing`); the ranks' records of a
+step, put together, tell who learned from whom. Hooks are on the parameters in measured steps alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from ddpcall.mixing.collect import MixingCollector
+from ddpcall.mixing.places import Place, clean_name
+from ddpcall.mixing.record import RankSketches
+from ddpcall.mixing.shards import find_sharded
+from ddpcall.taps import is_lazy
+from ddpcall.watch.sensors.earlier import find_living
+
+EVERY_STEP_UNTIL = 16
+_OF_OTHER = " (of optimizer"
+SPARSER = 10
+"""Vitals are taken every `every` steps; measuring costs more, and is done every 10th time."""
+MOST_ASKED = 16
+"""Further steps that are measured since the script sent much before them."""
+MAX_PARAMETERS = 4_000
+"""A record has about 1.5 kB a parameter."""
+
+
+class GradientSensor:
+    """Measures the steps that are due, numbered over all optimizers: the same on ranks that step alike.
+
+    Args:
+        every: Steps between vitals, as the user chose; 0 for never.
+        find_roots: Returns the inner modules of the wrapped models that are known.
+        num_sent: Returns how many numbers the script itself sent since the last step.
+        measured: Gets what was measured of a step, with its number and the optimizer that stepped.
+
+    Attributes:
+        num_steps: Steps of any optimizer that began outside every other's.
+        failure: Why nothing is measured any more; empty where nothing went wrong.
+        inside: Names of the parameters that belong to a wrapped model.
+
+    Blind to: parameters that were put into an optimizer after the backward of a measured step; steps whose
+    backward was not started from Python.
+    """
+
+    def __init__(
+        self,
+        every: int,
+        find_roots: Callable[[], Iterable[nn.Module]],
+        num_sent: Callable[[], int],
+        measured: Callable[[int, Optimizer, RankSketches], None],
+    ) -> None:
+        self._every = every
+        self._find_roots = find_roots
+        self._num_sent = num_sent
+        self._measured = measured
+        self._numel = 0
+        self._num_asked = 0
+        self._optimizers: dict[int, weakref.ref[Optimizer]] = {}
+        self._num_optimizers = 0
+        self._collector: MixingCollector | None = None
+        self._signature: tuple[int, ...] = ()
+        self._is_on = False
+        self.num_steps = 0
+        self.failure = ""
+        self.inside: set[str] = set()
+
+    def is_due(self, step: int) -> bool:
+        """Say whether a step, numbered from 1 over all optimizers, is measured; the same on every rank."""
+        if self._every <= 0 or self.failure:
+            return False
+        if step <= EVERY_STEP_UNTIL or step % (SPARSER * self._every) == 0:
+            return True
+        # The script may have averaged the weights: whether they are equal shows before the step.
+        if self._num_asked < MOST_ASKED and 0 < self._numel <= self._num_sent():
+            self._num_asked += 1
+            return True
+        return False
+
+    def add(self, optimizer: Optimizer) -> None:
+        """Take an optimizer that was made, or is seen for the first time."""
+        if not any(known() is optimizer for known in self._optimizers.values()):
+            self._optimizers[self._num_optimizers] = weakref.ref(optimizer)
+            self._num_optimizers += 1
+
+    def prepare(self) -> None:
+        """A backward begins: put the hooks on if the coming step is due, else take them off."""
+        if not (self.is_due(self.num_steps + 1) and dist.is_initialized() and dist.get_world_size() > 1):
+            self.stop()
+            return
+        # Numbered as they were made: which of them are garbage by now may differ between ranks.
+        living = {
+            number: optimizer for number, each in self._optimizers.items() if (optimizer := each()) is not None
+        }
+        self._optimizers = {number: self._optimizers[number] for number in living}
+        optimizers = {number: each for number, each in living.items() if hasattr(each, "param_groups")}
+        signature = _sign(optimizers.values())
+        if self._is_on and signature == self._signature:
+            return
+        self.stop()
+        if signature != self._signature or self._collector is None:
+            self._signature = signature
+            places = self._find_places(optimizers)
+            if len(places) > MAX_PARAMETERS:
+                self.failure = f"more than {MAX_PARAMETERS:,} parameters"
+                return
+            self._numel = sum(place.numel for place in places)
+            self._collector = MixingCollector(places, list(optimizers.values()), self._take)
+        self._collector.forget()
+        self._collector.start()
+        self._is_on = True
+
+    def _find_places(self, optimizers: dict[int, Optimizer]) -> list[Place]:
+        roots = list(self._find_roots())
+        known = {id(parameter) for root in roots for parameter in root.parameters()}
+        held = {
+            id(p) for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]
+        }
+        if not held <= known:
+            with suppress(TimeoutError):  # parameters go without their names, then
+                roots = [*roots, *_find_living_roots()]
+        places = list(find_all_places(roots, optimizers))
+        self.inside = {place.name for place in places if id(place.stepped) in known}
+        return places
+
+    def count(self) -> None:
+        """Count a step that ended; what was measured of it comes right after."""
+        self.num_steps += 1
+
+    def _take(self, optimizer: Optimizer) -> None:
+        assert self._collector is not None
+        record = self._collector.take()
+        self.failure = record.failure
+        self._measured(self.num_steps, optimizer, record)
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        if self._is_on and self._collector is not None:
+            self._collector.stop()
+        self._is_on = False
+
+
+def _sign(optimizers: Iterable[Optimizer]) -> tuple[int, ...]:
+    """Return numbers that change when an optimizer, a parameter or its `requires_grad` does."""
+    return tuple(
+        number
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for number in (id(parameter), parameter.requires_grad)
+    )
+
+
+def _find_living_roots() -> Iterator[nn.Module]:
+    """Yield the modules of this process that are part of no other."""
+    modules = [module for module in find_living(nn.Module) if "_modules" in module.__dict__]
+    inner = {id(child) for module in modules for child in module.children()}
+    yield from (module for module in modules if id(module) not in inner)
+
+
+def find_all_places(roots: Iterable[nn.Module], optimizers: Mapping[int, Optimizer]) -> Iterator[Place]:
+    """Yield every parameter that the optimizers hold, in their order, under a name of its own.
+
+    Args:
+        roots: Modules that give them names; a wrapper's own prefix is left out.
+        optimizers: By a number that is the same on every rank.
+    """
+    roots = list(dict.fromkeys(map(_unwrap, roots)))
+    by_id = _place_by_id(roots)
+    taken: set[str] = set()
+    yielded: set[int] = set()
+    for index, optimizer in optimizers.items():
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        copied = {} if any(id(parameter) in by_id for parameter in held) else _find_copied(roots, held)
+        for number, parameter in enumerate(held):
+            if id(parameter) in yielded or is_lazy(parameter):
+                continue
+            yielded.add(id(parameter))
+            nameless = [Place(f"optimizer {index}, parameter {number}", parameter)] if parameter.is_leaf else []
+            for place in by_id.get(id(parameter)) or copied.get(id(parameter)) or nameless:
+                if place.is_foreign or parameter.requires_grad:
+                    if place.name in taken:  # of another model
+                        place.name += f"{_OF_OTHER} {index})"
+                    taken.add(place.name)
+                    yield place
+
+
+def _place_by_id(roots: Iterable[nn.Module]) -> dict[int, list[Place]]:
+    """Return where each parameter can be seen, by the id of what an optimizer would hold."""
+    by_id: dict[int, list[Place]] = {}
+    standing_for: set[int] = set()
+    for root in roots:
+        for ids, place in find_sharded(root):
+            standing_for.update(ids)
+            by_id.setdefault(id(place.stepped), []).append(place)
+        for name, parameter in root.named_parameters():
+            if id(parameter) not in standing_for and not is_lazy(parameter):
+                by_id.setdefault(id(parameter), [Place(clean_name(name), parameter)])
+    return by_id
+
+
+def _find_copied(roots: Iterable[nn.Module], held: list[Tensor]) -> dict[int, list[Place]]:
+    """Return the parameters that an optimizer holds copies of, as their shapes tell, by the copy's id."""
+    shapes = [tuple(parameter.shape) for parameter in held]
+    for root in roots:
+        named = [(clean_name(n), p) for n, p in root.named_parameters() if p.requires_grad and not is_lazy(p)]
+        if [tuple(parameter.shape) for _, parameter in named] == shapes:
+            pairs = zip(named, held, strict=True)
+            return {id(copy): [Place(name, own, copy)] for (name, own), copy in pairs}
+    return {}
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what tells it from those of another model."""
+    return name.partition(_OF_OTHER)[0]
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    while isinstance(module, DistributedDataParallel | DataParallel):
+        module = module.module
+    return module
