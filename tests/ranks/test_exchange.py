@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
+from ddpcall.watch.compare.drift import read_drift
 from ddpcall.watch.compare.exchange import Comparison, Exchange, find_store
 from ddpcall.watch.compare.store_protocol import Ledger
-from ddpcall.watch.compare.vitals import PARTS, Vitals, VitalsTaker
+from ddpcall.watch.compare.vitals import AT_THE_END, PARTS, Facts, Vitals, VitalsTaker
 
 HEALTHY: dict[str, int] = dict.fromkeys(PARTS, 1)
 PROCESS = Path(__file__).with_name("exchange_process.py")
@@ -186,7 +187,7 @@ def test_a_rank_that_says_it_has_ended_is_not_waited_for(tells):
     for exchange in (first, second, early):
         exchange.publish(Vitals(1, HEALTHY))
     if tells:
-        early.finish()
+        early.leave()
     begun = time.monotonic()
     for step in (2, 3):
         first.publish(Vitals(step, HEALTHY))
@@ -196,7 +197,7 @@ def test_a_rank_that_says_it_has_ended_is_not_waited_for(tells):
     assert [comparison.missing for comparison in told if comparison] == [(), (2,), (2,)]
     assert seconds < 30 if tells else seconds >= wait_s
     if tells:
-        assert early.asked(1, wait=True) == (), "nor does it wait to be asked"
+        early.serve()  # it is not asked any more
         assert time.monotonic() - begun < 30
     for exchange in (early, second, first):
         exchange.close()
@@ -228,7 +229,8 @@ def test_comparing_does_not_touch_the_users_collectives():
 
 
 @pytest.mark.ranks(4)
-def test_the_second_round_names_parameters_and_settings_by_rank():
+def test_what_differs_is_named_by_rank_for_the_step_that_was_compared():
+    """The ranks change everything after that step: the answers are of the step itself."""
     rank = dist.get_rank()
     torch.manual_seed(0)
     last = nn.Linear(2, 2)
@@ -237,65 +239,94 @@ def test_the_second_round_names_parameters_and_settings_by_rank():
     with torch.no_grad():
         last.bias.add_(float(rank >= 2))
     taker = VitalsTaker(model, optimizer)
-    found = None
+    facts = Facts(gradients=rank)
     with open_exchange() as exchange:
-        for step in range(10, 200, 10):
-            exchange.publish(taker.take(step))
-            if rank == 0 and step > 10:
-                comparison = exchange.compare(step - 10, wait=True)
-                assert comparison is not None
-                assert comparison.differing["optimizer"] == ((0, 1, 2), (3,))
-                assert comparison.differing["parameters"] == ((0, 1), (2, 3))
-                if step == 20:
-                    exchange.ask_details(comparison)
-            dist.barrier()
-            if parts := exchange.asked(step):
-                exchange.post_details(step, {part: taker.details(part) for part in parts})
-                assert not exchange.asked(step)
-            found = found or exchange.details()
+        exchange.publish(taker.take(10, closely=True, facts=lambda: facts))
+        optimizer.param_groups[0]["lr"] = 7.0
+        with torch.no_grad():
+            last.weight.fill_(rank)
+        comparison = exchange.compare(10, wait=True)
+        if comparison is not None:
+            assert comparison.differing["optimizer"] == ((0, 1, 2), (3,))
+            assert comparison.differing["parameters"] == ((0, 1), (2, 3))
+            exchange.ask(comparison)
+        dist.barrier()
+        exchange.publish(taker.take(20))  # which wakes the threads: they read the question
+        found = exchange.details(wait=True)
+        dist.barrier()
     if rank == 0:
         assert found is not None
-        assert (found.ranks, found.missing) == ((0, 2, 3), ())
+        assert (found.step, found.ranks, found.missing) == (10, (0, 2, 3), ())
         assert found.differing["optimizer"] == {"group 0 lr": {0: 0.1, 2: 0.1, 3: 0.2}}
         assert list(found.differing["parameters"]) == ["1.bias"]
         digests = found.differing["parameters"]["1.bias"]
         assert digests[0] != digests[2] == digests[3]
-        assert found.step >= 50
+        # About the square root of 2, as sketches tell.
+        assert 0.7 < read_drift(found.measures["parameters"]["1.bias"]).distance < 2.8
+        assert {rank: fact.gradients for rank, fact in found.facts.items()} == {0: 0, 2: 2, 3: 3}
 
 
-def end_run(exchange: Exchange, taker: VitalsTaker, step: int) -> Any:
-    """What a watch does at the end of a run, on every rank: the last comparison, and its second round."""
-    comparison = exchange.compare(step, wait=True)
-    if comparison and comparison.differing:
-        exchange.ask_details(comparison, now=True)
-    if parts := exchange.asked(step, wait=True):
-        exchange.post_details(step, {part: taker.details(part) for part in parts})
-    found = exchange.details(wait=True) if comparison and comparison.differing else None
-    exchange.close()
-    assert exchange.failure is None
-    return comparison, found
+@pytest.mark.ranks(2)
+def test_a_step_that_is_no_longer_kept_is_forgotten_and_measuring_begins_everywhere():
+    model = nn.Linear(1, 1)
+    model.train(dist.get_rank() == 0)
+    taker = VitalsTaker(model, None)
+    with open_exchange() as exchange:
+        exchange.publish(taker.take(1))
+        comparison = exchange.compare(1, wait=True)
+        for step in range(2, 11):
+            exchange.publish(taker.take(step))
+        exchange.compare(10, wait=True)
+        if comparison is not None:
+            exchange.measure_from(11)
+            exchange.ask(comparison)
+        dist.barrier()
+        exchange.publish(taker.take(11))
+        found = exchange.details(wait=True)
+        dist.barrier()
+        assert exchange.measures(11)
+        assert not exchange.measures(10)
+    if dist.get_rank() == 0:
+        assert found is not None
+        assert (found.ranks, found.forgotten) == ((), (0, 1))
 
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.parametrize("deviant", [0, 1, None])
-def test_the_last_step_can_still_be_asked_about(deviant):
+def test_ranks_that_leave_answer_about_what_they_leave_with(deviant):
+    """What it is made of is read when it is asked for."""
     rank = dist.get_rank()
     store = find_store()
     assert store is not None
     exchange = Exchange(store, rank, dist.get_world_size(), wait_s=30)
     dist.barrier()
     model = nn.Linear(1, 1)
-    model.train(rank != deviant)
+    with torch.no_grad():
+        model.weight.fill_(float(rank == deviant))
+        model.bias.zero_()
     taker = VitalsTaker(model, None)
     exchange.publish(taker.take(1))
+    wait_for_posts(dict.fromkeys(range(dist.get_world_size()), 1))
+    dist.barrier()
     began = time.monotonic()
-    comparison, found = end_run(exchange, taker, 1)
+    exchange.leave(taker.take_last(1))
+    found = None
+    if rank == 0:
+        end = exchange.compare(AT_THE_END, wait=True)
+        assert end is not None
+        if end.differing:
+            exchange.ask(end)
+            found = exchange.details(wait=True)
+    else:
+        exchange.serve()
+    exchange.close()
+    assert exchange.failure is None
     assert time.monotonic() - began < 25
     if rank == 0 and deviant is not None:
-        other = 1 - deviant
-        assert found.differing["modes"] == {"(root)": {deviant: "eval", other: "train"}}
+        assert found is not None
+        assert list(found.differing["parameters"]) == ["weight"]
         assert set(found.ranks) == {0, 1}
-        assert "modes" in comparison.differing
+        assert set(found.measures["parameters"]) == {"weight", "bias"}
     else:
         assert found is None
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from ddpcall.watch.compare.store_protocol import Comparison, Ledger, Question, State, compare_details
-from ddpcall.watch.compare.vitals import PARTS, Details, Vitals
+from ddpcall.taps import CallSite
+from ddpcall.watch.compare.store_protocol import Answer, Comparison, Ledger, Question, State, compare_details
+from ddpcall.watch.compare.vitals import PARTS, Details, Facts, Vitals
 
 HEALTHY: dict[str, int] = dict.fromkeys(PARTS, 1)
 
@@ -176,7 +177,7 @@ def test_attempts_do_not_see_each_other(store):
 def test_the_state_survives_the_store(store):
     ledger = Ledger(store, 0, 1)
     assert ledger.read_state() is None
-    state = State("attempt", 12, Question(3, 20, ("parameters", "modes"), (0, 5)))
+    state = State("attempt", 12, Question(3, 20, ("parameters", "modes"), (0, 5)), measure_from=40)
     for written in (state, State("other"), State("other", closed=True)):
         ledger.write_state(written)
         assert ledger.read_state() == written
@@ -185,26 +186,32 @@ def test_the_state_survives_the_store(store):
 def test_answers_are_compared_by_name(store):
     question = Question(1, 20, ("parameters", "optimizer"), (0, 1, 2))
     common: Details = {"a.weight": 2**63 - 1, "a.bias": -(2**63)}
-    answers: list[dict[str, Details]] = [
+    details: list[dict[str, Details]] = [
         {"parameters": common, "optimizer": {"lr": 0.1, "class": "SGD"}},
         {"parameters": {**common, "a.bias": 7}, "optimizer": {"lr": float("nan"), "class": "SGD"}},
         {"parameters": {**common, "extra": 1}, "optimizer": {"lr": 0.1, "class": "SGD"}},
     ]
+    loaded = Facts(loads=(1, CallSite("train.py", 7, "main", CallSite("lib.py", 8, "load"))))
     ledgers = make_ledgers(store, 3)
-    for ledger, details in zip(ledgers, answers, strict=True):
-        ledger.answer("attempt", question, 21, details)
+    for ledger, each in zip(ledgers, details, strict=True):
+        ledger.answer("attempt", question, Answer(each, {"parameters": {"a.bias": "1.0"}}, loaded))
     found = compare_details(question, ledgers[0].take_answers("attempt", question))
-    assert (found.step, found.ranks, found.missing) == (21, (0, 1, 2), ())
+    assert (found.step, found.ranks, found.missing, found.forgotten) == (20, (0, 1, 2), (), ())
     assert found.differing["parameters"] == {"a.bias": {0: -(2**63), 1: 7, 2: -(2**63)}, "extra": {2: 1}}
     assert repr(found.differing["optimizer"]) == "{'lr': {0: 0.1, 1: nan, 2: 0.1}}"
+    assert found.measures == {"parameters": {"a.bias": dict.fromkeys(range(3), "1.0")}}
+    assert found.facts == dict.fromkeys(range(3), loaded)
+    assert found.facts[0].loads[1].called_from == CallSite("lib.py", 8, "load")
     ledgers[0].delete_answers("attempt", question)
     assert ledgers[0].take_answers("attempt", question) == {}
 
 
-def test_answers_of_another_step_are_not_compared():
-    question = Question(1, 20, ("modes",), (0, 1, 2))
-    modes: list[Details] = [{"a": "eval"}, {"a": "train"}, {"a": "x"}]
-    answers = {rank: (20 + 4 * (rank == 2), {"modes": details}) for rank, details in enumerate(modes)}
-    found = compare_details(question, answers)
-    assert (found.step, found.ranks, found.missing) == (20, (0, 1), (2,))
-    assert found.differing == {"modes": {"a": {0: "eval", 1: "train"}}}
+def test_a_rank_that_kept_nothing_of_a_step_or_not_enough_has_forgotten_it(store):
+    question = Question(1, 20, ("modes", "parameters"), (0, 1, 2, 3))
+    ledgers = make_ledgers(store, 4)
+    modes: dict[str, Details] = {"modes": {"a": "train"}}
+    ledgers[0].answer("attempt", question, Answer({**modes, "parameters": {}}, {"parameters": {}}, Facts()))
+    ledgers[1].answer("attempt", question, Answer(modes, {}, Facts()))
+    ledgers[2].answer("attempt", question, None)
+    found = compare_details(question, ledgers[0].take_answers("attempt", question))
+    assert (found.ranks, found.missing, found.forgotten) == ((0,), (3,), (1, 2))

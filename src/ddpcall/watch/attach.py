@@ -24,7 +24,6 @@ from ddpcall.watch.compare.replica_watch import ReplicaWatch
 from ddpcall.watch.events import Event
 from ddpcall.watch.findings_book import FindingsBook
 from ddpcall.watch.models import Models
-from ddpcall.watch.output.findings_file import key_of
 from ddpcall.watch.output.streams import say
 from ddpcall.watch.output.text import WatchError
 from ddpcall.watch.output.watched import BY_HAND, Watched, WatchedModel
@@ -105,8 +104,7 @@ class Attachment:
             every,
             trail,
             suspects,
-            lambda finding, in_haste: book.report(finding, quietly=in_haste),
-            lambda finding: book.withdraw(key_of(finding), for_good=False),
+            book.report,
             book.explains_divergence,
             vitals_taken,
         )

@@ -3,7 +3,7 @@
 Source: huggingface/trl#254, hill-a/stable-baselines#52 (early stopping by a rank's own KL).
 Harm: gradients are reduced, the replicas differ.
 """
-# raises: DC201
+# raises: DC201|DC502
 # begins: 5
 
 import gc

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -25,6 +25,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from ddpcall import torch_internals as internals
 from ddpcall.watch.compare.store_protocol import (
     MAX_KEPT_STEPS,
+    Answer,
     Comparison,
     DetailsComparison,
     Ledger,
@@ -32,12 +33,12 @@ from ddpcall.watch.compare.store_protocol import (
     State,
     compare_details,
 )
-from ddpcall.watch.compare.vitals import Details, Vitals
+from ddpcall.watch.compare.vitals import AT_THE_END, Vitals
 
 __all__ = ["Comparison", "DetailsComparison", "Exchange", "find_store"]
 
 _MAX_ASKED = 16
-_MAX_TRIES = 3
+_KEPT_VITALS = 8
 _POLL_S = 0.1
 _CONNECT_S = 30.0
 _ANNOUNCE_S = 1.0
@@ -48,11 +49,11 @@ class _Inbox:
     """What the caller and the thread hand each other, under the condition's lock."""
 
     vitals: deque[Vitals] = field(default_factory=partial(deque, maxlen=MAX_KEPT_STEPS))
-    answers: deque[tuple[Question, int, Mapping[str, Details]]] = field(default_factory=deque)
     comparisons: dict[int, Comparison] = field(default_factory=dict)
+    to_ask: deque[tuple[int, tuple[str, ...], tuple[int, ...]]] = field(default_factory=deque)
     details: deque[DetailsComparison] = field(default_factory=deque)
-    question: Question | None = None
-    to_ask: tuple[tuple[str, ...], tuple[int, ...], bool] | None = None
+    to_measure_from: int = sys.maxsize
+    measure_from: int = sys.maxsize
     done: int = -1
     compared: int = -1
     hurried: int = 0
@@ -87,11 +88,12 @@ class _Worker:
         self._began = False
         self._held: deque[tuple[float, Vitals]] = deque(maxlen=MAX_KEPT_STEPS)
         self._pending: deque[tuple[int, float]] = deque()
-        self._published: deque[int] = deque(maxlen=2)
+        self._kept: deque[Vitals] = deque(maxlen=_KEPT_VITALS)
         self._known_missing: set[int] = set()
         self._compared: deque[int] = deque(maxlen=4)
+        self._answered = 0
+        self._asked: Question | None = None
         self._answers_due: float | None = None
-        self._tries = 0
         self._looking = False
         self._has_left = False
         self._attempt: str | None = None
@@ -126,27 +128,24 @@ class _Worker:
                 woken = self._changed.wait_for(self._has_work, self._choose_pause(pause_s))
                 self._held.extend((time.monotonic(), vitals) for vitals in self._inbox.vitals)
                 self._inbox.vitals.clear()
-                answers = list(self._inbox.answers)
-                self._inbox.answers.clear()
                 closing = self._inbox.closing
             pause_s = self._least_pause_s if woken else min(2 * pause_s, max(_POLL_S, self._least_pause_s))
             self._follow(ledger)
             self._publish_held(ledger)
-            for question, step, details in answers:
-                if self._state is not None:
-                    ledger.answer(self._state.attempt, question, step, details)
+            self._answer(ledger)
             self._tell_of_leaving(ledger)
             if self._compares:
                 self._compare_pending(ledger)
-                self._collect_answers(ledger)
                 self._ask(ledger)
+                self._collect_answers(ledger)
             if closing:
                 return self._leave(ledger)
 
     def _has_work(self) -> bool:
         inbox = self._inbox
-        news = bool(inbox.vitals or inbox.answers or inbox.to_ask or inbox.closing)
-        is_leaving = inbox.last is not None and not self._has_left and self._state is not None
+        is_told = self._state is not None
+        news = bool(inbox.vitals or inbox.closing or (inbox.to_ask and self._asked is None and is_told))
+        is_leaving = inbox.last is not None and not self._has_left and is_told
         return news or is_leaving or bool(inbox.hurried and not self._looking)
 
     def _choose_pause(self, pause_s: float) -> float | None:
@@ -162,7 +161,7 @@ class _Worker:
         self._state = state
         with self._changed:
             self._inbox.done = -1 if state is None else state.done
-            self._inbox.question = None if state is None else state.question
+            self._inbox.measure_from = sys.maxsize if state is None else state.measure_from
             self._inbox.comparer_closed = closed
             self._changed.notify_all()
 
@@ -174,6 +173,7 @@ class _Worker:
             state = ledger.read_state()
             if self._state and (state is None or state.attempt != self._state.attempt):
                 ledger.delete_created(sys.maxsize)
+                self._answered = 0
             closed = state is not None and state.closed
             # Closed before this rank began: an earlier session's, the coming one's is not there yet.
             self._tell(None if closed else state, closed=closed and self._began)
@@ -187,7 +187,7 @@ class _Worker:
             _, vitals = self._held.popleft()
             if vitals.step > self._state.done:
                 ledger.post(self._state.attempt, vitals)
-                self._published.append(vitals.step)
+                self._kept.append(vitals)
                 if self._compares:
                     self._pending.append((vitals.step, time.monotonic()))
         while self._held and time.monotonic() - self._held[0][0] > self._wait_s:
@@ -234,52 +234,48 @@ class _Worker:
         return gone >= missing
 
     def _ask(self, ledger: Ledger) -> None:
-        with self._changed:
-            to_ask = self._inbox.to_ask
-        if to_ask is None or not self._published:
-            return
-        parts, ranks, now = to_ask
-        self._tries = _MAX_TRIES if now else 1
-        step = self._published[-1] if now else self._later(self._published[-1])
-        self._put_question(ledger, step, parts, ranks)
-        with self._changed:
-            if self._inbox.to_ask is to_ask:
-                self._inbox.to_ask = None
-            self._changed.notify_all()
-
-    def _later(self, step: int) -> int:
-        """Return the step three intervals after: by then every rank has read the state."""
-        interval = self._published[-1] - self._published[0] if len(self._published) == 2 else 1
-        return step + 3 * interval
-
-    def _put_question(self, ledger: Ledger, step: int, parts: tuple[str, ...], ranks: tuple[int, ...]) -> None:
+        """Put the next question, once the last one is answered; tell from which step on tensors are measured."""
         assert self._state is not None
-        previous = self._state.question
-        number = 1 if previous is None else previous.number + 1
-        self._answers_due = None
-        self._write(ledger, replace(self._state, question=Question(number, step, parts, ranks)))
+        with self._changed:
+            measure_from = self._inbox.to_measure_from
+            to_ask = self._inbox.to_ask.popleft() if self._inbox.to_ask and self._asked is None else None
+        if to_ask is not None:
+            number = 1 if self._state.question is None else self._state.question.number + 1
+            self._asked = Question(number, *to_ask)
+            self._answers_due = None
+        if to_ask is not None or measure_from != self._state.measure_from:
+            question = self._asked or self._state.question
+            self._write(ledger, replace(self._state, question=question, measure_from=measure_from))
+            self._answer(ledger)
+
+    def _answer(self, ledger: Ledger) -> None:
+        """Answer a question about one of the last steps, whose vitals are kept."""
+        question = None if self._state is None else self._state.question
+        if question is None or question.number <= self._answered or self._rank not in question.ranks:
+            return
+        assert self._state is not None
+        self._answered = question.number
+        vitals = next((vitals for vitals in self._kept if vitals.step == question.step), None)
+        ledger.answer(self._state.attempt, question, vitals and Answer.of(vitals, question.parts))
 
     def _collect_answers(self, ledger: Ledger) -> None:
-        """Take the answers once all are there, or late; ask again where they are of different steps."""
+        """Take the answers once all are there, or late.
+
+        Ranks read the question when they publish their next vitals, or leave: the time runs from then.
+        """
         assert self._state is not None
-        question = self._state.question
-        if question is None or not self._published or self._published[-1] < question.step or self._tries == 0:
+        question, attempt = self._asked, self._state.attempt
+        if question is None:
             return
-        if self._answers_due is None:
+        if self._answers_due is None and (self._inbox.hurried or self._kept[-1].step > question.step):
             self._answers_due = time.monotonic() + self._wait_s
-        attempt = self._state.attempt
         answers = ledger.take_answers(attempt, question)
         awaited = set(question.ranks) - answers.keys()
-        if awaited - ledger.find_left(attempt, question.step, awaited) and time.monotonic() < self._answers_due:
+        is_late = self._answers_due is not None and time.monotonic() >= self._answers_due
+        if awaited and not is_late and ledger.find_silent(awaited) != awaited:
             return
-        self._answers_due = None
         ledger.delete_answers(attempt, question)
-        steps = [step for step, _ in answers.values()]
-        if len(set(steps)) > 1 and self._tries < _MAX_TRIES:
-            self._tries += 1
-            self._put_question(ledger, self._later(max(steps)), question.parts, question.ranks)
-            return
-        self._tries = 0
+        self._asked = self._answers_due = None
         with self._changed:
             self._inbox.details.append(compare_details(question, answers))
             self._changed.notify_all()
@@ -322,7 +318,7 @@ def find_store(wait_s: float = 10.0) -> Store | None:
 class Exchange:
     """Compares the vitals of all ranks, late and without holding any of them up.
 
-    Nothing here runs a collective, and `publish`, `asked`, `post_details` and `compare` do not touch the network:
+    Nothing here runs a collective, and `publish`, `ask` and `compare` do not touch the network:
     a thread does, over a connection of its own. When the store fails, `failure` says how and no more is compared.
 
     Args:
@@ -345,7 +341,6 @@ class Exchange:
         self._compares = rank == comparer
         self._inbox = _Inbox()
         self._changed = threading.Condition()
-        self._answered = -1
         self._last_step = -1
         worker = _Worker(self._inbox, self._changed, rank, world_size, wait_s, compares=self._compares)
         self._process = os.getpid()
@@ -398,67 +393,59 @@ class Exchange:
         with self._changed:
             return [self._inbox.comparisons.pop(step) for step in sorted(self._inbox.comparisons)]
 
-    def ask_details(self, comparison: Comparison, *, now: bool = False) -> None:
-        """Ask one rank of each group for the details of the parts that differ; for the comparing rank.
+    def measure_from(self, step: int) -> None:
+        """Let all ranks look at their parameters closely, from a step on; for the comparing rank."""
+        with self._changed:
+            self._inbox.to_measure_from = step
 
-        A question replaces the one before. The ranks answer at their first vitals three intervals from now, when
-        all of them know of it; with `now`, at the end of a run, at once with what they have.
+    def measures(self, step: int) -> bool:
+        """Say whether parameters are to be looked at closely in this step."""
+        return step >= self._inbox.measure_from
+
+    def ask(self, comparison: Comparison, *, at: int | None = None) -> None:
+        """Ask one rank of each group what the parts that differ are made of; for the comparing rank.
+
+        Args:
+            comparison: What differs, and whom to ask.
+            at: The step to ask about, where it is not that of the comparison.
+
+        The threads answer, for the same step, from what they kept of the last few. Questions are put one after the
+        other, and their answers come in this order.
         """
         ranks = sorted({group[0] for groups in comparison.differing.values() for group in groups})[:_MAX_ASKED]
         with self._changed:
-            self._inbox.to_ask = (tuple(comparison.differing), tuple(ranks), now)
-            self._changed.notify_all()
-
-    def asked(self, step: int, *, wait: bool = False) -> tuple[str, ...]:
-        """Return the parts whose details this rank should post at this step; usually none.
-
-        Args:
-            step: The step whose vitals were just published.
-            wait: At the end of a run: wait for the comparing rank to ask or to close, at most twice `wait_s`. On
-                that rank itself, until what it asked is on the store.
-        """
-        with self._changed:
-            if wait:
-                self._await(lambda: self._is_asked(step) or self._will_not_be_asked(step), 2 * self._wait_s)
-            return self._inbox.question.parts if self._is_asked(step) and self._inbox.question else ()
-
-    def _will_not_be_asked(self, step: int) -> bool:
-        if self._compares:
-            return self._inbox.to_ask is None
-        # Questions are about the comparing rank's last step or a later one: beyond a rank that ended earlier.
-        return self._inbox.comparer_closed or self._inbox.done > step
-
-    def _is_asked(self, step: int) -> bool:
-        question = self._inbox.question
-        return (
-            question is not None
-            and question.number > self._answered
-            and self._rank in question.ranks
-            and step >= question.step
-        )
-
-    def post_details(self, step: int, details: Mapping[str, Details]) -> None:
-        """Answer the question: the details, by part, that this rank has at this step."""
-        with self._changed:
-            if self._inbox.question is None:
-                return
-            self._answered = self._inbox.question.number
-            self._inbox.answers.append((self._inbox.question, step, details))
+            self._inbox.to_ask.append(
+                (comparison.step if at is None else at, tuple(comparison.differing), tuple(ranks))
+            )
             self._changed.notify_all()
 
     def details(self, *, wait: bool = False) -> DetailsComparison | None:
-        """Return what came of a question, once; None until its answers are there or `wait_s` has passed."""
+        """Return what came of the oldest question, once; None until its answers are there, or late."""
         with self._changed:
             if wait and self._compares:
                 self._await(lambda: bool(self._inbox.details), 2 * self._wait_s)
             return self._inbox.details.popleft() if self._inbox.details else None
 
-    def finish(self) -> None:
-        """Say that nothing is published any more, so that the comparing rank does not wait for it."""
+    def leave(self, last_words: Vitals | None = None) -> None:
+        """Say that no further step is published, so that the comparing rank does not wait for it.
+
+        Args:
+            last_words: What this rank leaves with, in place of a step.
+        """
         with self._changed:
             if not self._compares:
                 self._inbox.last = self._last_step
-                self._changed.notify_all()
+            if last_words is not None:
+                self._inbox.vitals.append(last_words)
+            self._changed.notify_all()
+
+    def serve(self) -> None:
+        """After `leave`: answer until the comparing rank closes, at most twice `wait_s`, unless it goes on."""
+        with self._changed:
+            inbox = self._inbox
+            self._await(
+                lambda: inbox.comparer_closed or self._last_step < inbox.done < AT_THE_END, 2 * self._wait_s
+            )
 
     def close(self) -> None:
         """Publish what is left, delete the keys and end the thread; returns within `wait_s`, whatever happens."""

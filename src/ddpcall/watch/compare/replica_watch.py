@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import sys
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ from ddpcall.findings import Finding
 from ddpcall.taps import NOWHERE, CallSite, find_call_site
 from ddpcall.watch.compare.drift import Drift, largest, read_drift
 from ddpcall.watch.compare.exchange import Comparison, DetailsComparison, Exchange, find_store
-from ddpcall.watch.compare.store_protocol import AT_THE_END
-from ddpcall.watch.compare.vitals import LOSS_SCALE, Details, Vitals, VitalsTaker
+from ddpcall.watch.compare.vitals import AT_THE_END, LOSS_SCALE, Facts, VitalsTaker
 from ddpcall.watch.rules.diagnose import Divergence, diagnose_divergence
 from ddpcall.watch.rules.suspects import Suspects
 from ddpcall.watch.sensors.last_sites import BufferUse, LastSites
@@ -26,13 +26,6 @@ from ddpcall.watch.sensors.last_sites import BufferUse, LastSites
 WAIT_S = 15.0
 LEAVE_S = 10.0
 EVERY_STEP_UNTIL = 16
-LOADED = "@load_state_dict"
-GRADIENTS = "@gradients"
-SWITCHED = "@mode"
-STARTED = "@started"
-SCALER_LOADED = "@scaler_load_state_dict"
-MEASURED = "@measured "
-EVALUATED = "@evaluated"
 _UNHARMFUL_STEPS = 2
 
 
@@ -73,8 +66,7 @@ class ReplicaWatch:
         every: int,
         trail: LastSites,
         suspects: Suspects,
-        emit: Callable[[Finding, bool], None],
-        withdraw: Callable[[Finding], None],
+        emit: Callable[[Finding], None],
         explained: Callable[[], bool],
         vitals_taken: Callable[[], None],
     ) -> None:
@@ -84,8 +76,7 @@ class ReplicaWatch:
             every: Steps between vitals.
             trail: This rank's lines.
             suspects: Gradients that explain why parameters differ, where they differ too.
-            emit: Gets findings, and whether a better one may follow.
-            withdraw: Gets those that a better one replaces.
+            emit: Gets findings.
             explained: Says whether another finding explains why parameters differ.
             vitals_taken: Is called after vitals were taken.
         """
@@ -93,7 +84,6 @@ class ReplicaWatch:
         self._trail = trail
         self._suspects = suspects
         self._emit = emit
-        self._withdraw = withdraw
         self._explained = explained
         self._vitals_taken = vitals_taken
         self._exchange: Exchange | None = None
@@ -104,20 +94,18 @@ class ReplicaWatch:
         self._rank = 0
         self._taker: VitalsTaker | None = None
         self._models: nn.Module | None = None
-        self._asked: Comparison | None = None
-        self._preliminary: list[Finding] = []
+        self._asked: deque[tuple[Comparison, BufferUse | None]] = deque()
         self._judged: set[str] = set()
         self._apart: list[int] = []
         self._look_again = 0
+        self._is_ending = self._is_measuring = False
         self._was_rounding = self._was_doubted = False
         self._same_batch = self._same_rng = 0
         self._uses: list[BufferUse] = []
-        self._uses_asked: list[BufferUse] = []
         self._last_compared: Comparison | None = None
         self._last_step = self._num_steps = 0
         self._numel: int | None = None
         self._started: int | None = None
-        self._has_told_start = False
         self.batch: Any = None
         self._first: Any = None
         self.sites = Sites()
@@ -199,12 +187,9 @@ class ReplicaWatch:
         if exchange is None:
             return
         self._taker.optimizer, self._taker.scaler = optimizer, self._trail.scalers.get(optimizer)
-        exchange.publish(self._taker.take(step, self.batch))
+        exchange.publish(self._taker.take(step, self.batch, exchange.measures(step), self._tell_facts()))
         self.batch = self._first = None
         self._last_step = step
-        parts = exchange.asked(step)
-        if parts:
-            exchange.post_details(step, self._details(parts))
         self.read()
         self._vitals_taken()
 
@@ -217,17 +202,27 @@ class ReplicaWatch:
             self.heard.add(0)
         for comparison in self._exchange.comparisons():
             self._compare(comparison)
-        details = self._exchange.details()
-        if details is not None:
+        while self._asked and (details := self._exchange.details()) is not None:
             self._explain(details)
+
+    def _tell_facts(self) -> Callable[[], Facts]:
+        facts = Facts(
+            loads=self._trail.loads,
+            scaler_loads=self._trail.scaler_loads,
+            gradients=self._suspects.digest() or 0,
+            started=self._started,
+            switched=self._trail.modes.get(False),
+        )
+        # Vitals are taken before the model is evaluated.
+        return lambda: replace(facts, has_evaluated=self._trail.has_evaluated)
 
     def close(self, in_order: bool) -> None:
         """Finish: wait, bounded, for the last comparison and its details, unless the script failed."""
         if self._exchange is None:
             return
         try:
-            if in_order and self._taker is not None:
-                self._finish(self._exchange)
+            if self._taker is not None:
+                self._finish(self._exchange) if in_order else self._say_what_was_seen()
         finally:
             self.trouble = self._exchange.failure or ""
             if self._exchange.has_compared:
@@ -236,79 +231,74 @@ class ReplicaWatch:
             self._exchange = self._taker = self._models = None
 
     def _finish(self, exchange: Exchange) -> None:
-        exchange.finish()
-        if not self._last_step:
-            return
+        """Say what this rank leaves with; on rank 0, judge what is left to judge."""
+        assert self._taker is not None
+        last_words = None
+        if self._last_step:
+            last_words = self._taker.take_last(self._num_steps, self._tell_facts())
         if self._rank != 0:
-            self._tell_steps(exchange)
+            exchange.leave(last_words)
+            if last_words is not None:
+                exchange.serve()
+            return
+        if last_words is None:
+            return
         last = exchange.compare(self._last_step, wait=True)
         self.read()
-        self._look_again = 0  # after what was read, which may have put it off beyond the last step
+        self._look_again, self._is_ending = 0, True
         if last is not None:
             self._compare(last)
         elif self._last_compared is not None:  # it was read before, and may have been too early to look again
             self._judge(self._last_compared)
         self._judge_uses()
-        if self._asked is not None:  # the answers would have come in a later step
-            exchange.ask_details(self._asked, now=True)
-        # Until the comparing rank closes: it may ask again what it asked, for this is the last step.
-        while parts := exchange.asked(self._last_step, wait=True):
-            exchange.post_details(self._last_step, self._details(parts))
-        if self._asked is not None:
-            details = exchange.details(wait=True)
-            # Without answers what this rank knows by itself must do.
-            own = DetailsComparison(self._last_step, (), (), {"modes": self._own_modes()})
-            self._explain(own if details is None or details.missing else details, is_last=True)
-        if self._rank == 0:
-            self._tell_steps(exchange)
-            self._judge_steps(exchange.compare(AT_THE_END, wait=True, wait_s=LEAVE_S))
+        self._await_answers(exchange)
+        exchange.leave(last_words)
+        end = exchange.compare(AT_THE_END, wait=True, wait_s=LEAVE_S)
+        self._judge_steps(end)
+        self._judge_end(exchange, end)
 
-    def _tell_steps(self, exchange: Exchange) -> None:
-        """Tell how many steps this rank took, and of the parameters it leaves with."""
-        assert self._taker is not None
-        parts = {"optimizer": self._num_steps, "parameters": self._taker.digest_parameters()}
-        exchange.publish(Vitals(AT_THE_END, parts))
+    def _say_what_was_seen(self) -> None:
+        """Say that parameters differ, where the run ends before it was asked how far they are apart."""
+        last = self._last_compared
+        if last is not None and "parameters" in last.differing.keys() - self._judged and not self._was_rounding:
+            differing = {
+                part: groups for part, groups in last.differing.items() if part in ("optimizer", "parameters")
+            }
+            self._say(Divergence(self._apart[0], differing, is_confirmed=False))
+
+    def _await_answers(self, exchange: Exchange) -> None:
+        while self._asked:
+            # Without answers what this rank knows by itself must do.
+            self._explain(exchange.details(wait=True) or DetailsComparison(self._last_step, missing=(-1,)))
+
+    def _judge_end(self, exchange: Exchange, end: Comparison | None) -> None:
+        """Parameters that were apart in the last step that was compared, and still are."""
+        last = self._last_compared
+        if last is None or "parameters" not in last.differing.keys() - self._judged:
+            return
+        news = [part for part in ("optimizer", "parameters") if part in last.differing.keys() - self._judged]
+        differing = {part: last.differing[part] for part in news}
+        is_heard = end is not None and not {groups[0][0] for groups in differing.values()} & set(end.missing)
+        if end is not None and is_heard and "parameters" not in end.differing:
+            del differing["parameters"]  # equal again
+        if differing:
+            self._judged.update(differing)
+            self._ask(replace(last, differing=differing), at=AT_THE_END if is_heard else None)
+        self._await_answers(exchange)
 
     def _judge_steps(self, last: Comparison | None) -> None:
         """Say that ranks took different numbers of steps, unless their parameters end equal, as under `Join`."""
         if last is None or not {"optimizer", "parameters"} <= last.differing.keys() or self._explained():
             return
+        if "modes" in last.differing and not self._apart:  # loaded on some ranks, perhaps after the last step
+            return
         groups = last.differing["optimizer"]
         of_groups = zip(groups, last.digests["optimizer"], strict=True)
         counts = {rank: steps for ranks, steps in of_groups if steps is not None for rank in ranks}
-        found = Divergence(
-            min(counts.values()) + 1, {"steps": groups}, settings={"steps": counts}, step_site=self.sites.step
-        )
+        self._judged.add("parameters")  # that says why they differ
+        first = self._apart[0] if self._apart else min(counts.values()) + 1
+        found = Divergence(first, {"steps": groups}, settings={"steps": counts}, step_site=self.sites.step)
         self._say(found)
-        self._preliminary = []
-
-    def _own_modes(self) -> dict[str, dict[int, Any]]:
-        if self._taker is None or False not in self._trail.modes:
-            return {}
-        modes = {name: {self._rank: mode} for name, mode in self._taker.details("modes").items() if mode == "eval"}
-        return {**modes, SWITCHED: {self._rank: _write_site(self._trail.modes[False])}}
-
-    def _details(self, parts: tuple[str, ...]) -> dict[str, Details]:
-        assert self._taker is not None
-        details = {part: self._taker.details(part) for part in parts}
-        times, site = self._trail.loads
-        if "parameters" in details:
-            _add_measures(details["parameters"], self._taker.measure_parameters())
-            details["parameters"][LOADED] = f"{times} {_write_site(site)}" if times else "0"
-            details["parameters"][GRADIENTS] = self._suspects.digest() or 0
-            self._has_told_start = self._started is not None
-            if self._started is not None:
-                details["parameters"][STARTED] = self._started
-        if "optimizer" in details and self._trail.scaler_loads[0]:
-            times, site = self._trail.scaler_loads
-            details["optimizer"][SCALER_LOADED] = f"{times} {_write_site(site)}"
-        if "buffers" in details:
-            _add_measures(details["buffers"], self._taker.measure_buffers())
-            # With the rank, so that it is told from all of them.
-            details["buffers"][EVALUATED] = f"{self._rank} {self._trail.has_evaluated}"
-        if "modes" in details and False in self._trail.modes:
-            details["modes"][SWITCHED] = _write_site(self._trail.modes[False])
-        return details
 
     # ---- rank 0 ---------------------------------------------------------------------------------------------
 
@@ -325,31 +315,30 @@ class ReplicaWatch:
         self._judge(comparison)
 
     def _judge(self, comparison: Comparison) -> None:
-        """Ask for details of what differs and was not judged yet."""
-        parts = [part for part in ("optimizer", "parameters", "modes") if part in comparison.differing]
-        news = [part for part in parts if part not in self._judged]
+        """Ask what the parts are made of that differ and were not judged yet."""
+        news = [part for part in ("optimizer", "parameters") if part in comparison.differing.keys() - self._judged]
         if "parameters" in news and comparison.step < self._look_again:
             news.remove("parameters")
-        if not news:
-            return
-        self._judged.update(news)
-        differing = {part: comparison.differing[part] for part in news}
-        # Which modules differ decides about modes; what was rounding before is so again, as a rule.
-        if "modes" not in news and not self._was_rounding:
-            self._say(Divergence(comparison.step, differing, is_confirmed=False), in_haste=True)
-        self._ask(comparison, differing)
+        if "parameters" in news and not self._is_measuring:
+            assert self._exchange is not None
+            self._is_measuring = True
+            self._exchange.measure_from(comparison.step)
+            news = []
+        if self._is_ending and "parameters" in news:
+            news = []
+        for parts in (news, [part for part in ("modes",) if part in comparison.differing.keys() - self._judged]):
+            if parts:
+                self._judged.update(parts)
+                self._ask(replace(comparison, differing={part: comparison.differing[part] for part in parts}))
 
-    def _ask(self, comparison: Comparison, differing: dict[str, tuple[tuple[int, ...], ...]]) -> None:
-        """Ask for details of the parts that differ, together with those that were asked for and not told yet."""
-        asked = {} if self._asked is None else self._asked.differing
-        self._asked = replace(comparison, differing={**asked, **differing})
+    def _ask(self, comparison: Comparison, use: BufferUse | None = None, at: int | None = None) -> None:
         assert self._exchange is not None
-        self._exchange.ask_details(self._asked)
+        self._asked.append((comparison, use))
+        self._exchange.ask(comparison, at=at)
 
-    def _say(self, divergence: Divergence, in_haste: bool = False) -> None:
+    def _say(self, divergence: Divergence) -> None:
         for finding in diagnose_divergence(self._with_sites(divergence), self._explained()):
-            self._preliminary.append(finding)
-            self._emit(finding, in_haste)
+            self._emit(finding)
 
     def _with_sites(self, divergence: Divergence) -> Divergence:
         sites = self.sites
@@ -357,83 +346,92 @@ class ReplicaWatch:
         optimizer = sites.created if first else sites.scheduled
         return replace(divergence, optimizer_site=optimizer if optimizer != NOWHERE else sites.step)
 
-    def _explain(self, details: DetailsComparison, is_last: bool = False) -> None:
-        """Replace what was said in haste by what the details tell."""
-        if self._asked is None:
-            return
-        asked, self._asked = self._asked, None
-        for finding in self._preliminary:
-            self._withdraw(finding)
-        self._preliminary = []
-        parameters = details.differing.get("parameters", {})
-        modes = details.differing.get("modes", {})
+    def _explain(self, details: DetailsComparison) -> None:
+        """Say what the answers to the oldest question tell."""
+        asked, use = self._asked.popleft()
+        is_last = details.step == AT_THE_END
+        if use is not None:
+            return self._explain_buffers(use, asked.differing["buffers"], details)
         differing = dict(asked.differing)
-        load = next((value for value in _values(parameters, LOADED) if not value.startswith("0")), "")
-        settings = details.differing.get("optimizer", {})
-        scaler_load = _loaded_on_some(settings.pop(SCALER_LOADED, {}), details.ranks)
-        if settings.keys() == {LOSS_SCALE} and not self._apart:  # unscaled before they were reduced
-            del differing["optimizer"]
-            self._judged.discard("optimizer")
-        switch = next(iter(_values(modes, SWITCHED)), "")
-        self._explain_buffers(differing.pop("buffers", ()), details)
-        harmful = [name for name in modes if not name.startswith("@") and self._depends_on_mode(name)]
+        is_measured = "parameters" in details.measures
+        if details.forgotten or ("parameters" in differing and not details.missing and not is_measured):
+            self._judged.difference_update(differing)  # to be asked again
+            return None
+        facts = details.facts
+        modes = details.differing.get("modes", {})
+        if details.missing and "modes" in differing:
+            modes = self._own_modes()
+        harmful = [name for name in modes if self._depends_on_mode(name)]
         if not harmful:
             differing.pop("modes", None)
-        is_complete = "parameters" in details.differing and not details.missing
+        settings = details.differing.get("optimizer", {})
+        if settings.keys() == {LOSS_SCALE} and not self._apart:  # unscaled before they were reduced
+            differing.pop("optimizer")
+            self._judged.discard("optimizer")
+        is_complete = is_measured and not details.missing
         drifts: dict[str, Drift] = {}
-        is_kept_equal = is_complete and self._has_told_start and STARTED not in parameters
-        if is_complete and not is_kept_equal:
-            drifts = self._judge_drifts(details.step, parameters, is_last)
+        if is_complete and not _are_kept_equal(facts):
+            drifts = self._judge_drifts(asked.step, details, is_last)
         if not drifts and (is_complete or self._was_rounding):
             differing.pop("parameters", None)
-        if "parameters" in differing and GRADIENTS in parameters and not load:
+        if "parameters" in asked.differing.keys() & self._judged and self._exchange is not None:
+            self._exchange.measure_from(sys.maxsize)
+        load = _done_on_some({rank: fact.loads for rank, fact in facts.items()})
+        scaler_load = _done_on_some({rank: fact.scaler_loads for rank, fact in facts.items()})
+        if "parameters" in differing and load is None and len({fact.gradients for fact in facts.values()}) > 1:
             self._suspects.convict()
-        self._say(
+        return self._say(
             Divergence(
                 self._apart[0] if drifts and self._apart else asked.step,
                 differing,
                 parameters=tuple(drifts),
                 settings=settings,
                 modules={name: {rank: str(mode) for rank, mode in modes[name].items()} for name in harmful},
-                load_site=_read_site(load.split(" ", 1)[1]) if " " in load else None,
+                load_site=load,
                 scaler_site=scaler_load or self.sites.step,
-                mode_site=_read_site(switch) if switch else None,
+                mode_site=next(
+                    (fact.switched for fact in facts.values() if fact.switched), self._trail.modes.get(False)
+                ),
                 is_confirmed=is_complete or len(self._apart) > 1,
                 difference=largest(drifts.values()),
             )
         )
-        self._preliminary = []
 
-    def _explain_buffers(self, groups: tuple[tuple[int, ...], ...], details: DetailsComparison) -> None:
+    def _own_modes(self) -> dict[str, dict[int, Any]]:
+        if self._taker is None or False not in self._trail.modes:
+            return {}
+        return {name: {self._rank: mode} for name, mode in self._taker.details("modes").items() if mode == "eval"}
+
+    def _explain_buffers(
+        self, use: BufferUse, groups: tuple[tuple[int, ...], ...], details: DetailsComparison
+    ) -> None:
         """Say what is lost of buffers that differed when the model was evaluated or saved.
 
         A rank that evaluates alone does so with what is saved and broadcast, if it is rank 0: that is no harm.
         """
-        buffers = details.differing.get("buffers", {})
-        drifts = _read_drifts(buffers)
-        evaluated = [value for value in _values(buffers, EVALUATED) if value.endswith("True")]
-        uses, self._uses_asked = self._uses_asked, []
-        harmful = [use for use in uses if drifts and (use.use == "saved" or len(evaluated) > 1)]
-        for use in harmful[:1]:
-            self._judged.add("buffers")
-            found = Divergence(
-                use.step,
-                {"buffers": groups},
-                parameters=tuple(drifts),
-                difference=largest(drifts.values()),
-                buffer_site=use.site,
-                buffer_use=use.use,
-            )
-            for finding in diagnose_divergence(found, False):
-                self._emit(finding, False)
+        drifts = _read_drifts("buffers", details)
+        num_evaluated = sum(fact.has_evaluated for fact in details.facts.values())
+        if not drifts or "buffers" in self._judged or (use.use != "saved" and num_evaluated < 2):
+            return
+        self._judged.add("buffers")
+        found = Divergence(
+            use.step,
+            {"buffers": groups},
+            parameters=tuple(drifts),
+            difference=largest(drifts.values()),
+            buffer_site=use.site,
+            buffer_use=use.use,
+        )
+        for finding in diagnose_divergence(found, False):
+            self._emit(finding)
 
-    def _judge_drifts(self, step: int, parameters: dict[str, dict[int, Any]], is_last: bool) -> dict[str, Drift]:
+    def _judge_drifts(self, step: int, details: DetailsComparison, is_last: bool) -> dict[str, Drift]:
         """Return the parameters that are apart by more than rounding; where there are none, look again later.
 
         Where the rate is tiny a difference as small as rounding may be one of training. Then it is as large beside
         what was trained the next time, too.
         """
-        drifts = {name: d for name, d in _read_drifts(parameters).items() if not d.is_rounding(step)}
+        drifts = {n: d for n, d in _read_drifts("parameters", details).items() if not d.is_rounding(step)}
         is_doubtful = all(drift.is_small(step) for drift in drifts.values())
         if drifts and (not is_doubtful or self._was_doubted or is_last):
             return drifts
@@ -441,6 +439,8 @@ class ReplicaWatch:
         self._was_rounding = not drifts
         self._judged.discard("parameters")
         self._look_again = 2 * step
+        assert self._exchange is not None
+        self._exchange.measure_from(self._look_again)
         return {}
 
     def _depends_on_mode(self, name: str) -> bool:
@@ -465,7 +465,7 @@ class ReplicaWatch:
                 site = self.sites.forward if self.sites.forward != NOWHERE else self.sites.step
                 same = Divergence(comparison.step, {part: (ranks,)}, forward_site=site)
                 for finding in diagnose_divergence(same, False):
-                    self._emit(finding, False)
+                    self._emit(finding)
 
     def _note_buffers(self, comparison: Comparison) -> None:
         self._last_compared = comparison
@@ -482,8 +482,7 @@ class ReplicaWatch:
             is_comparable = use.step == step or (use.step > step and not self.is_due(use.step))
             if is_comparable and groups and not {"buffers", use.use} & self._judged:
                 self._judged.add(use.use)
-                self._uses_asked.append(use)
-                self._ask(self._last_compared, {"buffers": groups})
+                self._ask(replace(self._last_compared, differing={"buffers": groups}), use)
         self._uses = [use for use in self._uses if use.step > step]
 
 
@@ -504,32 +503,19 @@ def _drops(module: Any, any_mode: bool = False) -> bool:
     return False
 
 
-def _values(details: dict[str, dict[int, Any]], name: str) -> list[str]:
-    return [str(value) for value in details.get(name, {}).values()]
+def _are_kept_equal(facts: Mapping[int, Facts]) -> bool:
+    """Say whether the script sends the parameters around before each step, so that all begin it with the same."""
+    started = {fact.started for fact in facts.values()}
+    return len(started) == 1 and None not in started
 
 
-def _loaded_on_some(loads: Mapping[int, Any], ranks: tuple[int, ...]) -> CallSite | None:
-    """Return the line that loaded a GradScaler's state, where some ranks loaded it more often than others."""
-    times = {rank: int(loads.get(rank, "0").partition(" ")[0]) for rank in ranks}
-    most = max(times, key=times.__getitem__, default=0)
-    return _read_site(loads[most].partition(" ")[2]) if len(set(times.values())) > 1 else None
+def _done_on_some(done: Mapping[int, tuple[int, CallSite]]) -> CallSite | None:
+    """Return the line, by (times, line) of each rank, where some ranks did it more often than others."""
+    most = max(done.values(), key=lambda told: told[0], default=(0, NOWHERE))
+    return most[1] if len({times for times, _ in done.values()}) > 1 else None
 
 
-def _add_measures(details: Details, measures: dict[str, str]) -> None:
-    details.update((MEASURED + name, text) for name, text in measures.items())
-
-
-def _read_drifts(details: dict[str, dict[int, Any]]) -> dict[str, Drift]:
+def _read_drifts(part: str, details: DetailsComparison) -> dict[str, Drift]:
     """Return how far apart the tensors are that differ, by name."""
-    names = [name for name in details if not name.startswith("@")]
-    return {name: read_drift(details.get(MEASURED + name, {})) for name in names}
-
-
-def _write_site(site: CallSite) -> str:
-    return json.dumps(asdict(site))
-
-
-def _read_site(text: str) -> CallSite:
-    site = json.loads(text)
-    caller = site.pop("called_from")
-    return CallSite(**site, called_from=None if caller is None else CallSite(**caller))
+    measures = details.measures.get(part, {})
+    return {name: read_drift(measures.get(name, {})) for name in details.differing.get(part, {})}

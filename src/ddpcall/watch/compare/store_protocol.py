@@ -2,7 +2,7 @@
 
 Per check a rank makes three requests, and one rank in eight makes a fourth, however many ranks there are:
 
-1. read the state, which the comparing rank keeps: attempt, last step that was compared, question for details;
+1. read the state, which the comparing rank keeps: attempt, last step that was compared, question about a step;
 2. offer its digests as the reference of this step: the first offer stands (`compare_set`), all get it back;
 3. add its bits to a counter that it shares with seven others: arrived, and the parts in which it differs from the
    reference. Whoever completes a counter adds the summary to the next level's, so the root tells of all ranks.
@@ -23,12 +23,10 @@ from typing import Any
 
 from torch.distributed import Store
 
-from ddpcall.watch.compare.vitals import OWN_PARTS, PARTS, REPLICATED_PARTS, Details, Vitals
+from ddpcall.watch.compare.vitals import OWN_PARTS, PARTS, REPLICATED_PARTS, Details, Facts, Vitals
 
 FAN_OUT = 8
 MAX_KEPT_STEPS = 64
-AT_THE_END = sys.maxsize - 1
-"""In place of a step: what a rank says of itself when it leaves."""
 _BITS = 1 + len(PARTS)  # arrived, and one for each part that differs: 7 × 8 bits fit the store's signed counters
 _REPLICATED_BITS = sum(1 << PARTS.index(part) for part in REPLICATED_PARTS)
 _ABSENT = "absent"
@@ -57,30 +55,52 @@ class Comparison:
     differing: dict[str, tuple[tuple[int, ...], ...]]
     unlike: tuple[str, ...]
     ungrouped: tuple[int, ...] = ()
-    digests: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+    digests: dict[str, tuple[int | None, ...]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
 class DetailsComparison:
-    """What the second round found, one rank of each group being asked.
+    """What the answers to a question say about each other, one rank of each group being asked.
 
     Attributes:
-        step: The step the details are of, which comes after that of the comparison that led here.
+        step: The step that was asked about.
         ranks: The ranks that answered.
-        missing: The ranks that were asked and did not.
+        missing: The ranks that were asked and did not answer in time.
+        forgotten: The ranks that have not kept the step, or the details.
         differing: By part, by name of parameter, buffer, module or setting: the value by rank, where they
             differ; a rank that lacks the name is absent.
+        measures: By part that all of them measured, by name: by rank, what `read_drift` takes.
+        facts: By rank, what it did.
     """
 
     step: int
-    ranks: tuple[int, ...]
-    missing: tuple[int, ...]
-    differing: dict[str, dict[str, dict[int, int | str | float]]]
+    ranks: tuple[int, ...] = ()
+    missing: tuple[int, ...] = ()
+    forgotten: tuple[int, ...] = ()
+    differing: dict[str, dict[str, dict[int, int | str | float]]] = field(default_factory=dict)
+    measures: dict[str, dict[str, dict[int, str]]] = field(default_factory=dict)
+    facts: dict[int, Facts] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one rank tells of a step: details and measures by part, as far as it kept them."""
+
+    details: dict[str, Details]
+    measures: dict[str, dict[str, str]]
+    facts: Facts
+
+    @staticmethod
+    def of(vitals: Vitals, parts: Iterable[str]) -> Answer:
+        """Return what a rank's vitals tell of some parts."""
+        details = {part: vitals.details[part]() for part in parts if part in vitals.details}
+        measures = {part: vitals.measures[part]() for part in parts if part in vitals.measures}
+        return Answer(details, measures, vitals.facts())
 
 
 @dataclass(frozen=True)
 class Question:
-    """What the comparing rank asks for: details of `parts` from `ranks`, at their first vitals from `step` on."""
+    """What the comparing rank asks for: details of `parts` of `step` from `ranks`."""
 
     number: int
     step: int
@@ -90,23 +110,33 @@ class Question:
 
 @dataclass(frozen=True)
 class State:
+    """What the comparing rank tells all others.
+
+    Attributes:
+        attempt: Tells its keys from those of an earlier start.
+        done: The last step that was compared.
+        question: What it asks.
+        measure_from: The step from which parameters are to be looked at closely.
+        closed: Whether it has left.
+    """
+
     attempt: str
     done: int = -1
     question: Question | None = None
+    measure_from: int = sys.maxsize
     closed: bool = False
 
     def to_json(self) -> str:
-        asked = self.question
-        fields = None if asked is None else [asked.number, asked.step, asked.parts, asked.ranks]
-        return json.dumps([self.attempt, self.done, fields, self.closed])
+        asked = None if self.question is None else list(vars(self.question).values())
+        return json.dumps([self.attempt, self.done, asked, self.measure_from, self.closed])
 
     @staticmethod
     def from_json(text: bytes) -> State:
-        attempt, done, fields, closed = json.loads(text)
-        if fields is None:
-            return State(attempt, done, None, closed)
-        number, step, parts, ranks = fields
-        return State(attempt, done, Question(number, step, tuple(parts), tuple(ranks)), closed)
+        attempt, done, asked, measure_from, closed = json.loads(text)
+        if asked is not None:
+            number, step, parts, ranks = asked
+            asked = Question(number, step, tuple(parts), tuple(ranks))
+        return State(attempt, done, asked, measure_from, closed)
 
 
 class Ledger:
@@ -289,14 +319,21 @@ class Ledger:
         value = self._store.compare_set(key, _ABSENT, _ABSENT)
         return None if value == _ABSENT.encode() else value
 
-    def answer(self, attempt: str, question: Question, step: int, details: Mapping[str, Details]) -> None:
-        """Leave the answer to a question."""
-        self._store.set(f"{attempt}/answer/{question.number}/{self.rank}", _pack([step, details]))
+    def answer(self, attempt: str, question: Question, answer: Answer | None) -> None:
+        """Leave the answer to a question; None where the step was not kept."""
+        told = None if answer is None else [answer.details, answer.measures, answer.facts.to_json()]
+        text = zlib.compress(json.dumps(told).encode(), 1).hex()
+        self._store.set(f"{attempt}/answer/{question.number}/{self.rank}", text)
 
-    def take_answers(self, attempt: str, question: Question) -> dict[int, tuple[int, dict[str, Details]]]:
-        """Return the answers that are there, by rank: the step and the details."""
-        texts = {rank: self._read(f"{attempt}/answer/{question.number}/{rank}") for rank in question.ranks}
-        return {rank: tuple(_unpack(text)) for rank, text in texts.items() if text is not None}
+    def take_answers(self, attempt: str, question: Question) -> dict[int, Answer | None]:
+        """Return the answers that are there, by rank."""
+        answers: dict[int, Answer | None] = {}
+        for rank in question.ranks:
+            text = self._read(f"{attempt}/answer/{question.number}/{rank}")
+            if text is not None:
+                told = json.loads(zlib.decompress(bytes.fromhex(text.decode())))
+                answers[rank] = None if told is None else Answer(told[0], told[1], Facts.from_json(told[2]))
+        return answers
 
     def delete_answers(self, attempt: str, question: Question) -> None:
         """Delete the answers to a question."""
@@ -335,31 +372,37 @@ def _group(
     return dict(sorted(ordered.items(), key=lambda group: (-len(group[1]), group[1][0])))
 
 
-def _pack(value: Any) -> str:
-    return zlib.compress(json.dumps(value).encode(), 1).hex()
-
-
-def _unpack(text: bytes) -> Any:
-    return json.loads(zlib.decompress(bytes.fromhex(text.decode())))
-
-
-def compare_details(
-    question: Question, answers: Mapping[int, tuple[int, dict[str, Details]]]
-) -> DetailsComparison:
-    """Compare the answers of the step that most ranks answered for; the others count as missing."""
-    steps = [step for step, _ in answers.values()]
-    step = max(set(steps), key=lambda s: (steps.count(s), s)) if steps else question.step
-    told = {rank: details for rank, (its_step, details) in sorted(answers.items()) if its_step == step}
+def compare_details(question: Question, answers: Mapping[int, Answer | None]) -> DetailsComparison:
+    """Compare the answers to a question, name by name."""
+    told = {
+        rank: answer
+        for rank, answer in sorted(answers.items())
+        if answer is not None and answer.details.keys() >= set(question.parts)
+    }
     differing: dict[str, dict[str, dict[int, int | str | float]]] = {}
     for part in question.parts:
-        by_name: dict[str, dict[int, int | str | float]] = {}
-        for rank, details in told.items():
-            for name, value in details.get(part, {}).items():
-                by_name.setdefault(name, {})[rank] = value
+        values = _by_name({rank: answer.details[part] for rank, answer in told.items()})
         differing[part] = {
-            name: values
-            for name, values in by_name.items()
-            if len(values) < len(told) or len(set(map(repr, values.values()))) > 1
+            name: by_rank
+            for name, by_rank in values.items()
+            if len(by_rank) < len(told) or len(set(map(repr, by_rank.values()))) > 1
         }
-    missing = tuple(rank for rank in question.ranks if rank not in told)
-    return DetailsComparison(step, tuple(told), missing, differing)
+    measured = [part for part in question.parts if all(part in answer.measures for answer in told.values())]
+    return DetailsComparison(
+        question.step,
+        ranks=tuple(told),
+        missing=tuple(rank for rank in question.ranks if rank not in answers),
+        forgotten=tuple(rank for rank in answers if rank not in told),
+        differing=differing,
+        measures={part: _by_name({rank: a.measures[part] for rank, a in told.items()}) for part in measured},
+        facts={rank: answer.facts for rank, answer in told.items()},
+    )
+
+
+def _by_name(values: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[int, Any]]:
+    """Turn values by rank and name into values by name and rank."""
+    by_name: dict[str, dict[int, Any]] = {}
+    for rank, named in values.items():
+        for name, value in named.items():
+            by_name.setdefault(name, {})[rank] = value
+    return by_name

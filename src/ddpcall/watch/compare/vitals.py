@@ -6,8 +6,9 @@ import dataclasses
 import random
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
 from typing import Any
@@ -19,7 +20,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ddpcall import torch_internals as internals
-from ddpcall.replicas import StateDigester, digest_bytes, digest_tensor
+from ddpcall.replicas import StateDigester, digest_bytes, digest_tensor, is_unreadable
+from ddpcall.taps import NOWHERE, CallSite
 from ddpcall.watch.compare.drift import measure, sketch_tensor
 
 REPLICATED_PARTS = ("parameters", "buffers", "modes", "optimizer")
@@ -29,20 +31,68 @@ PARTS = REPLICATED_PARTS + OWN_PARTS
 
 Details = dict[str, int | str | float]
 LOSS_SCALE = "loss scale"
+AT_THE_END = sys.maxsize - 1
+"""In place of a step: what a rank says of itself when it leaves."""
+MAX_COPIED_BYTES = 2**19
 _MAX_DEPTH = 8
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What this rank did that explains a difference.
+
+    Attributes:
+        loads: How often `load_state_dict` was called after wrapping, and the last line that did.
+        scaler_loads: The same of a GradScaler's.
+        gradients: Digest of gradients that may be the cause; 0 where there are none.
+        started: Digest of the parameters that the step began with, where the script may have sent them before.
+        switched: The last line that switched to eval.
+        has_evaluated: Whether the model was evaluated past its wrapper.
+    """
+
+    loads: tuple[int, CallSite] = (0, NOWHERE)
+    scaler_loads: tuple[int, CallSite] = (0, NOWHERE)
+    gradients: int = 0
+    started: int | None = None
+    switched: CallSite | None = None
+    has_evaluated: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Facts:
+        """Return what `to_json` was called on."""
+        loads, scaler_loads = (
+            (times, _read_site(site)) for times, site in (values["loads"], values["scaler_loads"])
+        )
+        switched = None if values["switched"] is None else _read_site(values["switched"])
+        return Facts(**{**values, "loads": loads, "scaler_loads": scaler_loads, "switched": switched})
+
+
+def _read_site(values: dict[str, Any]) -> CallSite:
+    caller = values["called_from"]
+    return CallSite(**{**values, "called_from": None if caller is None else _read_site(caller)})
+
+
+@dataclass(frozen=True)
 class Vitals:
-    """What one rank publishes about one optimizer step.
+    """What one rank publishes about one optimizer step, and can tell of it when it is asked.
 
     Attributes:
         step: Optimizer steps done, the same count on every rank.
         parts: One digest, an int in [-2**63, 2**63), by part of `PARTS`; a part that cannot be told is absent.
+        details: By part, what it is made of in this step; a part that was not kept is absent.
+        measures: By part, what tells how far apart its tensors are between ranks, by name.
+        facts: What this rank did until then.
     """
 
     step: int
     parts: dict[str, int]
+    details: Mapping[str, Callable[[], Details]] = field(default_factory=dict, compare=False, repr=False)
+    measures: Mapping[str, Callable[[], dict[str, str]]] = field(default_factory=dict, compare=False, repr=False)
+    facts: Callable[[], Facts] = field(default=Facts, compare=False, repr=False)
 
 
 class VitalsTaker:
@@ -76,26 +126,54 @@ class VitalsTaker:
         self._batch: Details = {}
         self._origin: dict[str, list[float]] | None = None
 
-    def take(self, step: int, batch: Any = None) -> Vitals:
+    def take(
+        self, step: int, batch: Any = None, closely: bool = False, facts: Callable[[], Facts] = Facts
+    ) -> Vitals:
         """Digest everything now; waits for the device where tensors are on one.
 
         Args:
             step: Optimizer steps done.
             batch: What this rank's step was computed from: tensors and plain values, nested. Not kept.
+            closely: Whether parameters are digested one by one and measured too, so that it can be told which are
+                apart in this step, and how far.
+            facts: What this rank did until now.
         """
         self._batch = {} if batch is None else dict(_digest_leaves(batch, "batch"))
         structure = self._current_structure()
         if self._origin is None:
             self._origin = {name: sketch_tensor(p, name) for name, p in structure.named_parameters.items()}
+        settings, flags = self._settings(structure), structure.read_modes()
+        details: dict[str, Callable[[], Details]] = {
+            "optimizer": lambda: settings,
+            "modes": lambda: structure.modes(flags),
+        }
+        measures: dict[str, Callable[[], dict[str, str]]] = {}
+        if closely:
+            digests, measured = self.details("parameters"), self.measure_parameters()
+            details["parameters"], measures["parameters"] = lambda: digests, lambda: measured
+        copies = structure.copy_buffers()
+        if copies:
+            details["buffers"] = lambda: {name: digest_tensor(copy) for name, copy in copies.items()}
+            measures["buffers"] = lambda: {name: measure(copy, name, None) for name, copy in copies.items()}
         parts = {
             "parameters": structure.parameters.digest() if structure.num_parameters else None,
             "buffers": structure.buffers.digest() if structure.num_buffers else None,
-            "modes": structure.digest_modes(),
-            "optimizer": _digest_details(self._settings(structure)) if self.optimizer else None,
+            "modes": structure.digest_modes(flags),
+            "optimizer": _digest_details(settings) if self.optimizer else None,
             "rng": self._digest_torch_generator(structure),
             "batch": _digest_details(self._batch) if self._batch else None,
         }
-        return Vitals(step, {part: digest for part, digest in parts.items() if digest is not None})
+        known = {part: digest for part, digest in parts.items() if digest is not None}
+        return Vitals(step, known, details, measures, facts)
+
+    def take_last(self, num_steps: int, facts: Callable[[], Facts] = Facts) -> Vitals:
+        """Return what this rank says when it leaves: numbers of steps and loads, and the parameters it ends with.
+
+        What they are made of is read when somebody asks, from any thread: until then nobody may change the model.
+        """
+        parts = {"optimizer": num_steps, "modes": facts().loads[0], "parameters": self.digest_parameters()}
+        details = {part: partial(self.details, part) for part in REPLICATED_PARTS}
+        return Vitals(AT_THE_END, parts, details, {"parameters": self.measure_parameters}, facts)
 
     def has_parameter(self, name: str) -> bool:
         """Say whether the model has a parameter of this name."""
@@ -116,12 +194,8 @@ class VitalsTaker:
         parameters = self._current_structure().named_parameters
         return {name: measure(parameter, name, origin.get(name)) for name, parameter in parameters.items()}
 
-    def measure_buffers(self) -> dict[str, str]:
-        """Return, by name, what tells how far a buffer is from other ranks'."""
-        return {name: measure(b, name, None) for name, b in self._current_structure().named_buffers.items()}
-
     def details(self, part: str) -> Details:
-        """Return what one part is made of, as it is now: what the second round compares between ranks.
+        """Return what one part is made of, as it is now.
 
         Args:
             part: One of `PARTS`. The batch's details are those of the last `take`.
@@ -140,7 +214,7 @@ class VitalsTaker:
             case "buffers":
                 return {name: digest_tensor(tensor) for name, tensor in structure.named_buffers.items()}
             case "modes":
-                return structure.modes()
+                return structure.modes(structure.read_modes())
             case "optimizer":
                 return self._settings(structure)
             case "rng":
@@ -194,15 +268,24 @@ class _Structure:
         entries = self._read_entries()
         return len(entries) == len(self._entries) and all(map(is_, entries, self._entries))
 
-    def digest_modes(self) -> int:
+    def copy_buffers(self) -> dict[str, Tensor]:
+        """Return copies of the buffers, where they are few: in a step they differ, and are compared, by design."""
+        readable = {name: buffer for name, buffer in self.named_buffers.items() if not is_unreadable(buffer)}
+        is_small = sum(buffer.numel() * buffer.element_size() for buffer in readable.values()) <= MAX_COPIED_BYTES
+        return {name: buffer.detach().clone() for name, buffer in readable.items()} if is_small else {}
+
+    def read_modes(self) -> bytes:
+        """Return every module's train/eval flag."""
+        return bytes(map(bool, map(attrgetter("training"), self._modules)))
+
+    def digest_modes(self, flags: bytes) -> int:
         """Return the digest of every module's train/eval flag."""
-        flags = bytes(map(bool, map(attrgetter("training"), self._modules)))
         return digest_bytes(flags + self._header.to_bytes(8, "little", signed=True))
 
-    def modes(self) -> Details:
+    def modes(self, flags: bytes) -> Details:
         """Return train or eval by module name; the model itself is called (root)."""
-        flags = zip(self._names, self._modules, strict=True)
-        return {name or "(root)": "train" if module.training else "eval" for name, module in flags}
+        named = zip(self._names, flags, strict=True)
+        return {name or "(root)": "train" if is_training else "eval" for name, is_training in named}
 
 
 def _ignored_names(named_modules: Mapping[str, nn.Module]) -> Iterator[str]:
