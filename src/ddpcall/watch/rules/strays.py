@@ -78,6 +78,7 @@ class StrayWatch:
         self._emit = emit
         self._records: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDictionary()
         self._store: Store | None = None
+        self._num_ranks = 0
 
     def look(
         self, optimizer: Optimizer, strays: Iterable[Tensor], step: int, reductions: int, site: CallSite
@@ -134,9 +135,9 @@ class StrayWatch:
     def _judge(self, record: _Record) -> bool:
         """Emit an event if these strays are replicas that drift; say whether that is decided."""
         for look in list(record.offered):
-            store, key, num_ranks = self._connect(), f"{record.name}/{look}", dist.get_world_size()
+            store, key = self._connect(), f"{record.name}/{look}"
             num_same, num_apart = (store.add(f"{key}/{kind}", 0) for kind in ("same", "apart"))
-            if num_same + num_apart < num_ranks:
+            if num_same + num_apart < self._num_ranks:
                 return False
             record.offered.remove(look)
             if look == 0 and num_apart:
@@ -150,6 +151,7 @@ class StrayWatch:
 
     def _connect(self) -> Store:
         if self._store is None:
+            self._num_ranks = dist.get_world_size()  # the group may be gone when this is judged
             store = find_store(WAIT_S)
             if store is None:
                 raise RuntimeError("no store that all ranks share")
