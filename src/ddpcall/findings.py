@@ -190,6 +190,63 @@ _RULES = (
         links=("https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html",),
     ),
     Rule(
+        code="DC106",
+        name="averaged-in-groups",
+        severity=Severity.ERROR,
+        title="The ranks average gradients in groups that never meet",
+        why="Each group trains a model of its own on its own share of the data, and what is saved is that of one "
+        "group. Usual causes are a process group that does not span the world, and a hybrid mesh whose replicate "
+        "dimension is missing.",
+        wrong="ddp = DistributedDataParallel(model, process_group=group_of_this_host)",
+        fix="Wrap with the group of all ranks: `DistributedDataParallel(model)`. For hybrid sharding give "
+        "fully_shard the two-dimensional mesh, `(replicate, shard)`.",
+        silent_when="The weights differ between the groups from the start (experts, tensor parallelism), or the "
+        "script averages the weights afterwards.",
+        blind_to="More than 64 ranks; steps that are not measured.",
+        links=(_DDP_DOCS, _FSDP_DOCS),
+    ),
+    Rule(
+        code="DC107",
+        name="rank-left-out",
+        severity=Severity.ERROR,
+        title="What a rank computed is in nobody's gradient",
+        why="The rank reads its share of the data and computes gradients, and no rank uses them: its data trains "
+        "nothing.",
+        wrong="dist.broadcast(p.grad, 0)  # instead of all_reduce",
+        fix="Average over all ranks: `dist.all_reduce(p.grad)`, then `p.grad /= dist.get_world_size()`.",
+        silent_when="The rank computed no gradient (uneven inputs), or it happened in one measured step alone.",
+        blind_to="More than 64 ranks; steps that are not measured.",
+        links=(_DDP_DOCS,),
+    ),
+    Rule(
+        code="DC108",
+        name="gradients-late",
+        severity=Severity.WARNING,
+        title="The last backward's gradient is not in the step that it was computed for",
+        why="The optimizer steps with the gradients of earlier backwards; the last one's arrive a step later, or "
+        "never. fully_shard with synchronization off on the last micro-batch does this.",
+        wrong="model.set_requires_gradient_sync(False)  # on the last micro-batch too",
+        fix="Switch synchronization on before the last micro-batch's backward: "
+        "`model.set_requires_gradient_sync(True)`.",
+        silent_when="It happened in one measured step alone.",
+        blind_to="More than 64 ranks; steps that are not measured.",
+        links=(_FSDP_DOCS,),
+    ),
+    Rule(
+        code="DC109",
+        name="optimizer-misses-parameters",
+        severity=Severity.ERROR,
+        title="Gradients are computed, and the optimizer uses none of them",
+        why="The optimizer holds tensors that are not the model's parameters any more, or whose gradients are "
+        "cleared before each step: its steps change nothing of the model, without a message.",
+        wrong="model(example)  # after fully_shard, before the optimizer is made from gathered parameters",
+        fix="Make the optimizer from the model that you train, after it was wrapped and before its first forward: "
+        "`optimizer = torch.optim.AdamW(model.parameters())`. Call `zero_grad()` after `step()`, not before it.",
+        silent_when="The optimizer uses the gradients in some step, or it happened in one measured step alone.",
+        blind_to="More than 64 ranks; an optimizer whose tensors have other shapes than the model's parameters.",
+        links=(_FSDP_DOCS, _ISSUE + "149205"),
+    ),
+    Rule(
         code="DC201",
         name="replicas-diverged",
         severity=Severity.ERROR,

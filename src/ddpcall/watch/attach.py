@@ -90,6 +90,7 @@ class Attachment:
             self._collectives,
             book,
             lambda name: name in self._gradients.inside,
+            lambda name: name in self._gradients.sharded,
             lambda name: self._replicas.compares(name),
             self._find_made,
             suspects.convict,

@@ -29,6 +29,7 @@ class MixingWatch:
         collectives: What the script itself sends: enough to average weights, or too little.
         book: Gets findings, on rank 0.
         is_inside: Says of a parameter's name whether it belongs to a wrapped model.
+        is_sharded: Says whether a wrapper shards it.
         is_compared: Says whether its weights are compared anyway.
         find_made: Returns the line that handed parameters to an optimizer.
         confirm: Reports what sensors suspected of some parameters' gradients.
@@ -43,6 +44,7 @@ class MixingWatch:
         collectives: CollectiveLog,
         book: FindingsBook,
         is_inside: Callable[[str], bool],
+        is_sharded: Callable[[str], bool],
         is_compared: Callable[[str], bool],
         find_made: Callable[[Optimizer], CallSite],
         confirm: Callable[[list[str]], None],
@@ -56,6 +58,7 @@ class MixingWatch:
             lambda names: confirm([*map(plain_name, names)]),
             lambda: collectives.num_sent() if collectives.num_called else None,
             is_inside,
+            is_sharded,
             is_compared,
         )
         self._exchange: RecordExchange | None = None

@@ -116,6 +116,7 @@ class MixingRule:
         num_sent: Returns how many numbers the script itself sent since the last step, which may be weights that it
             averages; None where it never sent any.
         is_inside: Says whether a parameter belongs to a wrapped model.
+        is_sharded: Says whether a wrapper shards it, and is to reduce its gradient.
         is_compared: Says whether the weights are compared anyway.
 
     Blind to: whether the mean over ranks is what was meant; weights that are averaged less often than every
@@ -129,6 +130,7 @@ class MixingRule:
         confirm: Callable[[list[str]], None] = lambda names: None,
         num_sent: Callable[[], int | None] = lambda: None,
         is_inside: Callable[[str], bool] = lambda name: True,
+        is_sharded: Callable[[str], bool] = lambda name: False,
         is_compared: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.certificate = Certificate()
@@ -138,6 +140,7 @@ class MixingRule:
         self._num_sent = num_sent
         self._numel: dict[str, int] = {}
         self._is_inside = is_inside
+        self._is_sharded = is_sharded
         self._is_compared = is_compared
         self._makers: dict[CallSite, set[int]] = {}
         self._maker_of: dict[str, CallSite] = {}
@@ -145,6 +148,7 @@ class MixingRule:
         self._averaged: set[str] = set()
         self._pending: dict[str, _Apart] = {}
         self._said: set[str] = set()
+        self._used: set[str] = set()
         self._repeated: dict[tuple[str, str], int] = {}
         self._where = Where()
 
@@ -165,13 +169,17 @@ class MixingRule:
         self._maker_of.update((name, where.made) for shape in mixing.by_parameter.values() for name in shape)
         self.certificate.add(mixing)
         for record in records:
+            self._used |= {n for n, used in zip(record.names, record.used, strict=True) if used.any()}
             self._numel.update(zip(record.names, record.numel, strict=True))
         self._note_weights(mixing)
         for shape, names in mixing.by_parameter.items():
             if shape in _APART:
                 self._note_apart(shape, self._find_parted(names, mixing), step, mixing)
-            elif shape in ("dropped", "late", "thrown_away"):
+            elif shape in ("dropped", "late"):
                 self._note_repeated(shape, names, step, mixing)
+            elif shape == "thrown_away" and set(mixing.by_parameter) <= {"thrown_away", "unidentifiable"}:
+                # Of some parameters alone, the script clears gradients on purpose: to freeze a layer for a while.
+                self._note_repeated(shape, [name for name in names if name not in self._used], step, mixing)
             elif shape in TOGETHER:
                 self._note_mixed(names, step, mixing)
         for key, apart in list(self._pending.items()):
@@ -210,7 +218,7 @@ class MixingRule:
         if not new:
             return
         # Where nothing of it is wrapped, the line that handed it to the optimizer says more.
-        is_inside = self._is_inside(new[0])
+        is_inside = self._is_inside(new[0]) or self._is_sharded(new[0])
         site = self._where.stepped if is_inside or shape != "local" else self._where.made
         known = self._pending.setdefault(f"{shape} {site}", _Apart(shape, step, [], mixing.reason, site))
         known.names += [name for name in new if name not in known.names]
@@ -223,7 +231,8 @@ class MixingRule:
             if self._repeated[shape, name] == _REPEATED and name not in self._said:
                 often.append(name)
         if often:
-            self._say(_Apart(shape, step, often, mixing.reason, self._where.stepped))
+            site = self._where.made if shape == "thrown_away" else self._where.stepped
+            self._say(_Apart(shape, step, often, mixing.reason, site))
 
     def _note_mixed(self, names: Iterable[str], step: int, mixing: Mixing) -> None:
         """Weights that were never equal, and whose gradients are averaged: replicas that began apart."""
@@ -259,8 +268,10 @@ class MixingRule:
     def _make_finding(self, apart: _Apart) -> Finding:
         num_all = len(self._ever_equal | set(apart.names))
         code = _CODES.get(apart.shape, "DC201")
-        is_inside = self._is_inside(apart.names[0])
-        if apart.shape == "local" and (is_inside or len(apart.names) < num_all):
+        name = apart.names[0]
+        if apart.shape == "local" and self._is_sharded(name):
+            code = "DC106"
+        elif apart.shape == "local" and (self._is_inside(name) or len(apart.names) < num_all):
             code = "DC102"
         rule = CATALOGUE[code]
         led = apart.site.called_from

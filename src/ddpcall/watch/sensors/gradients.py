@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ddpcall.mixing.collect import MixingCollector
 from ddpcall.mixing.places import Place, clean_name
 from ddpcall.mixing.record import RankSketches
-from ddpcall.mixing.shards import find_sharded
+from ddpcall.mixing.shards import FlatPlace, ShardedPlace, find_sharded
 from ddpcall.taps import is_lazy
 from ddpcall.watch.sensors.earlier import find_living
 
@@ -45,6 +45,7 @@ class GradientSensor:
         num_steps: Steps of any optimizer that began outside every other's.
         failure: Why nothing is measured any more; empty where nothing went wrong.
         inside: Names of the parameters that belong to a wrapped model.
+        sharded: Names of those that a wrapper shards.
 
     Blind to: parameters that were put into an optimizer after the backward of a measured step; steps whose
     backward was not started from Python.
@@ -71,6 +72,7 @@ class GradientSensor:
         self.num_steps = 0
         self.failure = ""
         self.inside: set[str] = set()
+        self.sharded: set[str] = set()
 
     def is_due(self, step: int) -> bool:
         """Say whether a step, numbered from 1 over all optimizers, is measured; the same on every rank."""
@@ -128,6 +130,7 @@ class GradientSensor:
                 roots = [*roots, *_find_living_roots()]
         places = list(find_all_places(roots, optimizers))
         self.inside = {place.name for place in places if id(place.stepped) in known}
+        self.sharded = {place.name for place in places if isinstance(place, ShardedPlace | FlatPlace)}
         return places
 
     def count(self) -> None:

@@ -1,0 +1,31 @@
+"""Hybrid sharding over both dimensions of the mesh: the group of one is only the shards'."""
+
+import gc
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+def main():
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    torch.manual_seed(3)
+    net = fully_shard(nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 1)), mesh=mesh)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    torch.manual_seed(10 + dist.get_rank())
+    for _ in range(5):
+        x = torch.randn(16, 6)
+        loss = nn.functional.mse_loss(net(x), x.sum(1, keepdim=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"rank {dist.get_rank()} loss {loss.item():.5f}", flush=True)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    main()
+    gc.collect()
+    dist.destroy_process_group()

@@ -1,0 +1,35 @@
+"""The launcher starts two ranks, and the script forgot to wrap its model.
+
+Source: our own; what a script for one process does under torchrun.
+Harm: every rank trains a model of its own.
+"""
+
+import gc
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def main():
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 1))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)  # raises: DC101
+    torch.manual_seed(10 + rank)
+    for step in range(6):
+        x = torch.randn(16, 6)
+        loss = nn.functional.mse_loss(net(x), x.sum(1, keepdim=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()  # or: DC101
+        if step % 2 == 0:
+            dist.all_reduce(loss.detach().clone())
+    print(f"rank {rank} of {world} loss {loss.item():.5f}", flush=True)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    main()
+    gc.collect()
+    dist.destroy_process_group()
