@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ddpcall import __version__
 from ddpcall.torch_version import explain_torch
@@ -37,10 +37,25 @@ def main(arguments: list[str] | None = None) -> None:
         "lab", add_help=False, help="learn: lessons that predict, run and explain, and exercises that are graded"
     )
     commands.add_parser("watch", add_help=False, help="run a training script unchanged and say what it does wrong")
+    commands.add_parser(
+        "record", add_help=False, help="run a training script unchanged and keep what to compare it by"
+    )
+    commands.add_parser(
+        "compare", add_help=False, help="compare two records: the first thing that differs, and why"
+    )
     commands.add_parser("explain", add_help=False, help="print the page of a finding, such as DC101")
     commands.add_parser("report", add_help=False, help="make a page of what a run or a watch left behind")
     parsed, rest = parser.parse_known_args(arguments[:1])
-    named = {"train": train, "claims": claims, "lab": lab, "watch": watch, "explain": explain, "report": report}
+    named = {
+        "train": train,
+        "claims": claims,
+        "lab": lab,
+        "watch": watch,
+        "explain": explain,
+        "report": report,
+        "record": record,
+        "compare": compare,
+    }
     command = named[parsed.command]
     command([*rest, *arguments[1:]])
 
@@ -130,6 +145,77 @@ def _watch_parser() -> argparse.ArgumentParser:
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="run a module instead of a script")
     parser.add_argument("script", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
+
+
+def record(arguments: list[str]) -> None:
+    """Run a script, a module or a launcher's command under the recorder."""
+    parser = _record_parser()
+    options = parser.parse_args(arguments)
+    program = options.script if options.module is None else ["-m", *options.module]
+    if trouble := explain_torch():
+        parser.error(trouble)
+    from ddpcall.compare.program import parse_steps, prepare, record_command, record_program
+
+    if not [part for part in program if part != "--"]:
+        parser.error("say what to record: ddpcall record --out DIRECTORY script.py [its arguments]")
+    try:
+        wants, num_steps = parse_steps(options.steps)
+        prepare(options.out)
+        if program[0] == "--":
+            own = ["--out", str(options.out.absolute()), "--max-mb", str(options.max_mb)]
+            own += ["--steps", options.steps] if options.steps else []
+            sys.exit(record_command(program[1:], own, options.out))
+        if program[0] != "-m" and not Path(program[0]).is_file():
+            raise ValueError(f"there is no script {program[0]}")
+    except ValueError as error:
+        parser.error(str(error))
+    sys.exit(record_program(program, options.out, wants, num_steps, options.max_mb))
+
+
+def _record_parser() -> argparse.ArgumentParser:
+    parser = _ParserOfManyRanks(
+        prog="ddpcall record",
+        usage="%(prog)s --out DIR [options] (script.py | -m module) [arguments of the script]\n"
+        "       %(prog)s --out DIR [options] -- torchrun … script.py …",
+        description="Run a training script unchanged and keep sketches of chosen steps, for ddpcall compare.",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="a new directory, or an older record"
+    )
+    parser.add_argument("--steps", default="", metavar="LIST", help="such as 0-4,8,100 (0 to 4 and powers of two)")
+    parser.add_argument("--max-mb", type=float, default=100.0, metavar="MB", help="what a rank may write (100)")
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="run a module instead of a script")
+    parser.add_argument("script", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def compare(arguments: list[str]) -> None:
+    """Compare two records; exits with 0 (the same), 1 (something differs) or 2 (not comparable)."""
+    parser = argparse.ArgumentParser(
+        prog="ddpcall compare", description="Say what differs first between two runs that ddpcall record kept."
+    )
+    parser.add_argument("a", type=Path, metavar="A", help="the record that is taken for right")
+    parser.add_argument("b", type=Path, metavar="B", help="the record that is asked about")
+    parser.add_argument(
+        "--noise", type=Path, metavar="C", help="a second record of A: what differs there is noise"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparison to a file too")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page too")
+    options = parser.parse_args(arguments)
+    if trouble := explain_torch():
+        parser.error(trouble)
+    from ddpcall.compare.command import main as compare_main
+
+    def render_page(*compared: Any) -> str:
+        from ddpcall.lab.report.compared import render_page
+
+        return render_page(*compared)
+
+    page = (options.html, render_page) if options.html else None
+    try:
+        sys.exit(compare_main(options.a, options.b, options.noise, options.json, page))
+    except ModuleNotFoundError as error:
+        _exit_without_lab("compare --html", error)
 
 
 def explain(arguments: list[str]) -> None:

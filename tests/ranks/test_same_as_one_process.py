@@ -296,6 +296,16 @@ def test_a_parameter_that_is_reduced_twice_is_named():
     assert "1 of 4 parameters differ from those of one process, and they are 2 times" in result.message
 
 
+def test_a_parameter_that_ddp_was_told_to_ignore_is_named():
+    def wrap(model):
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["2.bias"])
+        return nn.parallel.DistributedDataParallel(model)
+
+    result = compare(mean_step, wrap=wrap)
+    assert (result.cause, result.where) == ("some_parameters", "2.bias"), result.message
+    assert "The gradients of some parameters are not averaged: 2.bias. The others agree." in result.message
+
+
 def test_a_parameter_that_is_averaged_twice_is_the_same():
     def step(model, batch):
         loss = mean_step(model, batch)
@@ -458,7 +468,7 @@ def test_everything_is_left_as_it_was(step):
     model = make_model(nn.BatchNorm1d(16), nn.Dropout())
     before = note_state(model)
     with pytest.raises(RuntimeError, match=ERROR) if step is raising_step else contextlib.nullcontext():
-        compare(step, model, optimizer=torch.optim.AdamW, timeout_s=1)
+        compare(step, model, optimizer=torch.optim.AdamW, timeout_s=4)  # a rank waits as long for the other
     assert note_state(model) == before
     dist.barrier()
 

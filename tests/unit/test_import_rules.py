@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "replicas": LEAVES,
     "sketch": INTERNALS,
     "mixing": INTERNALS | {"taps", "replicas", "sketch"},
-    "compare": INTERNALS | {"taps", "replicas", "sketch", "mixing"},
+    "compare": INTERNALS | {"imports", "taps", "replicas", "sketch", "mixing"},
     "probes": MIDDLE,
     "lab": MIDDLE | {"lab", "watch"},
     "watch": MIDDLE | {"watch"},

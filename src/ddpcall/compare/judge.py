@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from ddpcall.compare.noise import MULTIPLE, AssumedNoise, Noise, norm
 from ddpcall.compare.outputs import find_first_module
 from ddpcall.compare.result import OneProcessComparison, ParameterNumbers
 from ddpcall.compare.samples import SampleOutputs
 from ddpcall.compare.steps import Step
 from ddpcall.mixing import Mixing, judge_records
-
-MULTIPLE = 6.0
-"""See `docs/decisions.md`: of the steps that are the same none came to more than half of it."""
 
 BLIND = 0.5
 """Where rounding alone changes a gradient by this part of itself, nothing can be told."""
@@ -29,51 +26,8 @@ COARSE = 0.01
 """Where the tolerance is larger, a difference just above it may come from one just below it elsewhere."""
 
 _IN_FLOAT32 = " Repeat the comparison in float32, where more can be told."
-_ORDER_MATTERS = 20.0
-_RANDOM = 20.0
 _SURE_WEIGHTS = 0.02
 _NOT_A_MEAN = {"local", "partly_local", "late", "groups", "dropped", "different", "thrown_away", "unaccounted"}
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The same step in one process, taken again in ways that must not matter.
-
-    Attributes:
-        perturbed: From numbers that differ by one unit in the last place.
-        permuted: With the samples in another order.
-        reseeded: From another random state.
-    """
-
-    perturbed: Sequence[Step]
-    permuted: Sequence[Step]
-    reseeded: Step
-
-    def counted(self, reference: Step) -> list[Step]:
-        """Return the steps that tell how large the noise is."""
-        return [*self.perturbed, *([] if self.order_matters(reference) else self.permuted)]
-
-    def order_matters(self, reference: Step) -> bool:
-        """Say whether the order of the samples changes more than rounding does: then it is no noise."""
-        return _distance(self.permuted, reference) > _ORDER_MATTERS * self._floor(reference)
-
-    def is_random(self, reference: Step) -> bool:
-        """Say whether another random state changes more than rounding does."""
-        return _distance([self.reseeded], reference) > _RANDOM * self._floor(reference)
-
-    def _floor(self, reference: Step) -> float:
-        return max(_distance(self.perturbed, reference), reference.eps * _norm(reference.used))
-
-
-def _distance(steps: Sequence[Step], reference: Step) -> float:
-    return max(
-        _norm({name: step.used[name] - reference.used[name] for name in reference.names if name in step.used})
-        for step in steps
-    )
-
-
-def _norm(sketches: Mapping[str, np.ndarray]) -> float:
-    return math.sqrt(sum(float((rows[0] ** 2).sum()) for rows in sketches.values()))
 
 
 class StepJudge:
@@ -86,28 +40,14 @@ class StepJudge:
         index: The number of the step.
     """
 
-    def __init__(self, ranks: Step, reference: Step, noise: Noise, index: int = 0) -> None:
+    def __init__(self, ranks: Step, reference: Step, noise: Noise | AssumedNoise, index: int = 0) -> None:
         self._ranks = ranks
         self._reference = reference
         self._noise = noise
         self._index = index
-        self._variants = noise.counted(reference)
         self._names = [name for name in reference.names if name in ranks.used]
-        self._allowed = self._measure_tolerance({name: reference.used[name] for name in self._names}, "used")
-        self._allowed_update = self._measure_tolerance(reference.update, "update")
-
-    def _measure_tolerance(self, sketches: Mapping[str, np.ndarray], kind: str) -> dict[str, float]:
-        """Return by parameter how far two sketches may lie apart."""
-        eps, total = self._reference.eps, _norm(sketches)
-        num_all = sum(self._reference.numel[name] for name in sketches)
-        allowed = {}
-        for name, rows in sketches.items():
-            seen = [np.linalg.norm(getattr(step, kind)[name][0] - rows[0]) for step in self._variants]
-            # Gradients that cancel to nothing are rounding alone: compare them with the whole.
-            share = total * math.sqrt(self._reference.numel[name] / num_all)
-            stored = self._reference.rounding[name] if kind == "update" else 0.0
-            allowed[name] = MULTIPLE * max(*seen, eps * float(np.linalg.norm(rows[0])), eps * share, stored, 1e-37)
-        return allowed
+        self._allowed = noise.measure_tolerance(reference, {n: reference.used[n] for n in self._names}, "used")
+        self._allowed_update = noise.measure_tolerance(reference, reference.update, "update")
 
     def judge(self) -> OneProcessComparison:
         """Return the comparison."""
@@ -135,7 +75,7 @@ class StepJudge:
             )
         if not (ranks.is_finite and reference.is_finite):
             return "Gradients are inf or nan, on the ranks or in one process."
-        if not _norm(reference.used):
+        if not norm(reference.used):
             return "In one process every gradient is zero: there is nothing to compare."
         if self._relative_tolerance() > BLIND:
             return (
@@ -145,7 +85,7 @@ class StepJudge:
         return ""
 
     def _relative_tolerance(self) -> float:
-        total = _norm({name: self._reference.used[name] for name in self._names})
+        total = norm({name: self._reference.used[name] for name in self._names})
         return math.sqrt(sum(value**2 for value in self._allowed.values())) / total if total else math.nan
 
     def _measure_parameters(self) -> dict[str, ParameterNumbers]:
@@ -194,9 +134,11 @@ class StepJudge:
             f"{num_ranks} ranks computed what one process does: the {what} of {len(self._names)} parameters agree "
             f"within {self._relative_tolerance():.1e} of their size, {MULTIPLE:g} times what rounding changes."
         )
+        if self._relative_tolerance() > COARSE:
+            text += " Smaller differences cannot be seen in this precision." + _IN_FLOAT32
         loss, reference = float(np.mean(self._ranks.losses)), self._reference.losses[0]
-        seen = [abs(step.losses[0] - reference) for step in self._variants]
-        if abs(loss - reference) > MULTIPLE * max(*seen, self._reference.eps * abs(reference)):
+        seen = [abs(step.losses[0] - reference) for step in self._noise.counted(self._reference)]
+        if abs(loss - reference) > MULTIPLE * max([*seen, self._reference.eps * abs(reference)]):
             text += (
                 f" What step returned is not the same: {loss:.6g} in the mean of the ranks, {reference:.6g} in "
                 "one process. That trains nothing wrongly, but a curve of it differs."
@@ -206,8 +148,8 @@ class StepJudge:
     # ---- why ---------------------------------------------------------------------------------------------------
 
     def _explain(self, off: list[str]) -> OneProcessComparison:
-        mixing = judge_records(self._ranks.records)
-        if mixing.shape in _NOT_A_MEAN and not _is_one_replica(self._ranks):
+        mixing = judge_records(self._ranks.records) if len(self._ranks.records) > 1 else None
+        if mixing is not None and mixing.shape in _NOT_A_MEAN and not _is_one_replica(self._ranks):
             return self._explain_mixing(mixing, off)
         first = find_first_module(
             self._ranks.outputs, self._reference.outputs, self._outputs_of_variants(), MULTIPLE
@@ -258,7 +200,7 @@ class StepJudge:
         )
 
     def _outputs_of_variants(self) -> list[SampleOutputs]:
-        return [step.outputs for step in self._variants]
+        return [step.outputs for step in self._noise.counted(self._reference)]
 
     def _exceed(self, names: Sequence[str]) -> float:
         numbers = self._measure_parameters()
@@ -268,10 +210,12 @@ class StepJudge:
         return max(self._measure_parameters()[name].difference for name in names)
 
     def _explain_mixing(self, mixing: Mixing, off: list[str]) -> OneProcessComparison:
-        where = next((name for name in off if name not in mixing.by_parameter.get("averaged", ())), off[0])
-        return self._say("weighted", f"The ranks' gradients are not averaged. {mixing}", where=where)
+        if len(off) == len(self._names):
+            return self._say("weighted", f"The ranks' gradients are not averaged. {mixing}")
+        told = f"The gradients of some parameters are not averaged: {_name_some(off)}. The others agree. {mixing}"
+        return self._say("some_parameters", told, where=off[0])
 
-    def _explain_scale(self, scale: float, mixing: Mixing) -> OneProcessComparison:
+    def _explain_scale(self, scale: float, mixing: Mixing | None) -> OneProcessComparison:
         """Say where a factor arises: in the loss, in the reduction, or after it."""
         num_ranks = len(self._ranks.losses)
         is_loss_same, after_alone = self._is_own_same()
@@ -285,7 +229,7 @@ class StepJudge:
                 "that is not the whole gradient's does this.",
                 scale=scale,
             )
-        if is_loss_same and mixing.shape == "summed":
+        if is_loss_same and mixing is not None and mixing.shape == "summed":
             why = f"the ranks' gradients are summed; divide by the number of ranks, {num_ranks}"
         elif is_loss_same:
             why = f"the mean of the ranks' gradients is right, and is multiplied by {scale:.4g} afterwards"
@@ -335,13 +279,13 @@ class StepJudge:
             )
         else:
             text += (
-                f"{self._name_counts(reference)}. Divide each rank's sum by the count of the whole batch, times "
+                f"{self.name_counts(reference)}. Divide each rank's sum by the count of the whole batch, times "
                 "the number of ranks, instead of taking the mean over its share."
             )
         cause = "update" if is_loss_same else "weighted"
         return self._say(cause, text, weights=weights, reference_weights=reference)
 
-    def _name_counts(self, reference: Sequence[float]) -> str:
+    def name_counts(self, reference: Sequence[float]) -> str:
         """Name the counts that are in the ratio of the weights; empty where none are."""
         shares = np.array(reference) / sum(reference)
         targets = self._ranks.num_targets

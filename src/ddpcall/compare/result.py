@@ -65,7 +65,7 @@ class OneProcessComparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain numbers, lists and texts; nan as None."""
-        return _without_nan(asdict(self))
+        return without_nan(asdict(self))
 
     @staticmethod
     def from_json(text: str | bytes) -> OneProcessComparison:
@@ -83,9 +83,10 @@ class OneProcessComparison:
         return self.message
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
+def without_nan(value: Any) -> Any:
+    """Return nested numbers with None in place of nan and inf, as JSON has neither."""
+    if isinstance(value, Mapping):
+        return {name: without_nan(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

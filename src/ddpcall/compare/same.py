@@ -22,7 +22,8 @@ from ddpcall.compare.batches import (
     perturb,
     split_evenly,
 )
-from ddpcall.compare.judge import Noise, StepJudge
+from ddpcall.compare.judge import StepJudge
+from ddpcall.compare.noise import Noise
 from ddpcall.compare.one_process import kept_random_state, world_of
 from ddpcall.compare.result import OneProcessComparison
 from ddpcall.compare.steps import MakeOptimizer, Step, StepRecord, join_ranks, take_steps
@@ -30,7 +31,7 @@ from ddpcall.mixing import RanksMissing, exchange_records
 from ddpcall.replicas import digest_state
 
 _NUM_VARIANTS = 2
-_FOLLOWS = ("Timed out", "timed out", "Connection closed", "Connection reset")
+_FOLLOWS = ("Timed out", "timed out", "timeout caused pair closure", "Connection closed", "Connection reset")
 _MISSING = (
     "same_as_one_process compares ranks with one process, and there {what}: start the script with "
     "torchrun --nproc-per-node 2 or more and call torch.distributed.init_process_group() first"

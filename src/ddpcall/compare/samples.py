@@ -74,6 +74,7 @@ class SampleRecorder:
     def __init__(self, model: nn.Module, samples: Sequence[int] | None = None, max_modules: int = 512) -> None:
         self.recorded = SampleOutputs()
         self.eps = 0.0
+        self.is_on = True
         self._given = samples
         self._model = model
         self._modules = dict(list(model.named_modules())[:max_modules])
@@ -106,7 +107,7 @@ class SampleRecorder:
         return recorded
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if in_backward():
+        if in_backward() or not self.is_on:
             return
         self._calls = {}
         rows = digest_rows(find_tensors((args, kwargs)))
@@ -116,7 +117,7 @@ class SampleRecorder:
         self.recorded.samples += rows
 
     def _see(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if in_backward() or not self._num_rows:
+        if in_backward() or not self._num_rows or not self.is_on:
             return
         call = self._calls[name] = self._calls.get(name, -1) + 1
         for tensor in find_tensors(output):

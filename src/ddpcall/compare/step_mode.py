@@ -16,7 +16,7 @@ _DROPOUTS = (
 )  # fmt: skip
 # Where their arguments have dropout_p.
 _ATTENTIONS = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
-_LOSSES = (F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
+LOSSES = (F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 
 
 class StepMode(TorchFunctionMode):
@@ -54,12 +54,13 @@ class StepMode(TorchFunctionMode):
                 args = (*args[:place], 0.0, *args[place + 1 :])
             else:
                 kwargs = {**kwargs, "dropout_p": 0.0}
-        elif func in _LOSSES:
-            self.num_targets += _count_targets(func, args, kwargs)
+        elif func in LOSSES:
+            self.num_targets += count_targets(func, args, kwargs)
         return func(*args, **kwargs)
 
 
-def _count_targets(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+def count_targets(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """Return how many targets a call of one of `LOSSES` takes the mean of; no number where it takes none."""
     given = inspect.signature(func).bind(*args, **kwargs)
     given.apply_defaults()
     target: Tensor = given.arguments["target"]

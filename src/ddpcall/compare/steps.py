@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,16 @@ class StepRecord:
         )
         return stream.getvalue()
 
+    def rename(self, clean: Callable[[str], str]) -> StepRecord:
+        """Return the record with other names of parameters and modules."""
+        outputs = SampleOutputs(
+            self.outputs.samples,
+            {(clean(name), call): rows for (name, call), rows in self.outputs.outputs.items()},
+            {clean(name): kind for name, kind in self.outputs.kinds.items()},
+        )
+        names = tuple(clean(name) for name in self.sketches.names)
+        return replace(self, sketches=replace(self.sketches, names=names), outputs=outputs)
+
     @staticmethod
     def from_bytes(data: bytes) -> StepRecord:
         """Read what `to_bytes` wrote."""
@@ -112,7 +122,7 @@ def take_steps(
         raise ValueError("the model has no parameter that requires a gradient: there is nothing to compare")
     # A step of size zero, where the user gives none: gradients are read when an optimizer is about to use them.
     optimizer = SGD(parameters, lr=0.0) if make_optimizer is None else make_optimizer(parameters)
-    named = _choose_named(trained, inner, optimizer)
+    named = choose_named(trained, inner, [optimizer])
     records = []
     for index in range(num_steps):
         recorder = SampleRecorder(inner, samples[index] if samples else None)
@@ -136,7 +146,7 @@ def take_steps(
             StepRecord(
                 sketches,
                 np.stack(updates) if make_optimizer is not None else np.empty((0, 0)),
-                np.array([_measure_rounding(old) for old in before]),
+                np.array([measure_rounding(old) for old in before]),
                 _to_number(loss),
                 recorder.finish(),
                 mode.num_targets,
@@ -147,14 +157,15 @@ def take_steps(
     return records
 
 
-def _measure_rounding(weights: Any) -> float:
+def measure_rounding(weights: Any) -> float:
+    """Return how far storing new weights moves an update, as a norm."""
     values = weights.to_local() if hasattr(weights, "placements") else weights
     return _ROUNDING * torch.finfo(values.dtype).eps * float(torch.linalg.vector_norm(values.to(torch.float64)))
 
 
-def _choose_named(trained: nn.Module, inner: nn.Module, optimizer: Optimizer) -> nn.Module:
+def choose_named(trained: nn.Module, inner: nn.Module, optimizers: Sequence[Optimizer]) -> nn.Module:
     """Return the module whose parameters have the names that the user knows: FSDP1 replaces those of the inner."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     return inner if held & {id(parameter) for parameter in inner.parameters()} else trained
 
 
@@ -206,21 +217,13 @@ def join_ranks(records: Sequence[StepRecord]) -> Step:
     """Put what the ranks know of one step together, shards and replicas as well."""
     sketches = [record.sketches for record in records]
     parameters = gather_parameters(sketches)
-    update = {}
-    for parameter in parameters if len(records[0].updates) else ():
-        at = [one.names.index(parameter.name) for one in sketches]
-        update[parameter.name] = np.stack(
-            [
-                sum(records[part].updates[at[part]] for part in one.used_parts[at[rank]] or (rank,))
-                for rank, one in enumerate(sketches)
-            ]
-        )
+    has_updates = len(records[0].updates) > 0
     return Step(
         names=tuple(parameter.name for parameter in parameters),
         numel={parameter.name: parameter.numel for parameter in parameters},
         used={parameter.name: parameter.used for parameter in parameters},
         own={parameter.name: parameter.own for parameter in parameters},
-        update=update,
+        update=join_rows(sketches, [record.updates for record in records]) if has_updates else {},
         rounding=dict(zip(sketches[0].names, records[0].rounding.tolist(), strict=True)),
         is_finite=all(bool(np.isfinite(parameter.used).all()) for parameter in parameters),
         losses=tuple(record.loss for record in records),
@@ -232,3 +235,23 @@ def join_ranks(records: Sequence[StepRecord]) -> Step:
         failure=next((one.failure for one in sketches if one.failure), ""),
         records=sketches,
     )
+
+
+def join_rows(sketches: Sequence[RankSketches], rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Put sketches of weights together as their shards lie on the ranks.
+
+    Args:
+        sketches: Say where; by rank.
+        rows: By rank: shape (parameters, buckets), in the order of its `sketches.names`.
+
+    Returns:
+        By parameter: shape (ranks, buckets).
+    """
+    joined = {}
+    for name in sketches[0].names:
+        at = [one.names.index(name) for one in sketches]
+        parts = [
+            one.used_parts[place] or (rank,) for rank, (one, place) in enumerate(zip(sketches, at, strict=True))
+        ]
+        joined[name] = np.stack([sum(rows[part][at[part]] for part in own) for own in parts])
+    return joined
