@@ -212,7 +212,7 @@ class Recorder:
 
     def _begin(self) -> None:
         self._places = find_places(self._named, self._held)
-        self._collector = MixingCollector(self._named, self._held)
+        self._collector = MixingCollector.of_model(self._named, self._held)
         self._weights = self._sketch_weights()
         self._losses, self._targets, self._rates, self._loss_scale = [], [], [], 1.0
         self._samples.eps = 0.0

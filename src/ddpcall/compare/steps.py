@@ -126,7 +126,7 @@ def take_steps(
     records = []
     for index in range(num_steps):
         recorder = SampleRecorder(inner, samples[index] if samples else None)
-        collector = MixingCollector(named, optimizer)
+        collector = MixingCollector.of_model(named, optimizer)
         places = find_places(named, [optimizer])
         before = [place.stepped.detach().clone() for place in places]
         optimizer.zero_grad(set_to_none=True)
