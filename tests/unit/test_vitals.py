@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpcall.watch.compare.vitals import PARTS, Vitals, VitalsTaker
+from ddpcall.watch.compare.vitals import MAX_COPIED_BYTES, PARTS, Vitals, VitalsTaker
 
 
 class Model(nn.Module):
@@ -346,3 +346,22 @@ def test_the_batch_is_not_kept(model):
     del batch
     gc.collect()
     assert reference() is None
+
+
+@pytest.mark.parametrize("closely", [True, False])
+def test_what_vitals_are_made_of_stays_that_of_their_step(model, optimizer, batch, closely):
+    taker = VitalsTaker(model, optimizer)
+    kept = taker.take(1, batch, closely)
+    then = {part: taker.details(part) for part in kept.details}
+    assert set(then) == {"optimizer", "modes", "buffers"} | ({"parameters"} if closely else set())
+    for change in (swap_parameters, change_a_buffer, count_a_batch, evaluate_all, change_learning_rate):
+        change(model, optimizer, batch)
+    assert {part: tell() for part, tell in kept.details.items()} == then
+    assert all(taker.details(part) != then[part] for part in then)
+    assert set(kept.measures) == {"buffers"} | ({"parameters"} if closely else set())
+    assert set(kept.measures["buffers"]()) == set(then["buffers"])
+
+
+def test_large_buffers_are_not_kept(model, optimizer, batch):
+    model.register_buffer("table", torch.zeros(MAX_COPIED_BYTES // 4))
+    assert "buffers" not in VitalsTaker(model, optimizer).take(1, batch).details

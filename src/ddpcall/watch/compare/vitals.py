@@ -152,9 +152,9 @@ class VitalsTaker:
             digests, measured = self.details("parameters"), self.measure_parameters()
             details["parameters"], measures["parameters"] = lambda: digests, lambda: measured
         copies = structure.copy_buffers()
-        if copies:
-            details["buffers"] = lambda: {name: digest_tensor(copy) for name, copy in copies.items()}
-            measures["buffers"] = lambda: {name: measure(copy, name, None) for name, copy in copies.items()}
+        if copies is not None:
+            details["buffers"] = lambda: {name: digest_tensor(copy) for name, copy in copies().items()}
+            measures["buffers"] = lambda: {name: measure(copy, name, None) for name, copy in copies().items()}
         parts = {
             "parameters": structure.parameters.digest() if structure.num_parameters else None,
             "buffers": structure.buffers.digest() if structure.num_buffers else None,
@@ -259,6 +259,7 @@ class _Structure:
         self.parameters = StateDigester(self.named_parameters)
         self.buffers = StateDigester(self.named_buffers)
         self._header = digest_bytes("\n".join(self._names).encode())
+        self._copied_buffers = _group_small(self.named_buffers)
 
     def _read_entries(self) -> list[Any]:
         return list(chain.from_iterable(map(methodcaller("values"), self._tables)))  # no dicts where scripted
@@ -268,11 +269,21 @@ class _Structure:
         entries = self._read_entries()
         return len(entries) == len(self._entries) and all(map(is_, entries, self._entries))
 
-    def copy_buffers(self) -> dict[str, Tensor]:
-        """Return copies of the buffers, where they are few: in a step they differ, and are compared, by design."""
-        readable = {name: buffer for name, buffer in self.named_buffers.items() if not is_unreadable(buffer)}
-        is_small = sum(buffer.numel() * buffer.element_size() for buffer in readable.values()) <= MAX_COPIED_BYTES
-        return {name: buffer.detach().clone() for name, buffer in readable.items()} if is_small else {}
+    def copy_buffers(self) -> Callable[[], dict[str, Tensor]] | None:
+        """Return what gives copies of the buffers as they are now, flat; None where they are too large to keep."""
+        flat = []
+        for buffers in self._copied_buffers:
+            sizes = [buffer.numel() for buffer in buffers.values()]
+            flat.append((buffers, sizes, torch.cat([buffer.detach().reshape(-1) for buffer in buffers.values()])))
+
+        def split() -> dict[str, Tensor]:
+            return {
+                name: copy
+                for names, sizes, all_ in flat
+                for name, copy in zip(names, all_.split(sizes), strict=True)
+            }
+
+        return split if flat else None
 
     def read_modes(self) -> bytes:
         """Return every module's train/eval flag."""
@@ -286,6 +297,17 @@ class _Structure:
         """Return train or eval by module name; the model itself is called (root)."""
         named = zip(self._names, flags, strict=True)
         return {name or "(root)": "train" if is_training else "eval" for name, is_training in named}
+
+
+def _group_small(buffers: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return the buffers to copy, by dtype and device: one copy each is cheaper than one a buffer."""
+    readable = {name: buffer for name, buffer in buffers.items() if not is_unreadable(buffer)}
+    if sum(buffer.numel() * buffer.element_size() for buffer in readable.values()) > MAX_COPIED_BYTES:
+        return []
+    groups: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
+    for name, buffer in readable.items():
+        groups.setdefault((buffer.dtype, buffer.device), {})[name] = buffer
+    return list(groups.values())
 
 
 def _ignored_names(named_modules: Mapping[str, nn.Module]) -> Iterator[str]:
