@@ -40,8 +40,8 @@ class Rank:
     def wants(self, finding):
         return finding.code not in self.ignored
 
-    def publish(self, finding, quietly):
-        self.told.append((finding.line, finding.count, *(["quietly"] if quietly else [])))
+    def publish(self, finding):
+        self.told.append((finding.line, finding.count))
 
     def republish(self):
         self.told.append("republished")
@@ -125,14 +125,6 @@ def test_two_harms_on_one_line_are_told_once(rank):
     rank.book.report(BYPASSED, "one model")
     rank.book.report(BYPASSED, "another")
     assert (rank.told, lines(rank.book)) == ([(12, 1), (12, 2)], [12])
-
-
-def test_a_finding_that_was_replaced_may_come_again(rank):
-    key = ("DC201", "", 0, "step", "bypassed")
-    rank.book.report(DIVERGED, quietly=True)
-    rank.book.withdraw(key, for_good=False)
-    rank.book.report(DIVERGED)
-    assert rank.told == [(0, 1, "quietly"), "republished", (0, 1)]
 
 
 def test_only_findings_about_gradients_explain_why_parameters_differ_and_other_ranks_have_some_too(rank):

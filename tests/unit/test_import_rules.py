@@ -1,6 +1,7 @@
 """Design rule: a room imports only what lies below it, and `import ddpcall` does no work."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,27 @@ MAY_WRAP = {
     "compare/same.py",
     "watch",
 }
+WATCH = SOURCE / "watch"
+RECORD = {"run", "models", "step_count", "findings_book", "advice"}
+WATCH_MAY_IMPORT = {
+    "output": {"output"},
+    "program": {"program", "session", "options", "launch", "output"},
+    "sensors": {"sensors", "output"} | RECORD,
+    "rules": {"rules", "sensors"} | RECORD,
+    "compare": {"compare", "rules", "sensors"} | RECORD,
+}
+# A sensor that begins a watch, one name that a rule reads, and a rule that compares by itself.
+MAY_REACH_FURTHER = {
+    "sensors/group_hook.py": "program",
+    "rules/replicas.py": "compare",
+    "rules/strays.py": "compare",
+}
+PATCHES = {
+    "replace_attribute",
+    "ForwardTap",
+    "register_optimizer_step_pre_hook",
+    "register_optimizer_step_post_hook",
+}
 WRAPPING = ("torch.nn.parallel", "torch.distributed._composable", "torch.distributed.fsdp")
 
 
@@ -110,6 +132,48 @@ def spells_forward(path: Path) -> bool:
 def test_only_paths_and_claims_spell_forward_and_only_wrappers_and_claims_wrap(path):
     assert is_under(path, MAY_SPELL_FORWARD) or not spells_forward(path)
     assert is_under(path, MAY_WRAP) or not any(name.startswith(WRAPPING) for name in find_imports(path))
+
+
+def find_watch_imports(path: Path) -> set[str]:
+    return {
+        name.removeprefix("ddpcall.watch.") for name in find_imports(path) if name.startswith("ddpcall.watch.")
+    }
+
+
+@pytest.mark.parametrize("path", sorted(WATCH.glob("*/*.py")), ids=lambda path: str(path.relative_to(WATCH)))
+def test_a_room_of_the_watch_imports_only_what_lies_below_it(path):
+    rooms = {name.split(".")[0] for name in find_watch_imports(path)}
+    allowed = WATCH_MAY_IMPORT[path.parent.name] | {MAY_REACH_FURTHER.get(str(path.relative_to(WATCH)), "")}
+    assert rooms <= allowed
+
+
+def test_the_watchs_files_import_each_other_in_no_circle():
+    files = {
+        str(path.relative_to(WATCH)).removesuffix(".py").replace("/", "."): path for path in WATCH.rglob("*.py")
+    }
+    imports = {name: find_watch_imports_at_start(path) & files.keys() for name, path in files.items()}
+    while leaves := [name for name, below in imports.items() if not below]:
+        imports = {name: below - set(leaves) for name, below in imports.items() if name not in leaves}
+    assert not imports
+
+
+def find_watch_imports_at_start(path: Path) -> set[str]:
+    """Return what the module imports as it is imported itself: not in functions, not for type checkers."""
+    found = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom) and node.module]
+    return {str(node.module).removeprefix("ddpcall.watch.") for node in found}
+
+
+def uses_patches(path: Path) -> bool:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    called = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return bool(names & PATCHES) or any(re.fullmatch(r"register_\w*hook", name) for name in called)
+
+
+def test_only_sensors_of_the_watch_patch_torch_and_only_its_program_patches_what_starts_ranks():
+    patching = {path.relative_to(WATCH) for path in WATCH.rglob("*.py") if uses_patches(path)}
+    assert {path.parent.name for path in patching} == {"sensors", "program"}
+    assert {str(path) for path in patching if path.parent.name == "program"} == {"program/spawned.py"}
 
 
 def test_the_rules_on_forward_and_wrapping_see_what_they_forbid():

@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 import ddpcall
-from ddpcall.watch import attach as attach_module
+from ddpcall.watch.sensors.collectives import CollectiveLog
+from ddpcall.watch.sensors.compiled import CompiledSensor
+from ddpcall.watch.sensors.hooks import HookSensor
+from ddpcall.watch.sensors.steps import StepSensor
 from tests.ranks.lab_process import clean_environment
 
 WATCH = [sys.executable, "-m", "ddpcall", "watch", "--json", "f.json"]
@@ -108,7 +111,7 @@ def use_hooks():
 
 
 def test_where_one_part_cannot_attach_the_others_do_and_it_is_said_once(monkeypatch, capsys):
-    monkeypatch.setattr(attach_module.CompiledWatch, "attach", cannot)
+    monkeypatch.setattr(CompiledSensor, "attach", cannot)
     with ddpcall.watch(on_finding="record") as session:
         use_hooks()
         assert [finding.code for finding in session.findings] == ["DC301"]
@@ -120,7 +123,7 @@ def test_where_one_part_cannot_attach_the_others_do_and_it_is_said_once(monkeypa
 def test_ranks_other_than_the_first_do_not_repeat_it(monkeypatch, capsys):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(attach_module.CompiledWatch, "attach", cannot)
+    monkeypatch.setattr(CompiledSensor, "attach", cannot)
     with ddpcall.watch(on_finding="record") as session:
         pass
     assert list(session.not_attached) == ["torch.compile"]
@@ -129,7 +132,7 @@ def test_ranks_other_than_the_first_do_not_repeat_it(monkeypatch, capsys):
 
 def test_a_part_that_fails_half_way_leaves_nothing_behind(monkeypatch):
     register, load = nn.Module.register_forward_hook, nn.Module.load_state_dict
-    monkeypatch.setattr(attach_module.HookWatch, "_hearing", cannot)
+    monkeypatch.setattr(HookSensor, "_hearing", cannot)
     with ddpcall.watch(on_finding="record") as session:
         assert nn.Module.register_forward_hook is register
         assert nn.Module.load_state_dict is not load
@@ -156,9 +159,9 @@ def test_a_library_imported_later_that_cannot_be_watched_does_not_fail_its_impor
 
 def test_steps_are_not_judged_without_the_log_of_collectives(monkeypatch):
     """Gradients that the script reduces itself would look unreduced."""
-    monkeypatch.setattr(attach_module.CollectiveLog, "attach", cannot)
+    monkeypatch.setattr(CollectiveLog, "attach", cannot)
     steps = SimpleNamespace(num=0)
-    monkeypatch.setattr(attach_module.StepWatch, "_before_step", lambda *_: setattr(steps, "num", steps.num + 1))
+    monkeypatch.setattr(StepSensor, "_before_step", lambda *_: setattr(steps, "num", steps.num + 1))
     with ddpcall.watch(on_finding="record") as session:
         parameter = nn.Parameter(torch.ones(1))
         parameter.sum().backward()

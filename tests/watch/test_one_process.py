@@ -12,7 +12,6 @@ from torch.nn.utils import prune, spectral_norm, weight_norm
 
 import ddpcall
 from ddpcall.watch.sensors import earlier
-from ddpcall.watch.sensors.sharded import ShardedWatch
 
 
 @pytest.fixture
@@ -213,15 +212,15 @@ pre_forward.__module__ = "torch.distributed.fsdp._fully_shard._fsdp_state"
 
 
 @pytest.mark.parametrize(("enter", "explained"), [("forward", True), ("call", False)])
-def test_a_crash_is_a_bypasss_only_if_the_gathering_hook_was_passed(enter, explained):
-    watch, model = ShardedWatch(), Sharded()
+def test_a_crash_is_a_bypasss_only_if_the_gathering_hook_was_passed(session, enter, explained):
+    model = Sharded()
     model.register_forward_pre_hook(pre_forward)
-    watch.hook_registered(model, "forward_pre", pre_forward)
     with pytest.raises(RuntimeError, match="mixed") as caught:
         model.forward(torch.ones(1, 2)) if enter == "forward" else model(torch.ones(1, 2))
-    event = watch.explain(caught.value, step=1)
-    assert (event is not None) is explained
-    assert watch.explain(ValueError("another"), step=1) is None
+    session.explain_crash(ValueError("another"))
+    assert found(session) == []
+    session.explain_crash(caught.value)
+    assert [code for code, _ in found(session)] == ["DC306"] * explained
 
 
 # ---- sessions ------------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ class Publisher(Protocol):
         """Say whether the user wants to hear of a finding."""
         ...
 
-    def publish(self, finding: Finding, quietly: bool) -> None:
-        """Put a reported finding on disk, and say it unless that is to be done quietly."""
+    def publish(self, finding: Finding) -> None:
+        """Put a reported finding on disk, and say it."""
         ...
 
     def republish(self) -> None:
@@ -99,13 +99,12 @@ class FindingsBook:
         if entry is not None and entry.status in (Status.SUSPECTED, Status.CONFIRMED):
             self.report(entry.finding, key)
 
-    def report(self, finding: Finding, key: Hashable = None, quietly: bool = False) -> None:
+    def report(self, finding: Finding, key: Hashable = None) -> None:
         """Report a finding, unless it was withdrawn; one that is known is counted.
 
         Args:
             finding: Of this rank, where it names none.
             key: What it was suspected or held under; None for its site and cause.
-            quietly: Whether it is only put on disk, since a better one follows.
 
         Raises:
             WatchError: With `on_finding="raise"`.
@@ -121,18 +120,13 @@ class FindingsBook:
             merged = merge_findings([*known, finding])[0]
             merged = replace(merged, count=max((each.count for each in known), default=0) + 1)
             self._entries[key] = _Entry(merged, Status.REPORTED)
-        self._publisher.publish(merged, quietly)
+        self._publisher.publish(merged)
 
-    def withdraw(self, key: Hashable, for_good: bool = True) -> None:
-        """Take back a finding, in whatever state.
-
-        Args:
-            key: Its key.
-            for_good: Whether it is no harm, now and later; otherwise it may be reported anew.
-        """
+    def withdraw(self, key: Hashable) -> None:
+        """Take back a finding, in whatever state, for good: it is no harm."""
         with self._lock:
-            entry = self._entries.pop(key, None)
-            if entry is not None and for_good:
+            entry = self._entries.get(key)
+            if entry is not None:
                 self._entries[key] = _Entry(entry.finding, Status.WITHDRAWN)
         if entry is not None and entry.status is Status.REPORTED:
             self._publisher.republish()

@@ -37,27 +37,16 @@ class Models:
     def open(self, ledger: ReducerState, root: nn.Module, owned: list[nn.Parameter]) -> None:
         """Add a ledger; it owns its parameters, together with earlier wrappers that are still in use."""
         for previous in self.ledgers:
-            alive = {id(p) for reference in previous.owned if (p := reference()) is not None}
-            if (
-                alive and alive <= ledger.names.keys()
-            ):  # wrapped again; the first may still be used in turn with it
-                previous.close()
-                previous.armed = False
-                ledger.sharing.append(previous)
-            elif alive & ledger.names.keys():
-                previous.sharing.append(ledger)
-                ledger.sharing.append(previous)
+            previous.share_with(ledger)
         self.owner.update((id(parameter), ledger) for parameter in owned)
-        ledger.owned = [weakref.ref(parameter) for parameter in owned]
-        ledger.root = weakref.ref(root)
-        ledger.mark = self._mark
+        ledger.own(root, owned, self._mark)
         self._frozen.update(id(p) for p in root.parameters() if id(p) not in ledger.names)
         self.ledgers.append(ledger)
         self.structure += 1
 
     def bind(self, ledger: ReducerState, ddp: DistributedDataParallel) -> None:
         """Note whose reducer a ledger is about."""
-        ledger.ddp = weakref.ref(ddp, self._forget)
+        ledger.bind(weakref.ref(ddp, self._forget))
         self._by_ddp[id(ddp)] = ledger
 
     def _forget(self, reference: Any) -> None:

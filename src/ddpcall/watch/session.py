@@ -439,12 +439,11 @@ class Session:
                 self._write()
                 self._next_write = time.monotonic() + 1.0
 
-    def publish(self, finding: Finding, quietly: bool) -> None:
+    def publish(self, finding: Finding) -> None:
         """Put a finding on disk, and say it where no rank of this host has.
 
         Args:
             finding: With its count so far.
-            quietly: Whether nothing is said, since a better one follows.
 
         Raises:
             WatchError: With `on_finding="raise"`, for one that is new on this rank.
@@ -454,7 +453,7 @@ class Session:
             if self._is_shared() and finding.count & (finding.count - 1) == 0:  # at 1, 2, 4, …: not at every step
                 said = self._write()
                 is_new_anywhere = is_new_here if said is None else key_of(finding) in said.new
-        if not is_new_here or quietly:
+        if not is_new_here:
             return
         if self._may_raise:
             raise WatchError(finding)

@@ -27,6 +27,14 @@ class StepCount:
         self._done[optimizer] = self.of(optimizer) + 1
         self.most = max(self.most, self._done[optimizer])
 
+    def expect_evaluation(self) -> None:
+        """Note a step of the leading optimizer: the model may be evaluated now."""
+        self.evaluation_due = True
+
+    def evaluated(self) -> None:
+        """Note that it was."""
+        self.evaluation_due = False
+
     def of(self, optimizer: Optimizer) -> int:
         """Return an optimizer's steps, one that has begun included."""
         return self._done.get(optimizer, 0)

@@ -9,29 +9,25 @@ from torch.optim import Optimizer
 
 from ddpcall.mixing.places import clean_name
 from ddpcall.mixing.record import RankSketches
-from ddpcall.taps import CallSite, find_call_site
+from ddpcall.taps import find_call_site
 from ddpcall.watch.compare.exchange import find_store
 from ddpcall.watch.compare.records import MAX_RANKS, RecordExchange
-from ddpcall.watch.findings_book import FindingsBook
 from ddpcall.watch.rules.mixing import Certificate, MixingRule, Where
-from ddpcall.watch.sensors.collectives import CollectiveLog
+from ddpcall.watch.rules.rule import Rule
+from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.gradients import plain_name
-from ddpcall.watch.step_count import StepCount
 
 WAIT_S = 15.0
 
 
-class MixingWatch:
+class MixingWatch(Rule):
     """Hands this rank's records to the exchange; on rank 0 they meet those of the others.
 
     Args:
-        count: Each optimizer's steps.
-        collectives: What the script itself sends: enough to average weights, or too little.
-        book: Gets findings, on rank 0.
+        run: What this rank knows; its book gets findings, on rank 0.
         is_inside: Says of a parameter's name whether it belongs to a wrapped model.
         is_sharded: Says whether a wrapper shards it.
         is_compared: Says whether its weights are compared anyway.
-        find_made: Returns the line that handed parameters to an optimizer.
         confirm: Reports what sensors suspected of some parameters' gradients.
 
     Attributes:
@@ -40,20 +36,16 @@ class MixingWatch:
 
     def __init__(
         self,
-        count: StepCount,
-        collectives: CollectiveLog,
-        book: FindingsBook,
+        run: Run,
         is_inside: Callable[[str], bool],
         is_sharded: Callable[[str], bool],
         is_compared: Callable[[str], bool],
-        find_made: Callable[[Optimizer], CallSite],
         confirm: Callable[[list[str]], None],
     ) -> None:
-        self._count = count
-        self._book = book
-        self._find_made = find_made
+        self._run = run
+        collectives = run.collectives
         self._rule = MixingRule(
-            book.report,
+            run.book.report,
             self._is_explained,
             lambda names: confirm([*map(plain_name, names)]),
             lambda: collectives.num_sent() if collectives.num_called else None,
@@ -82,8 +74,8 @@ class MixingWatch:
         if exchange is None:
             return
         if dist.get_rank() == 0:
-            site, made = find_call_site(), self._find_made(optimizer)
-            self._steps[number] = Where(self._count.of(optimizer), id(optimizer), site, made)
+            site, made = find_call_site(), self._run.sites.made(optimizer)
+            self._steps[number] = Where(self._run.steps.of(optimizer), id(optimizer), site, made)
         exchange.post(number, record.to_bytes)
         self._read(exchange)
 
@@ -107,7 +99,7 @@ class MixingWatch:
 
     def _is_explained(self, name: str) -> bool:
         """Say whether a finding tells already why this parameter's gradients are not averaged."""
-        told = [finding for finding in self._book.told() if finding.code.startswith("DC1")]
+        told = [finding for finding in self._run.book.told() if finding.code.startswith("DC1")]
         name = plain_name(name)
         return any(not f.parameters or name in map(clean_name, f.parameters) for f in told)
 
@@ -123,6 +115,6 @@ class MixingWatch:
         exchange.finish(waits=in_order)
         self._read(exchange)
 
-    def close(self) -> None:
+    def close(self, in_order: bool) -> None:
         """Say what has waited for the weights to be averaged."""
         self._rule.close()

@@ -19,7 +19,7 @@ from ddpcall.taps import NOWHERE, CallSite, find_call_site
 from ddpcall.watch.compare.drift import Drift, largest, read_drift
 from ddpcall.watch.compare.exchange import Comparison, DetailsComparison, Exchange, find_store
 from ddpcall.watch.compare.vitals import AT_THE_END, LOSS_SCALE, Facts, VitalsTaker
-from ddpcall.watch.rules.diagnose import Divergence, diagnose_divergence
+from ddpcall.watch.rules.replicas import Divergence, diagnose_divergence
 from ddpcall.watch.rules.suspects import Suspects
 from ddpcall.watch.sensors.last_sites import BufferUse, LastSites
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -20,7 +19,9 @@ from ddpcall.replicas import digest_tensor
 from ddpcall.taps import NOWHERE, CallSite, find_call_site
 from ddpcall.watch.compare.drift import SKETCH_SIZE, sketch_tensor
 from ddpcall.watch.compare.exchange import find_store
-from ddpcall.watch.events import Emit, Event, EventKind
+from ddpcall.watch.rules.rule import Rule, make_finding
+from ddpcall.watch.run import Run
+from ddpcall.watch.sensors.steps import Step
 
 MAX_OPTIMIZERS = 8
 WAIT_S = 5.0
@@ -61,7 +62,7 @@ class _Record:
     is_over: bool = False
 
 
-class StrayWatch:
+class StrayWatch(Rule):
     """Tells strays that should be replicas from a rank's own: they start equal, and drift apart.
 
     Every rank leaves a digest of them and a sketch of their gradients on the store before the optimizer's first
@@ -73,30 +74,28 @@ class StrayWatch:
     but the first 8 optimizers; a second watch in the same processes.
     """
 
-    def __init__(self, emit: Emit) -> None:
-        """Take where events go."""
-        self._emit = emit
+    def __init__(self, run: Run) -> None:
+        """Take the run."""
+        self._run = run
         self._records: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDictionary()
         self._store: Store | None = None
         self._num_ranks = 0
 
-    def look(
-        self, optimizer: Optimizer, strays: Iterable[Tensor], step: int, reductions: int, site: CallSite
-    ) -> None:
-        """Look at an optimizer's strays, before it steps.
-
-        Args:
-            optimizer: The one that is about to step.
-            strays: Its parameters outside every wrapped model.
-            step: The number of this step of its.
-            reductions: Backwards that reducers have reduced so far.
-            site: Where the strays were handed to the optimizer.
-        """
+    def judge(self, step: Step) -> None:
+        """Look at an optimizer's parameters outside every wrapped model, before it steps."""
+        if not (step.view.strays and self._run.models.ledgers and dist.is_initialized()):
+            return
+        strays = [p for key in step.view.strays if (p := step.get(key)) is not None and p.grad is not None]
+        if not strays:
+            return
+        reductions = sum(state.num_reductions for state in self._run.models.ledgers)
+        optimizer = step.optimizer
         record = self._records.get(optimizer)
         if record is None:
             if len(self._records) >= MAX_OPTIMIZERS:
                 return
-            record = self._records[optimizer] = _Record(str(len(self._records)), site=site, step=step)
+            name, site = str(len(self._records)), self._run.sites.made(optimizer)
+            record = self._records[optimizer] = _Record(name, site=site, step=step.number)
             record.parameters = [weakref.ref(stray) for stray in strays]
         if record.is_over:
             return
@@ -111,7 +110,7 @@ class StrayWatch:
         record.is_over = self._judge(record) or record.num_steps > LOOKS[-1] + PATIENCE_STEPS
         record.num_steps += 1
 
-    def close(self) -> None:
+    def close(self, in_order: bool) -> None:
         """Judge what was seen twice; others may be late, and are not waited for."""
         for record in list(self._records.values()):
             if not record.is_over:
@@ -133,7 +132,7 @@ class StrayWatch:
         store.add(f"{key}/{'same' if first_digests == digests else 'apart'}", 1)
 
     def _judge(self, record: _Record) -> bool:
-        """Emit an event if these strays are replicas that drift; say whether that is decided."""
+        """Report these strays if they are replicas that drift; say whether that is decided."""
         for look in list(record.offered):
             store, key = self._connect(), f"{record.name}/{look}"
             num_same, num_apart = (store.add(f"{key}/{kind}", 0) for kind in ("same", "apart"))
@@ -144,8 +143,13 @@ class StrayWatch:
                 return True
             if num_apart and store.add(f"{record.name}/local", 0):
                 site = record.site if record.site != NOWHERE else find_call_site()
-                facts = {"count": len(record.parameters)}
-                self._emit(Event(EventKind.OUTSIDE, site, record.step, (), (), facts))
+                count = len(record.parameters)
+                message = (
+                    f"{count} parameter{'s' * (count != 1)} handed to the optimizer here, trained beside a "
+                    f"wrapped model, belong to none: the same on all ranks before its step {record.step} and "
+                    "different after it."
+                )
+                self._run.book.report(make_finding("DC102", "outside", site, message, step=record.step))
                 return True
         return False
 

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import Undo, find_call_site, in_backward, replace_attribute
-from ddpcall.watch.events import EventKind, Guard
-from ddpcall.watch.models import Models
+from ddpcall.taps import NOWHERE, Undo, find_call_site, in_backward, replace_attribute
+from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.gradients import GradientSensor
-from ddpcall.watch.sensors.reducer_state import Unreduced, address_of
 
 _INPUTS = 4  # the place of the inputs among the engine's arguments
 
@@ -27,11 +25,11 @@ class BackwardWatch:
     Blind to: `backward()` inside a TorchScript function, which starts the engine from C++.
     """
 
-    def __init__(self, models: Models, gradients: GradientSensor, guard: Guard) -> None:
-        """Take the books, and what measures gradients."""
-        self._models = models
+    def __init__(self, run: Run, gradients: GradientSensor) -> None:
+        """Take the run, and what measures gradients."""
+        self._models = run.models
         self._gradients = gradients
-        self._guard = guard
+        self._contain = run.contain
 
     def attach(self) -> Undo:
         """Watch from now on; returns the undo."""
@@ -40,13 +38,13 @@ class BackwardWatch:
         @functools.wraps(run)
         def _engine_run_backward(*args: Any, **kwargs: Any) -> Any:
             accumulates = kwargs.get("accumulate_grad", True)
-            self._guard(self._begin, accumulates)
+            self._contain(self._begin, accumulates)
             try:
                 taken = run(*args, **kwargs)
             finally:
-                self._guard(self._end, accumulates)
+                self._contain(self._end, accumulates)
             if not accumulates:
-                self._guard(self._gradients_taken, args[_INPUTS])
+                self._contain(self._gradients_taken, args[_INPUTS])
             return taken
 
         patched = internals.disable_dynamo(_engine_run_backward, recursive=False)
@@ -67,12 +65,8 @@ class BackwardWatch:
                 ledger.end_backward() if accumulates else ledger.end_taking()
 
     def _gradients_taken(self, inputs: Iterable[Any]) -> None:
-        parameters = [parameter for parameter in inputs if id(parameter) in self._models.owner]
-        if not parameters:
-            return
-        site = find_call_site()
+        owner = self._models.owner
+        parameters = [parameter for parameter in inputs if id(parameter) in owner]
+        site = find_call_site() if parameters else NOWHERE
         for parameter in parameters:
-            ledger = self._models.owner[id(parameter)]
-            blame = Unreduced(EventKind.AUTOGRAD_GRAD, site, gradient=address_of(parameter.grad))
-            if id(parameter) not in ledger.dirty:
-                ledger.dirty[id(parameter)] = blame
+            owner[id(parameter)].take(parameter, site)

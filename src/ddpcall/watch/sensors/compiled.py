@@ -25,7 +25,7 @@ from ddpcall.taps import (
     replace_attribute,
     suspend_forward_taps,
 )
-from ddpcall.watch.events import Event, EventKind
+from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.hooks import can_be_tapped, is_users
 
 
@@ -53,6 +53,12 @@ class CompiledRoot:
     waiting: list[CallSite] = field(default_factory=list)
     seen: tuple[int, int] = (0, 0)
 
+    @property
+    def name(self) -> str:
+        """The module's class."""
+        module = self.module()
+        return "The model" if module is None else type(module).__name__
+
 
 @dataclass(eq=False)
 class LateHook:
@@ -66,27 +72,36 @@ class LateHook:
     undo: Undo
 
 
-class CompiledWatch:
+class CompiledSensor:
     """Follows torch.compile(module) and module.compile().
+
+    Attributes:
+        roots: What was compiled.
+        late: Hooks that were registered after the first compiled call, and are not judged yet.
 
     Blind to: eager parts after a graph break; compiled functions that are no modules.
     """
 
     def __init__(
         self,
-        emit: Callable[[Event], None],
-        step: Callable[[], int],
-        keep: Callable[[Undo], None],
+        run: Run,
         adopted: Callable[[nn.Module], None],
+        ran_eagerly: Callable[[CompiledRoot, CallSite, bool], None],
     ) -> None:
-        """Take where events go, the current step, where undos go, and who wants all modules compiled."""
-        self._emit = emit
+        """Take the run.
+
+        Args:
+            run: Keeps the undos.
+            adopted: Hears of all modules of compiled ones.
+            ran_eagerly: Hears of a module that runs outside every compiled call: its root, the line, and whether
+                it is the compiled module itself.
+        """
+        self._keep = run.keep
         self._adopted = adopted
-        self._step = step
-        self._keep = keep
-        self._roots: list[CompiledRoot] = []
+        self._ran_eagerly = ran_eagerly
+        self.roots: list[CompiledRoot] = []
+        self.late: list[LateHook] = []
         self._of_module: weakref.WeakKeyDictionary[nn.Module, CompiledRoot] = weakref.WeakKeyDictionary()
-        self._late: list[LateHook] = []
         self._busy = False
         self._tap = ForwardTap(self._observe, lambda: self._busy)
         self._getattr_patched = False
@@ -120,7 +135,7 @@ class CompiledWatch:
         """Follow a module that was compiled before the watch began. Whether it was called since is not known."""
         is_object = isinstance(module, internals.OPTIMIZED_MODULE.if_imported() or ())
         model = internals.ORIG_MOD.of(module) if is_object else module
-        if any(root.module() is model and root.in_place is not is_object for root in self._roots):
+        if any(root.module() is model and root.in_place is not is_object for root in self.roots):
             return
         if is_object:
             root = self._adopt_object(model, module)
@@ -152,7 +167,7 @@ class CompiledWatch:
 
     def _adopt(self, module: nn.Module, in_place: bool) -> CompiledRoot:
         root = CompiledRoot(weakref.ref(module), in_place)
-        self._roots.append(root)
+        self.roots.append(root)
         for child in module.modules():
             if can_be_tapped(child) and child not in self._of_module:
                 self._of_module[child] = root
@@ -198,28 +213,17 @@ class CompiledWatch:
         if root is None or in_backward():
             return original(*args, **kwargs)
         root.entries += 1
-        self._note_eager(root, module)
+        is_whole = root.in_place and module is root.module()
+        site = find_call_site() if is_whole else find_call_site(lambda candidate: self._belongs(candidate, root))
+        self._ran_eagerly(root, site, is_whole)
         self._busy = True
         try:
             return original(*args, **kwargs)
         finally:
             self._busy = False
 
-    def _note_eager(self, root: CompiledRoot, module: nn.Module) -> None:
-        if root.in_place and module is root.module():
-            self._emit(self._bypassed(root, find_call_site()))
-            return
-        site = find_call_site(lambda candidate: self._belongs(candidate, root))
-        if torch.is_grad_enabled():
-            self._emit(self._bypassed(root, site))
-        elif len(root.waiting) < 16:
-            root.waiting.append(site)
-
     def _belongs(self, candidate: Any, root: CompiledRoot) -> bool:
         return isinstance(candidate, nn.Module) and self._of_module.get(candidate) is root
-
-    def _bypassed(self, root: CompiledRoot, site: CallSite) -> Event:
-        return Event(EventKind.COMPILED_BYPASSED, site, self._step(), (), (), {"module": _name(root)})
 
     # ---- hooks ----------------------------------------------------------------------------------------------
 
@@ -230,54 +234,7 @@ class CompiledWatch:
             return
         witness = torch.zeros((), dtype=torch.int64)
         undo = count_hook(module, kind, witness)
-        self._late.append(LateHook(root, type(module).__name__, find_call_site(), root.calls, witness, undo))
-
-    def _judge_late_hooks(self, at_end: bool) -> None:
-        for late in list(self._late):
-            fired = bool(late.witness)
-            if fired or late.root.calls > late.calls:
-                self._late.remove(late)
-                late.undo()
-                if not fired:
-                    facts = {"module": late.module}
-                    self._emit(Event(EventKind.LATE_HOOK, late.site, self._step(), (), (), facts))
-            elif at_end:
-                late.undo()
-
-    # ---- steps ----------------------------------------------------------------------------------------------
-
-    def before_step(self, stepped: Callable[[int], Tensor | None]) -> None:
-        """Judge what happened since the last step.
-
-        Args:
-            stepped: Returns the optimizer's parameter with an id, None where it has none.
-        """
-        if self._late:
-            self._judge_late_hooks(at_end=False)
-        for root in self._roots:
-            state = (root.calls, root.entries)
-            if state == root.seen and root.methods and _has_gradient(root, stepped):
-                self._emit(self._bypassed(root, root.methods[-1]))
-            root.seen, root.methods = state, []
-
-    def close(self) -> None:
-        """Judge what was left for the end."""
-        self._judge_late_hooks(at_end=True)
-        for root in self._roots:
-            if not root.calls:
-                for site in dict.fromkeys(root.waiting):
-                    self._emit(self._bypassed(root, site))
-
-
-def _has_gradient(root: CompiledRoot, stepped: Callable[[int], Tensor | None]) -> bool:
-    module = root.module()
-    parameters = [] if module is None else [stepped(id(parameter)) for parameter in module.parameters()]
-    return any(parameter is not None and parameter.grad is not None for parameter in parameters)
-
-
-def _name(root: CompiledRoot) -> str:
-    module = root.module()
-    return "The model" if module is None else type(module).__name__
+        self.late.append(LateHook(root, type(module).__name__, find_call_site(), root.calls, witness, undo))
 
 
 def _restore_call(reference: weakref.ref[nn.Module], counting: Any, call: Any) -> None:

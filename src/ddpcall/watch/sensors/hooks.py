@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
 from typing import Any
@@ -17,8 +17,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import ForwardTap, Undo, came_through_call, find_call_site, replace_attribute
-from ddpcall.watch.events import Event, EventKind
+from ddpcall.taps import ForwardTap, Undo, came_through_call, replace_attribute
+from ddpcall.watch.run import Run
 
 REGISTRATIONS = {
     "register_forward_pre_hook": "forward_pre",
@@ -28,10 +28,9 @@ REGISTRATIONS = {
 }
 NORMS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 _DEEPEST = 40
-_ROUNDING = 1e-5
 
 
-class HookWatch:
+class HookSensor:
     """Taps the forward of every module that gets a hook, and looks how it is entered.
 
     Blind to: hooks that torch itself registers (`is_users`).
@@ -39,16 +38,20 @@ class HookWatch:
 
     def __init__(
         self,
-        emit: Callable[[Event], None],
-        step: Callable[[], int],
-        keep: Callable[[Undo], None],
+        run: Run,
         registered: Callable[[nn.Module, str, Any], None],
+        entered_past_call: Callable[[nn.Module], None],
     ) -> None:
-        """Take where events go, the current step, where undos go, and who else wants to hear of hooks."""
-        self._emit = emit
-        self._step = step
-        self._keep = keep
+        """Take the run.
+
+        Args:
+            run: Keeps the undos.
+            registered: Hears of every hook: its module, its kind, and itself.
+            entered_past_call: Hears of a module with hooks whose forward was called without them.
+        """
+        self._keep = run.keep
         self._registered = registered
+        self._entered_past_call = entered_past_call
         self._tapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._tap = ForwardTap(self._observe, lambda: came_through_call(sys._getframe(2)))
 
@@ -90,24 +93,8 @@ class HookWatch:
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if module in self._tapped and not _is_called(module, sys._getframe(2)):
-            for event in self._look_at(module):
-                self._emit(event)
+            self._entered_past_call(module)
         return original(*args, **kwargs)
-
-    def _look_at(self, module: nn.Module) -> Iterator[Event]:
-        name = type(module).__name__
-        for hook in internals.HOOK_DICTS["forward_pre"].of(module).values():
-            if isinstance(hook, NORMS) and _is_stale(hook, module):
-                facts = {"module": name, "hook": type(hook).__name__, "name": _weight_name(hook)}
-                yield Event(
-                    EventKind.STALE_WEIGHT, find_call_site(), self._step(), (_weight_name(hook),), (), facts
-                )
-        slots = internals.HOOK_DICTS.items()
-        counts = {kind: sum(map(is_users, slot.of(module).values())) for kind, slot in slots}
-        skipped = [f"{count} {kind} hook{'s' * (count != 1)}" for kind, count in counts.items() if count]
-        if skipped:
-            facts = {"module": name, "hooks": " and ".join(skipped)}
-            yield Event(EventKind.HOOKS_SKIPPED, find_call_site(), self._step(), (), (), facts)
 
 
 def can_be_tapped(module: nn.Module) -> bool:
@@ -135,24 +122,3 @@ def _is_called(module: nn.Module, frame: FrameType | None) -> bool:
             return frame.f_locals.get("self") is module
         frame = frame.f_back
     return False
-
-
-def _weight_name(hook: Any) -> str:
-    return getattr(hook, "name", None) or getattr(hook, "_tensor_name", "weight")
-
-
-def _is_stale(hook: Any, module: nn.Module) -> bool:
-    """Say whether the hook would have made another weight, or one that gradients can flow through.
-
-    Of spectral_norm, what it would have made without its power iteration: that one changes its state.
-    """
-    if torch.is_grad_enabled():
-        return True
-    current = getattr(module, _weight_name(hook))
-    with torch.no_grad():
-        if isinstance(hook, WeightNorm):
-            return not torch.equal(hook.compute_weight(module), current)
-        if isinstance(hook, prune.BasePruningMethod):
-            return not torch.equal(hook.apply_mask(module), current)
-        fresh = hook.compute_weight(module, do_power_iteration=False)
-        return bool((fresh - current).norm() > _ROUNDING * fresh.norm())

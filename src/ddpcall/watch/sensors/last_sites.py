@@ -51,21 +51,16 @@ class LastSites:
     _MAX_EARLY = 10_000
 
     def __init__(
-        self,
-        is_watched: Callable[[nn.Module], bool],
-        may_use_buffers: Callable[[nn.Module], int | None],
-        optimizer_made: Callable[[Optimizer], None],
+        self, is_watched: Callable[[nn.Module], bool], may_use_buffers: Callable[[nn.Module], int | None]
     ) -> None:
         """Take two questions to the attachment.
 
         Args:
             is_watched: Whether a module is a wrapper or belongs to one.
             may_use_buffers: Steps done, if evaluating or saving this module now means rank-local buffers.
-            optimizer_made: Hears of optimizers, before they have parameters.
         """
         self._is_watched = is_watched
         self._may_use_buffers = may_use_buffers
-        self._optimizer_made = optimizer_made
         self._depth = 0
         self.loads: tuple[int, CallSite] = (0, NOWHERE)
         self.modes: dict[bool, CallSite] = {}
@@ -84,8 +79,17 @@ class LastSites:
         if sites and False not in self.modes and not all(module.training for module in root.modules()):
             self.modes[False] = sites[-1]
 
-    def attach(self) -> Undo:
-        """Follow from now on; returns the undo."""
+    def made(self, optimizer: Optimizer) -> CallSite:
+        """Return the line that handed an optimizer parameters last."""
+        return self.additions.get(optimizer) or self.optimizers.get(optimizer, NOWHERE)
+
+    def attach(self, optimizer_made: Callable[[Optimizer], None]) -> Undo:
+        """Follow from now on; returns the undo.
+
+        Args:
+            optimizer_made: Hears of optimizers, before they have parameters.
+        """
+        self._optimizer_made = optimizer_made
         with ExitStack() as stack:
             for owner, name, note in (
                 (nn.Module, "load_state_dict", self._note_load),

@@ -13,20 +13,17 @@ from torch.nn.modules import module as module_hooks
 
 from ddpcall import torch_internals as internals
 from ddpcall.taps import Undo, find_call_site, remove_handles, replace_attribute
-from ddpcall.watch.events import Guard
-from ddpcall.watch.models import Models
+from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.reducer_state import ReducerState
 
 
 class ParameterWatch:
     """Patches what converts, unfreezes and registers parameters: calls that are rare in a training step."""
 
-    def __init__(
-        self, models: Models, guard: Guard, tap: Callable[[Iterable[nn.Module], ReducerState], None]
-    ) -> None:
-        """Take the books, and what taps modules that are added to a wrapped model."""
-        self._models = models
-        self._guard = guard
+    def __init__(self, run: Run, tap: Callable[[Iterable[nn.Module], ReducerState], None]) -> None:
+        """Take the run, and what taps modules that are added to a wrapped model."""
+        self._models = run.models
+        self._contain = run.contain
         self._tap = tap
         self._applying = 0
 
@@ -52,7 +49,7 @@ class ParameterWatch:
             finally:
                 self._applying -= 1
                 for ledger, nodes in before:
-                    self._guard(self._compare_accumulators, ledger, nodes)
+                    self._contain(self._compare_accumulators, ledger, nodes)
 
         return replace_attribute(nn.Module, internals.APPLY.name, _apply)
 
@@ -69,7 +66,7 @@ class ParameterWatch:
             return
         for parameter, old in zip(parameters, before, strict=True):
             if old is not None and _accumulators([parameter])[0] is not old:
-                ledger.detached.setdefault(id(parameter), find_call_site())
+                ledger.detach(parameter, find_call_site())
 
     def _patch_unfreezing(self) -> Undo:
         slot = internals.TENSOR_REQUIRES_GRAD.get()

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpcall.taps import ForwardTap, Undo, find_call_site, in_backward, replace_attribute
-from ddpcall.watch.events import Event, EventKind
+from ddpcall.taps import CallSite, ForwardTap, Undo, find_call_site, in_backward, replace_attribute
+from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.hooks import can_be_tapped
 
 
-class PrecisionWatch:
+class PrecisionSensor:
     """Follows `Accelerator.prepare`: a submodule entered with gradients on, outside autocast, lost its precision.
 
     Blind to: other libraries' autocast; parameters that are used without a forward.
@@ -24,13 +24,10 @@ class PrecisionWatch:
     Source: accelerate/accelerator.py, `prepare_model`: autocast is put on `model.forward`.
     """
 
-    def __init__(
-        self, emit: Callable[[Event], None], step: Callable[[], int], keep: Callable[[Undo], None]
-    ) -> None:
-        """Take where events go, the current step, and where undos go."""
-        self._emit = emit
-        self._step = step
-        self._keep = keep
+    def __init__(self, run: Run, lost: Callable[[nn.Module, str, CallSite], None]) -> None:
+        """Take the run, and what hears of a prepared model, its precision and the line that missed it."""
+        self._keep = run.keep
+        self._lost = lost
         self._roots: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], str]] = (
             weakref.WeakKeyDictionary()
         )
@@ -74,8 +71,7 @@ class PrecisionWatch:
             return original(*args, **kwargs)
         if module is not root and not torch.is_autocast_enabled(_device_type(root)):
             site = find_call_site(lambda candidate: self._belongs(candidate, root))
-            facts = {"module": type(root).__name__, "precision": precision}
-            self._emit(Event(EventKind.PRECISION_LOST, site, self._step(), (), (), facts))
+            self._lost(root, precision, site)
         self._busy = True
         try:
             return original(*args, **kwargs)

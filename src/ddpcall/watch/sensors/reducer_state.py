@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -35,11 +36,27 @@ from ddpcall.taps import (
     outside_dynamo,
     site_of,
 )
-from ddpcall.watch.advice import NO_NAMES, Names, advise, hands_over, read_names
-from ddpcall.watch.events import EventKind
+from ddpcall.watch.advice import NO_NAMES, Names, hands_over, read_names
 from ddpcall.watch.sensors.collectives import Mark
 
 MAX_ENTRIES = 256
+
+
+class Cause(StrEnum):
+    """What left gradients unreduced."""
+
+    BYPASSED = "bypassed"
+    """A forward outside the wrapper's: its gradients arrived while the reducer was not armed."""
+    RAW_WEIGHTS = "raw_weights"
+    """The same, without any forward: the weights were used directly."""
+    IN_FORWARD = "in_forward"
+    """A backward that the model ran inside the wrapper's forward."""
+    SYNC_OFF = "sync_off"
+    """A wrapper's forward under `no_sync()`, and no reduction since."""
+    CONSUMED = "consumed"
+    """An earlier backward had used up the reducer's one reduction."""
+    AUTOGRAD_GRAD = "autograd_grad"
+    """`torch.autograd.grad`, which no reducer sees."""
 
 
 @dataclass(eq=False)
@@ -68,7 +85,7 @@ class Unreduced:
     """What left gradients unreduced, in one backward.
 
     Attributes:
-        kind: Which event this becomes if the gradients reach an optimizer step.
+        cause: Why.
         site: The line to blame, or the backward's where none is known.
         others: Further lines.
         backward: The line that ran the backward.
@@ -77,23 +94,13 @@ class Unreduced:
         names: What the line at `site` can call the model.
     """
 
-    kind: EventKind
+    cause: Cause
     site: CallSite
     others: tuple[CallSite, ...] = ()
     backward: CallSite = NOWHERE
     gradient: int = 0
     versions: dict[int, int] = field(default_factory=dict)
     names: Names = NO_NAMES
-
-    def facts(self, ledger: ReducerState) -> dict[str, Any]:
-        """Return what a message says beyond the site."""
-        return {
-            "model": ledger.name,
-            "backward": self.backward,
-            "was_called": ledger.was_called,
-            "is_replicate": ledger.is_replicate(),
-            "advice": advise(self.names),
-        }
 
 
 @dataclass(eq=False)
@@ -163,7 +170,6 @@ class ReducerState:
     _site: CallSite = NOWHERE
     _is_in_forward: bool = False
     _entered: dict[tuple[CallSite, CallSite | None], tuple[CallSite, Names]] = field(default_factory=dict)
-    _detachments: dict[CallSite, Unreduced] = field(default_factory=dict)
     mark: Callable[[], Mark] = Mark
     unarmed_since: Mark | None = None
     _versions: dict[int, int] = field(default_factory=dict)
@@ -174,6 +180,39 @@ class ReducerState:
         self._arrive_eagerly = outside_dynamo(self.arrive)
         self._note_reached = outside_dynamo(self._reach)
         self._settle_later = outside_dynamo(self._settle)
+
+    def own(self, root: nn.Module, parameters: list[nn.Parameter], mark: Callable[[], Mark]) -> None:
+        """Take the module inside the wrapper, what the reducer owns of it, and what marks a moment."""
+        self.root, self.mark = weakref.ref(root), mark
+        self.owned = [weakref.ref(parameter) for parameter in parameters]
+
+    def share_with(self, newer: ReducerState) -> None:
+        """Note a newer wrapper of some of the same parameters; both may be used in turn, if it has them all."""
+        alive = {id(p) for reference in self.owned if (p := reference()) is not None}
+        if not alive & newer.names.keys():
+            return
+        newer.sharing.append(self)
+        if alive <= newer.names.keys():
+            self.close()
+            self.armed = False
+        else:
+            self.sharing.append(newer)
+
+    def add_modules(self, modules: Iterable[nn.Module]) -> list[nn.Module]:
+        """Count modules as parts of the wrapped model; return those that are new."""
+        new = [module for module in modules if id(module) not in self.modules]
+        self.modules.update((id(module), weakref.ref(module)) for module in new)
+        return new
+
+    def use(self) -> bool:
+        """Note that an optimizer steps it; say whether that is news."""
+        is_news, self.in_use = not self.in_use, True
+        return is_news
+
+    def count_step(self, number: int) -> None:
+        """Note the steps of an optimizer that has parameters of it; of several the one with most counts."""
+        for each in (self, *self.sharing):
+            each.num_steps = max(each.num_steps, number)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what the reducer owns, as it is now."""
@@ -204,6 +243,32 @@ class ReducerState:
         """Say whether the wrapper's forward is running."""
         ddp = self.ddp()
         return ddp is not None and internals.ACTIVE_DDP_MODULE.of(DistributedDataParallel) is ddp
+
+    def bind(self, ddp: Callable[[], DistributedDataParallel | None]) -> None:
+        """Take whose reducer it is."""
+        self.ddp = ddp
+
+    def come_true(self) -> bool:
+        """Note that the reducer was made; say whether it was announced."""
+        was_announced, self.is_announced = self.is_announced, False
+        return was_announced
+
+    def announce_switch(self, site: CallSite | None) -> None:
+        """Note where `replicate` was told not to synchronize; None where it is to synchronize again."""
+        self.switched_off = site
+
+    def switch_off(self, site: CallSite) -> None:
+        """Note that synchronization is switched off."""
+        if self.sync_off is None:
+            self.sync_off_forwards = self.sync_off_reduced = 0
+        # `replicate` hands its own switch on in its forward: the line that turned that is the one to blame.
+        self.sync_off = self.switched_off or site
+
+    def switch_on(self) -> CallSite | None:
+        """Note that it is switched on again; return where it was switched off, if that had no effect at all."""
+        self.switched_off = None
+        off, self.sync_off = self.sync_off, None
+        return off if self.sync_off_reduced and not self.sync_off_forwards else None
 
     def read_names(self, entry: Entry, line: FrameType | None, caller: FrameType | None) -> None:
         """Read what the line of an entry can call the model: once a line, since it takes a while.
@@ -277,6 +342,15 @@ class ReducerState:
         if parameter.requires_grad:
             self.undo.append(hook_arrival(parameter, self._arrive_eagerly))
         return parameter.requires_grad
+
+    def take(self, parameter: Tensor, site: CallSite) -> None:
+        """Note that `torch.autograd.grad` handed out a parameter's gradient, unless it is to blame already."""
+        blame = Unreduced(Cause.AUTOGRAD_GRAD, site, gradient=address_of(parameter.grad))
+        self.dirty.setdefault(id(parameter), blame)
+
+    def detach(self, parameter: Tensor, site: CallSite) -> None:
+        """Note that a conversion took a parameter away from the reducer."""
+        self.detached.setdefault(id(parameter), site)
 
     def begin_taking(self) -> None:
         """Note that `torch.autograd.grad` begins: no gradient arrives anywhere."""
@@ -357,23 +431,19 @@ class ReducerState:
 
     def _blame(self) -> Unreduced:
         if self._is_in_forward:
-            return Unreduced(EventKind.IN_FORWARD, self._site, (), self._site)
+            return Unreduced(Cause.IN_FORWARD, self._site, (), self._site)
         reached = [entry for entry in self.entries if entry.reached == self.backward]
         reached = reached or [entry for entry in self.entries if entry.is_taken or not entry.linked]
         bypasses = [entry for entry in reached if entry.sync_off is None]
         if bypasses:
             sites = tuple(dict.fromkeys(entry.site for entry in bypasses))
-            return Unreduced(EventKind.BYPASSED, sites[0], sites[1:], self._site, names=bypasses[0].names)
+            return Unreduced(Cause.BYPASSED, sites[0], sites[1:], self._site, names=bypasses[0].names)
         if reached:
             off, site = reached[-1].sync_off or NOWHERE, reached[-1].site
-            return Unreduced(EventKind.SYNC_OFF, off if off != NOWHERE else site, (site,), self._site)
+            return Unreduced(Cause.SYNC_OFF, off if off != NOWHERE else site, (site,), self._site)
         if self.forwards:
-            return Unreduced(EventKind.CONSUMED, self._site, (), self._site)
-        return Unreduced(EventKind.RAW_WEIGHTS, self._site, (), self._site)
-
-    def blame_detached(self, site: CallSite) -> Unreduced:
-        """Return the one blame for all parameters that one line detached."""
-        return self._detachments.setdefault(site, Unreduced(EventKind.DETACHED, site))
+            return Unreduced(Cause.CONSUMED, self._site, (), self._site)
+        return Unreduced(Cause.RAW_WEIGHTS, self._site, (), self._site)
 
     def end_step(self) -> None:
         """Forget what an optimizer step has used up."""

@@ -9,11 +9,9 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ddpcall.taps import Undo, find_tensors, replace_attribute
-from ddpcall.watch.events import Guard
-from ddpcall.watch.models import Models
+from ddpcall.watch.run import Run
 
 SAVERS = {
     "torch": ("save",),
@@ -31,13 +29,9 @@ class SaveWatch:
     libraries' writers that do not go through these.
     """
 
-    def __init__(
-        self, models: Models, saved: Callable[[DistributedDataParallel, str], None], guard: Guard
-    ) -> None:
-        """Take the wrapped models, what hears of one that is saved, and the guard."""
-        self._models = models
-        self._saved = saved
-        self._guard = guard
+    def __init__(self, run: Run) -> None:
+        """Take the run."""
+        self._run = run
 
     def attach(self, module: ModuleType) -> Undo:
         """Hear of what one of the modules of `SAVERS` writes; returns the undo."""
@@ -50,19 +44,19 @@ class SaveWatch:
     def _hearing(self, save: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(save)
         def saving(*args: Any, **kwargs: Any) -> Any:
-            self._guard(self._look, next(iter((*args, *kwargs.values())), None))
+            self._run.contain(self._look, next(iter((*args, *kwargs.values())), None))
             return save(*args, **kwargs)
 
         return saving
 
     def _look(self, content: Any) -> None:
-        wrappers = [ddp for ledger in self._models.ledgers if (ddp := ledger.ddp()) is not None]
+        wrappers = [ddp for ledger in self._run.models.ledgers if (ddp := ledger.ddp()) is not None]
         buffers = {id(ddp): {b.data_ptr() for b in ddp.modules_buffers} for ddp in wrappers}
         if any(buffers.values()):
             written = {tensor.data_ptr() for tensor in _tensors_in(content)}
             for ddp in wrappers:
                 if buffers[id(ddp)] & written:
-                    self._saved(ddp, "saved")
+                    self._run.sites.use_buffers(ddp, "saved")
 
 
 def _tensors_in(content: Any) -> Iterator[Tensor]:

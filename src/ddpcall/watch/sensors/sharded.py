@@ -1,16 +1,11 @@
-"""Sharded models: gradients that never reach the shards, and crashes that a bypass caused.
-
-fully_shard computes with whole parameters and reduces their gradients into the shards after the backward. A
-gradient that still lies on a whole parameter when the optimizer steps was not reduced, and the step goes without
-it: synchronisation was off, or the forward went past the hooks. Forwards past them only serve to name the line.
-"""
+"""Modules that fully_shard and parallelize_module hook, the forwards past their hooks, and their gradients."""
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
-from types import FrameType, ModuleType, TracebackType
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,35 +17,31 @@ from ddpcall.taps import (
     CallSite,
     ForwardTap,
     Undo,
-    came_through_call,
-    find_call_frames_among,
     find_call_site,
     in_backward,
     replace_attribute,
-    site_of,
 )
-from ddpcall.watch.events import Event, EventKind
 from ddpcall.watch.output.watched import WatchedModel
+from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.hooks import can_be_tapped
 
-_MIXED = "mixed torch.Tensor and DTensor"
 FULLY_SHARD = internals.FSDP_MODULE.owner_path
 _FULLY_SHARDING = "torch.distributed.fsdp."
 _SHARDING = ("torch.distributed.fsdp", internals.COMPOSABLE.path, "torch.distributed.tensor")
 
 
-class ShardedWatch:
+class ShardedSensor:
     """Watches modules that fully_shard and parallelize_module hook.
 
     Attributes:
         num_steps: Steps of an optimizer that has sharded parameters.
 
-    Blind to: crashes that the script catches; FSDP1; weights used without any module's forward.
+    Blind to: FSDP1; weights used without any module's forward.
     """
 
-    def __init__(self, keep: Callable[[Undo], None] = lambda undo: None) -> None:
-        """Take where undos go; start with no sharded module."""
-        self._keep = keep
+    def __init__(self, run: Run) -> None:
+        """Take the run, which keeps undos; start with no sharded module."""
+        self._keep = run.keep
         self.num_steps = 0
         self._seen: dict[int, tuple[str, str]] = {}
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -119,70 +110,38 @@ class ShardedWatch:
     def _contains(self, candidate: Any) -> bool:
         return isinstance(candidate, nn.Module) and candidate in self._tapped
 
-    def before_step(self, step: int, is_stepped: Callable[[int], bool]) -> Iterator[Event]:
-        """Yield what the coming optimizer step goes without.
+    def take_entries(self) -> dict[CallSite, nn.Module]:
+        """Return the forwards past the hooks since this was last asked: the module by line."""
+        entries, self._entries = self._entries, {}
+        return entries
+
+    def groups(self) -> list[Any]:
+        """Return the parameter groups of all sharded modules."""
+        return [group for root in self._roots for group in _groups_below(root)]
+
+    def switched_at(self, group: Any) -> CallSite:
+        """Return where a group's synchronization was switched off."""
+        return self._switched.get(group, NOWHERE)
+
+    def name(self, module: nn.Module | None = None) -> str:
+        """Return a sharded module's own class, or that of any root."""
+        found = next(iter(self._roots)) if module is None else module
+        return type(found).__name__.removeprefix("FSDP")
+
+    def has_hooked(self) -> bool:
+        """Say whether torch's sharding has hooked any module."""
+        return bool(self._hooked)
+
+    def find_gatherer(self, module: nn.Module | None) -> nn.Module | None:
+        """Return the nearest sharded module that holds another: the one with the fewest modules below.
 
         Args:
-            step: Its number.
-            is_stepped: Says of a parameter's id whether this optimizer has it.
+            module: None for any sharded module.
         """
-        entries, self._entries = self._entries, {}
-        groups = [group for root in self._roots for group in _groups_below(root)]
-        off = [group for group in groups if not group.reduce_grads]
-        if not off and not entries:
-            return
-        for kind, its_groups, sites in (
-            (EventKind.SHARDED_SYNC_OFF, off, [self._switched.get(group, NOWHERE) for group in off]),
-            (EventKind.SHARDED_UNREDUCED, [group for group in groups if group.reduce_grads], list(entries)),
-        ):
-            names = tuple(name for group in its_groups for name in _unreduced(group, is_stepped))
-            if names and sites:
-                model = type(entries[sites[0]] if sites[0] in entries else next(iter(self._roots))).__name__
-                yield Event(kind, sites[0], step, names, tuple(sites[1:]), {"model": model.removeprefix("FSDP")})
-
-    # ---- crashes -----------------------------------------------------------------------------------------------
-
-    def explain(self, error: BaseException, step: int) -> Event | None:
-        """Return the event that caused a crash, None where no bypass did.
-
-        The crash is a bypass's when the module that met a shard lies below a sharded module whose `__call__`, and
-        with it the hook that gathers the parameters, is not on the stack.
-        """
-        if _MIXED not in str(error) or not self._hooked:
-            return None
-        frames = _frames_of(error.__traceback__)
-        modules = [self_ for frame in frames if isinstance(self_ := frame.f_locals.get("self"), nn.Module)]
-        gatherer = self._gatherer(modules[-1]) if modules else self._anyone()
-        if gatherer is None or any(_gathers(frame, gatherer) for frame in frames):
-            return None
-        below = {id(module) for module in gatherer.modules()}
-        site = site_of(*find_call_frames_among(frames[::-1], lambda candidate: id(candidate) in below))
-        message = str(error).splitlines()[0]
-        facts = {"module": type(gatherer).__name__, "error": message[:200]}
-        return Event(EventKind.SHARDED_BYPASSED, site, step, (), (), facts)
-
-    def _gatherer(self, module: nn.Module) -> nn.Module | None:
-        """Return the nearest sharded module that holds another: the one with the fewest modules below."""
+        if module is None:
+            return next(iter(self._hooked), None)
         holders = [hooked for hooked in self._hooked if any(child is module for child in hooked.modules())]
         return min(holders, key=lambda holder: sum(1 for _ in holder.modules()), default=None)
-
-    def _anyone(self) -> nn.Module | None:
-        return next(iter(self._hooked), None)
-
-
-def _frames_of(trace: TracebackType | None) -> list[FrameType]:
-    """Return the frames of a traceback, outermost first."""
-    frames = []
-    while trace is not None:
-        frames.append(trace.tb_frame)
-        trace = trace.tb_next
-    return frames
-
-
-def _gathers(frame: FrameType, gatherer: nn.Module) -> bool:
-    if "torch/distributed/fsdp" in frame.f_code.co_filename:  # register_fsdp_forward_method's wrapper
-        return True
-    return came_through_call(frame) and frame.f_locals.get("self") is gatherer
 
 
 def _state_of(module: nn.Module) -> Any:
@@ -209,7 +168,7 @@ def _groups_below(root: nn.Module) -> list[Any]:
     return [group for its_groups in groups for group in its_groups if group is not None]
 
 
-def _unreduced(group: Any, is_stepped: Callable[[int], bool]) -> list[str]:
+def find_unreduced(group: Any, is_stepped: Callable[[int], bool]) -> list[str]:
     """Return the parameters of a group whose gradients lie on the whole parameter still."""
     return [
         internals.FSDP_PARAM_FQN.of(parameter) or internals.FSDP_MODULE_INFO.of(parameter).param_name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpcall import torch_internals as internals
 from ddpcall.taps import (
+    CallSite,
     ForwardTap,
     Undo,
     find_call_frames,
@@ -24,15 +24,11 @@ from ddpcall.taps import (
     replace_attribute,
     site_of,
 )
-from ddpcall.watch.compare.replica_watch import ReplicaWatch
-from ddpcall.watch.events import Emit, Event, EventKind, Guard
-from ddpcall.watch.models import Models
 from ddpcall.watch.output.watched import DELAYED_ALL_REDUCE, PYTHON_REDUCER
+from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.hooks import can_be_tapped
-from ddpcall.watch.sensors.last_sites import LastSites
 from ddpcall.watch.sensors.reducer_state import Entry, ReducerState, owned_parameters
 from ddpcall.watch.sensors.stacks import StackWatch
-from ddpcall.watch.step_count import StepCount
 
 
 class WrapWatch:
@@ -43,24 +39,29 @@ class WrapWatch:
 
     def __init__(
         self,
-        models: Models,
-        count: StepCount,
-        trail: LastSites,
-        replicas: ReplicaWatch,
+        run: Run,
         stacks: StackWatch,
-        emit: Emit,
-        guard: Guard,
-        keep: Callable[[Undo], None],
+        compare: Callable[[list[nn.Module]], None],
+        called: Callable[[int, tuple[Any, ...], dict[str, Any]], None],
+        window_without_effect: Callable[[CallSite], None],
     ) -> None:
-        """Take the books to write in, and where events and undos go."""
-        self._models = models
-        self._count = count
-        self._trail = trail
-        self._replicas = replicas
+        """Take the run, and who hears of what is seen.
+
+        Args:
+            run: Its models are found here.
+            stacks: Notes the wrappers that are not followed.
+            compare: Gets the wrapped modules whose replicas are meant to stay equal, all of them each time.
+            called: Hears of a wrapper's forward: the leading optimizer's next step, and the inputs.
+            window_without_effect: Hears of a `no_sync()` that came too late for its backward.
+        """
+        self._run = run
+        self._models = run.models
+        self._count = run.steps
+        self._contain = run.contain
         self._stacks = stacks
-        self._emit = emit
-        self._guard = guard
-        self._keep = keep
+        self._compare = compare
+        self._called = called
+        self._window_without_effect = window_without_effect
         self._inside_entry = False
         self._compared: list[ReducerState] = []
         self._tap = ForwardTap(self._observe_forward, self._is_quiet)
@@ -75,23 +76,23 @@ class WrapWatch:
         @functools.wraps(init)
         def __init__(ddp: Any, *args: Any, **kwargs: Any) -> None:
             init(ddp, *args, **kwargs)
-            self._guard(self.adopt, ddp)
+            self._contain(self.adopt, ddp)
 
         @functools.wraps(set_attribute)
         def __setattr__(ddp: Any, name: str, value: Any) -> None:
             set_attribute(ddp, name, value)
             if name == "require_backward_grad_sync":
-                self._guard(self._sync_switched, ddp, value)
+                self._contain(self._sync_switched, ddp, value)
 
         @functools.wraps(pre_forward)
         def _pre_forward(ddp: Any, *inputs: Any, **kwargs: Any) -> Any:
-            self._guard(self._entering, ddp, inputs, kwargs)
+            self._contain(self._entering, ddp, inputs, kwargs)
             return pre_forward(ddp, *inputs, **kwargs)
 
         @functools.wraps(post_forward)
         def _post_forward(ddp: Any, output: Any) -> Any:
             output = post_forward(ddp, output)
-            self._guard(self._passed, ddp, output)
+            self._contain(self._passed, ddp, output)
             return output
 
         reducer_class: Any = dist.Reducer
@@ -100,14 +101,14 @@ class WrapWatch:
         @functools.wraps(prepare)
         def prepare_for_backward(reducer: Any, *args: Any, **kwargs: Any) -> None:
             prepare(reducer, *args, **kwargs)
-            self._guard(self._prepared, reducer)
+            self._contain(self._prepared, reducer)
 
         register = ddp_class.register_comm_hook
 
         @functools.wraps(register)
         def register_comm_hook(ddp: Any, state: Any, hook: Any) -> None:
             register(ddp, state, hook)
-            self._guard(self._adopt_replicas)  # local SGD is one
+            self._contain(self._adopt_replicas)  # local SGD is one
 
         with ExitStack() as stack:
             stack.callback(self._patch_switch())
@@ -134,13 +135,13 @@ class WrapWatch:
         def set_requires_gradient_sync(module: Any, requires_gradient_sync: bool) -> None:
             switch(module, requires_gradient_sync)
             for ledger in self._models.ledgers_with(module):
-                ledger.switched_off = None if requires_gradient_sync else find_call_site()
+                ledger.announce_switch(None if requires_gradient_sync else find_call_site())
 
         return replace_attribute(replicated, switch.__name__, set_requires_gradient_sync)
 
     def _entering(self, ddp: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._models.ledger_of(ddp) is not None:
-            self._replicas.note_inputs(self._count.preparing_lead(), inputs, kwargs)
+            self._called(self._count.preparing_lead(), inputs, kwargs)
 
     def _passed(self, ddp: nn.Module, output: Any) -> None:
         ledger = self._models.ledger_of(ddp)
@@ -175,9 +176,7 @@ class WrapWatch:
         owned = dict(owned_parameters(ddp, earlier))
         owner = self._models.owner
         ledger = next((owner[id(p)] for p in owned.values() if id(p) in owner), None)
-        if ledger is not None and ledger.is_announced:
-            ledger.is_announced = False
-        else:
+        if ledger is None or not ledger.come_true():
             ledger = ReducerState(type(ddp.module).__name__, {id(p): n for n, p in owned.items()})
             self._open(ledger, ddp.module, list(owned.values()))
         self._models.bind(ledger, ddp)
@@ -190,8 +189,7 @@ class WrapWatch:
     def stepping(self, ledgers: Iterable[ReducerState]) -> None:
         """Note that an optimizer is about to step parameters of these reducers."""
         for ledger in ledgers:
-            if not ledger.in_use:
-                ledger.in_use = True
+            if ledger.use():
                 self._compared.append(ledger)
                 self._adopt_replicas()
 
@@ -199,33 +197,32 @@ class WrapWatch:
         """See `replicate` by the hook it registers; it makes its DDP in the first call, if one ever comes."""
         is_first = kind == "forward_pre"
         if is_first and isinstance(getattr(hook, "__self__", None), internals.REPLICATE_STATE.get(())):
-            self._guard(self._announce, module)
+            self._contain(self._announce, module)
 
     def _announce(self, root: nn.Module) -> None:
         known = any(ledger.is_announced for ledger in self._models.ledgers_with(root))
         if known or not dist.is_initialized() or dist.get_world_size() == 1:
             return
         owned = {name: p for name, p in root.named_parameters() if p.requires_grad and not is_lazy(p)}
-        ledger = ReducerState(type(root).__name__, {id(p): n for n, p in owned.items()}, is_announced=True)
-        ledger.wrapper = "replicate"
+        names = {id(parameter): name for name, parameter in owned.items()}
+        ledger = ReducerState(type(root).__name__, names, is_announced=True, wrapper="replicate")
         self._open(ledger, root, list(owned.values()))
 
     def _open(self, ledger: ReducerState, root: nn.Module, owned: list[nn.Parameter]) -> None:
         self._models.open(ledger, root, owned)
-        self._trail.adopt(root)
+        self._run.sites.adopt(root)
         self.tap(root.modules(), ledger)
 
     def tap(self, modules: Iterable[nn.Module], ledger: ReducerState) -> None:
         """Count modules as parts of a wrapped model, and tap their forwards."""
-        new = [module for module in modules if id(module) not in ledger.modules and can_be_tapped(module)]
-        ledger.modules.update((id(module), weakref.ref(module)) for module in new)
-        self._keep(self._tap.put(*new))
+        new = ledger.add_modules(filter(can_be_tapped, modules))
+        self._run.keep(self._tap.put(*new))
 
     def _adopt_replicas(self) -> None:
         """Compare the replicas of wrapped models that span the world and are meant to stay equal."""
         wrappers = [ddp for ledger in self._compared if (ddp := ledger.ddp()) is not None]
         models = [ddp.module for ddp in wrappers if _is_replicated(ddp)]
-        self._replicas.adopt(models)
+        self._compare(models)
 
     # ---- forwards -------------------------------------------------------------------------------------------
 
@@ -241,11 +238,11 @@ class WrapWatch:
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The first forward under no_grad after a step: an evaluation past the wrapper, in eval mode."""
-        self._count.evaluation_due = False
+        self._count.evaluated()
         if not module.training:
             for ledger in self._models.ledgers_with(module):
                 if (ddp := ledger.ddp()) is not None:
-                    self._trail.use_buffers(ddp, "evaluated", ledger.contains)
+                    self._run.sites.use_buffers(ddp, "evaluated", ledger.contains)
         return original(*args, **kwargs)
 
     def _observe_forward(
@@ -262,13 +259,13 @@ class WrapWatch:
         ledger = ledgers[-1]
         line, caller = find_call_frames(ledger.contains)
         entry = Entry(site_of(line, caller))
-        self._guard(ledger.read_names, entry, line, caller)
+        self._contain(ledger.read_names, entry, line, caller)
         self._inside_entry = True
         try:
             outputs = original(*args, **kwargs)
         finally:
             self._inside_entry = False
-        self._guard(ledger.enter, entry, outputs)
+        self._contain(ledger.enter, entry, outputs)
         return outputs
 
     # ---- windows --------------------------------------------------------------------------------------------
@@ -278,15 +275,9 @@ class WrapWatch:
         if ledger is None:
             return
         if not value:
-            if ledger.sync_off is None:
-                ledger.sync_off_forwards = ledger.sync_off_reduced = 0
-            # `replicate` hands its own switch on in its forward: the line that turned that is the one to blame.
-            ledger.sync_off = ledger.switched_off or find_call_site()
-            return
-        ledger.switched_off = None
-        off, ledger.sync_off = ledger.sync_off, None
-        if off is not None and ledger.sync_off_reduced and not ledger.sync_off_forwards:
-            self._emit(Event(EventKind.NO_SYNC_WITHOUT_EFFECT, off, self._count.preparing()))
+            ledger.switch_off(find_call_site())
+        elif (site := ledger.switch_on()) is not None:
+            self._window_without_effect(site)
 
 
 def _is_replicated(ddp: DistributedDataParallel) -> bool:
