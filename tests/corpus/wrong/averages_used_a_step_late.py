@@ -3,6 +3,7 @@
 Source: our own.
 Harm: every update is computed from the batch before the last update.
 """
+# begins: 2
 
 import gc
 

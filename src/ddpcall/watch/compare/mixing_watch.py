@@ -99,7 +99,11 @@ class MixingWatch(Rule):
 
     def _is_explained(self, name: str) -> bool:
         """Say whether a finding tells already why this parameter's gradients are not averaged."""
-        told = [finding for finding in self._run.book.told() if finding.code.startswith("DC1")]
+        told = [
+            finding
+            for finding in self._run.book.told()
+            if finding.code.startswith("DC1") or finding.code == "DC306"
+        ]
         name = plain_name(name)
         return any(not f.parameters or name in map(clean_name, f.parameters) for f in told)
 

@@ -149,7 +149,7 @@ class MixingRule:
         self._pending: dict[str, _Apart] = {}
         self._said: set[str] = set()
         self._used: set[str] = set()
-        self._repeated: dict[tuple[str, str], int] = {}
+        self._repeated: dict[tuple[str, str], list[int]] = {}
         self._where = Where()
 
     def judge(self, where: Where, records: Sequence[RankSketches]) -> None:
@@ -225,12 +225,18 @@ class MixingRule:
 
     def _note_repeated(self, shape: str, names: Iterable[str], step: int, mixing: Mixing) -> None:
         """Take what may happen once in a training that is right: it counts where it happens again."""
+        # Replicas that part used different gradients: whatever fits them, it is not this.
+        parted = {name for kind in ("parted", "different") for name in mixing.weights.get(kind, ())}
         often = []
         for name in names:
-            self._repeated[shape, name] = self._repeated.get((shape, name), 0) + 1
-            if self._repeated[shape, name] == _REPEATED and name not in self._said:
+            if name in parted:
+                continue
+            steps = self._repeated.setdefault((shape, name), [])
+            steps.append(step)
+            if len(steps) == _REPEATED and name not in self._said:
                 often.append(name)
         if often:
+            step = min(self._repeated[shape, name][0] for name in often)
             site = self._where.made if shape == "thrown_away" else self._where.stepped
             self._say(_Apart(shape, step, often, mixing.reason, site))
 
