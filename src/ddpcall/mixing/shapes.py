@@ -336,7 +336,10 @@ def _try_backwards(one: Batch) -> Verdict | None:
 
 def _try_earlier(one: Batch) -> Verdict | None:
     """The step may use what the step before computed."""
-    if one.earlier is None:
+    used = one.used[0]
+    gap = np.linalg.norm(used - used[0], axis=-1).max()
+    # Ranks that use different gradients are not late together, whatever fits each of them.
+    if one.earlier is None or gap > 10 * float(one.eta[0]) * np.linalg.norm(used, axis=-1).max():
         return None
     columns, sizes = _columns(one)
     all_columns = np.concatenate([columns, one.earlier], axis=2)
