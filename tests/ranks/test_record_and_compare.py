@@ -189,6 +189,21 @@ def test_what_begins_later_is_told_with_its_step(tmp_path):
     assert (result.rungs[-1].step, result.rungs[-1].what, result.where) == (2, "modules", "2")
 
 
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize(("noise", "is_same"), [(1.0, False), (1.002, True)])
+def test_what_two_records_of_the_same_differ_by_is_noise(tmp_path, noise, is_same):
+    def train_times(model, factor):
+        model[2].register_forward_hook(lambda module, args, output: output * factor)
+        train(model)
+
+    a, b, c = (
+        record(tmp_path / name, train_times, make_model(), factor)
+        for name, factor in (("A", 1.0), ("B", 1.002), ("C", noise))
+    )
+    result = compare_runs(*map(open_run, (a, b, c)))
+    assert result.same == is_same, result.message
+
+
 # ---- not comparable --------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ddpcall.compare.files import NotARecord, RecordedStep, Run
 from ddpcall.compare.judge import StepJudge
-from ddpcall.compare.noise import AssumedNoise, norm
+from ddpcall.compare.noise import MULTIPLE, AssumedNoise, norm
 from ddpcall.compare.outputs import find_first_module
 from ddpcall.compare.result import OneProcessComparison, without_nan
 from ddpcall.compare.steps import Step, join_ranks, join_rows
@@ -139,8 +139,9 @@ class _StepOfTwo:
         eps = max(self._a.eps, self._b.eps)
         # Rounding grows from step to step.
         self._floor = min(_COARSEST, max(_FLOOR, _FLOOR_IN_EPS * eps) * (1 + step))
-        noise = AssumedNoise(self._floor, _join(again) if again is not None else None)
-        self._again = again
+        self._again = _join(again) if again is not None else None
+        self._weights_again = _join_weights(again) if again is not None else {}
+        noise = AssumedNoise(self._floor, self._again)
         # The weights of ranks are asked of the run that has more of them.
         self._is_turned = len(a) > len(b)
         ranks, reference = (self._a, self._b) if self._is_turned else (self._b, self._a)
@@ -200,7 +201,9 @@ class _StepOfTwo:
             size = max(float(np.linalg.norm(rows[0])), share, 1e-30)
             apart = float(np.linalg.norm(second[name] - rows[0], axis=1).max()) / size
             worst = max(worst, apart)
-            if apart > floor:
+            again = self._weights_again.get(name, rows)
+            noise = MULTIPLE * float(np.linalg.norm(again[0] - rows[0])) / size
+            if apart > max(floor, noise):
                 off.append(name)
         return Rung(self._step, "parameters", "differs" if off else "same", worst, floor, _names(off))
 
@@ -213,8 +216,8 @@ class _StepOfTwo:
         return Rung(self._step, "samples", "differs" if differs else "same", note=note)
 
     def _compare_modules(self) -> Rung:
-        variants = [_join(self._again).outputs] if self._again is not None else []
-        first = find_first_module(self._b.outputs, self._a.outputs, variants, 6.0, self._floor / 6)
+        variants = [self._again.outputs] if self._again is not None else []
+        first = find_first_module(self._b.outputs, self._a.outputs, variants, MULTIPLE, self._floor / MULTIPLE)
         if first.name is not None:
             return Rung(self._step, "modules", "differs", first.difference, self._floor, first.sentence)
         status = "same" if first.is_whole else "unknown"
@@ -225,8 +228,10 @@ class _StepOfTwo:
         if math.isnan(first) or math.isnan(second):
             return Rung(self._step, "loss", "unknown", note="no loss was seen in a call of backward()")
         apart = abs(first - second) / max(abs(first), 1e-30)
-        status = "differs" if apart > self._floor else "same"
-        return Rung(self._step, "loss", status, apart, self._floor, f"{first:.6g} in A, {second:.6g} in B")
+        again = first if self._again is None else float(np.mean(self._again.losses))
+        floor = max(self._floor, MULTIPLE * abs(again - first) / max(abs(first), 1e-30))
+        status = "differs" if apart > floor else "same"
+        return Rung(self._step, "loss", status, apart, floor, f"{first:.6g} in A, {second:.6g} in B")
 
     @property
     def _compared(self) -> OneProcessComparison:
@@ -260,7 +265,10 @@ class _StepOfTwo:
             text = f"which samples were in the global batch: {rung.note}."
         elif rung.what == "modules":
             text = rung.note[:1].lower() + rung.note[1:]
-            where = find_first_module(self._b.outputs, self._a.outputs, [], 6.0, self._floor / 6).name or ""
+            where = (
+                find_first_module(self._b.outputs, self._a.outputs, [], MULTIPLE, self._floor / MULTIPLE).name
+                or ""
+            )
             if "Dropout" in rung.note:
                 text += " Its masks are random: record both runs with dropout 0."
         else:
