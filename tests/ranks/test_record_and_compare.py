@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def record(directory, run, *args, rank=0, num_ranks=1, steps="", max_mb=10.0, **
     return directory
 
 
-def compare_with_one(place, make=make_model, wrap=DistributedDataParallel, alone=None, **kwargs):
+def compare_with_one(place, make=make_model, wrap: Any = DistributedDataParallel, alone=None, **kwargs):
     """Record one process as A and two ranks as B; return what comparing them says.
 
     Args:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ddpcall.evidence import Cell, MixingEvidence
 from ddpcall.lab.report.records import TrialRecord
@@ -144,21 +145,74 @@ def _name_ranks(ranks: Sequence[int]) -> str:
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
 
 
+def picture_watched(mixing: Mapping[str, Any]) -> MixingPicture | None:
+    """Return the picture of a watched run's last measured step; None where it has none that can be drawn.
+
+    Args:
+        mixing: `watched.mixing` as it was read from a findings file: the fields of
+            `ddpcall.watch.rules.mixing.Certificate`.
+    """
+    try:
+        evidence = MixingEvidence(
+            steps=(),
+            shapes=tuple(map(str, mixing["shapes"])),
+            step=int(mixing["steps"]),
+            matrix=tuple(tuple(None if v is None else float(v) for v in row) for row in mixing["matrix"]),
+            ranks=tuple(range(int(mixing["ranks"]))),
+            columns=tuple((int(rank), int(backward)) for rank, backward in mixing["columns"]),
+            scale=float(mixing["scale"]),
+            residual=(float(mixing["residual"]),),
+            by_parameter={str(shape): tuple(map(str, names)) for shape, names in mixing["by_parameter"].items()},
+            reason="",
+            explanation="",
+        )
+        counts = [f"{shape.replace('_', ' ')} in {int(number)}" for shape, number in mixing["shapes"].items()]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    if not _can_be_drawn(evidence):
+        return None
+    word = str(mixing.get("shape", evidence.shapes[-1]))
+    facts = (
+        ("steps measured", f"{evidence.step}: {', '.join(counts)}"),
+        ("largest left unexplained", format_number(evidence.residual[0] or 0.0)),
+        *((shape, list_names(names)) for shape, names in evidence.by_parameter.items()),
+    )
+    return _fill("the last measured step", (), word, "", facts, _draw(evidence))
+
+
 def _picture(word: str, matrix: _Matrix, group: Sequence[TrialRecord], cells: Sequence[Cell]) -> MixingPicture:
     axes = varying_axes(cells)
     evidence = group[0].evidence
     assert evidence is not None
     assert evidence.mixing is not None
+    return _fill(
+        label_group([trial.cell for trial in group], cells),
+        tuple(label_cell(trial.cell, axes) for trial in group),
+        word,
+        evidence.mixing.explanation,
+        tuple(list_facts(evidence.mixing)),
+        matrix,
+    )
+
+
+def _fill(
+    name: str,
+    labels: tuple[str, ...],
+    word: str,
+    explanation: str,
+    facts: tuple[tuple[str, str], ...],
+    matrix: _Matrix,
+) -> MixingPicture:
     largest = max((abs(value) for row in matrix.values for value in row if value is not None), default=0.0)
     backwards = [backward for _, backward in matrix.columns]
     several = len(set(backwards)) > 1
     return MixingPicture(
-        name=label_group([trial.cell for trial in group], cells),
-        labels=tuple(label_cell(trial.cell, axes) for trial in group),
+        name=name,
+        labels=labels,
         word=word,
         tone=find_tone("mixing", word),
-        explanation=evidence.mixing.explanation,
-        facts=tuple(list_facts(evidence.mixing)),
+        explanation=explanation,
+        facts=facts,
         rows=matrix.rows,
         columns=tuple(name for name, _ in matrix.columns),
         blocks=tuple(_name_backward(backward) for backward in dict.fromkeys(backwards)) if several else (),

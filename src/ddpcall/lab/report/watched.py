@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpcall.findings import CATALOGUE, Finding, Rule, Severity
+from ddpcall.lab.report.mixing import MixingPicture, picture_watched
 from ddpcall.lab.report.records import Excerpt, WatchRecord
 from ddpcall.lab.report.words import code, plural
 from ddpcall.watch.output.watched import Watched, weigh
@@ -57,6 +58,7 @@ class WatchView:
         counts: Severity and number, worst first; those that occur.
         findings: Worst first.
         problems: What could not be read.
+        mixing: Who learned from whom in the last measured step.
     """
 
     name: str
@@ -65,6 +67,7 @@ class WatchView:
     counts: tuple[tuple[str, int], ...]
     findings: tuple[FindingView, ...]
     problems: tuple[str, ...]
+    mixing: MixingPicture | None = None
 
 
 def view_watch(record: WatchRecord) -> WatchView:
@@ -75,7 +78,8 @@ def view_watch(record: WatchRecord) -> WatchView:
     shown = tuple((severity, number) for severity, number in sorted(counts, key=lambda c: -_rank(c[0])) if number)
     coverage = _view_coverage(record.watched, bool(findings))
     answer = _answer(findings, shown, coverage)
-    return WatchView(str(record.path), coverage, answer, shown, findings, record.problems)
+    mixing = picture_watched(record.watched.mixing) if record.watched is not None else None
+    return WatchView(str(record.path), coverage, answer, shown, findings, record.problems, mixing)
 
 
 def _view_coverage(watched: Watched | None, has_findings: bool) -> Coverage:

@@ -42,6 +42,7 @@ class Certificate:
     Attributes:
         steps: Steps that were measured and judged.
         shapes: How many of them had each shape.
+        shape: That of the last step that could be judged: the matrix is its.
         residual: The largest that a shape left unexplained, relative to the gradients that were mixed.
         scale: Times the mean, in the last step.
         ranks: How many ranks were compared.
@@ -53,6 +54,7 @@ class Certificate:
 
     steps: int = 0
     shapes: dict[str, int] = field(default_factory=dict)
+    shape: str = ""
     residual: float = 0.0
     scale: float = 1.0
     ranks: int = 0
@@ -74,6 +76,7 @@ class Certificate:
         plain = mixing.to_json()
         self.scale = plain["scale"] or 0.0
         self.matrix, self.columns = plain["matrix"], plain["columns"]
+        self.shape = mixing.shape
         if len(mixing.by_parameter) > 1:
             self.by_parameter = plain["by_parameter"]
 
@@ -319,7 +322,7 @@ _FIXES: Mapping[str, str] = {
 
 
 def _describe(apart: _Apart, num_all: int, num_ranks: int) -> str:
-    count, all_ = len(apart.names), f"all {num_ranks} ranks"
+    count, all_ = len(apart.names), "both ranks" if num_ranks == 2 else f"all {num_ranks} ranks"
     part = f"{count} of {num_all} parameters" if count < num_all else f"all {count} parameters"
     names = name_some(apart.names)
     match apart.shape:
