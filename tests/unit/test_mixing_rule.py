@@ -1,5 +1,7 @@
 """The rule of the mixing matrix: what becomes a finding, over whole sequences of measured steps."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -69,7 +71,8 @@ def test_the_mean_is_certified_and_silent():
     certificate = run.rule.certificate
     assert (certificate.steps, certificate.shapes, certificate.ranks) == (3, {"averaged": 3}, 2)
     assert certificate.residual < 1e-6
-    assert np.allclose(certificate.matrix, 0.5)
+    matrix: Any = certificate.matrix
+    assert np.allclose(matrix, 0.5)
 
 
 @pytest.mark.parametrize(("matrix", "shape"), [(2 * MEAN, "summed"), (0.3 * MEAN, "scaled")])
@@ -98,7 +101,7 @@ def test_weights_that_are_equal_again_were_averaged():
 
 
 def test_weights_that_may_have_been_averaged_after_the_last_step_accuse_nobody():
-    local = {"before": (1, 1), "after": (2, 3)}
+    local: dict[str, Any] = {"before": (1, 1), "after": (2, 3)}
     assert Run(num_sent=lambda: 128).step(OWN, **local).codes() == []
     assert [code for code, _, _ in Run(num_sent=lambda: 127).step(OWN, **local).codes()] == ["DC102"]
 
@@ -152,7 +155,7 @@ def test_an_optimizer_that_uses_nothing_is_found_where_it_was_made():
 
 
 def test_replicas_that_began_apart_are_found_unless_their_weights_are_compared_anyway():
-    apart = {"before": (1, 2), "after": (3, 4)}
+    apart: dict[str, Any] = {"before": (1, 2), "after": (3, 4)}
     assert Run().step(MEAN, **apart).codes() == [("DC201", STEP.line, 1)]
     assert Run(is_compared=lambda name: True).step(MEAN, **apart).codes() == []
 
