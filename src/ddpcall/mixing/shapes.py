@@ -292,7 +292,8 @@ def _join_backwards(one: Batch, chosen: Sequence[int]) -> Batch:
 
 def explain(one: Batch, agree: bool) -> Verdict:
     """Judge one parameter that neither hypothesis explains."""
-    found = _try_backwards(one) or _try_earlier(one)
+    # What all ranks use alike is no rank's own, though a fit may say so.
+    found = (None if agree else _try_backwards(one)) or _try_earlier(one)
     if found:
         return found
     if agree:
