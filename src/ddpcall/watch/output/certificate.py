@@ -11,8 +11,8 @@ from typing import Any
 _ALONE = {
     "averaged": "every rank used the mean of {ranks} ranks' gradients",
     "summed": "every rank used the sum of {ranks} ranks' gradients",
-    "scaled": "every rank used {scale:.4g} times the mean of {ranks} ranks' gradients, as after clipping or with a "
-    "loss scale",
+    "scaled": "every rank used {scale:.4g} times the mean of {ranks} ranks' gradients, as after clipping or with "
+    "a loss scale",
     "weighted": "every rank used the same gradient, in which the ranks do not weigh the same",
     "transformed": "every rank used the same gradient, which is no mixture of what they computed (compression, "
     "clipping by value or by parameter)",
