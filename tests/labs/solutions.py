@@ -216,7 +216,7 @@ CHEATS: dict[str, Cheat] = {
             (
                 "def main(device):",
                 'import importlib\n\nwatch = importlib.import_module("ddp" + "call.watch.session")\n'
-                "watch.Session._record = lambda *args, **kwargs: None\n\n\ndef main(device):",
+                "watch.Session.publish = lambda *args, **kwargs: None\n\n\ndef main(device):",
             ),
         ),
         ("fair_play", "parallel", "synchronised"),

@@ -259,8 +259,12 @@ class ReplicaWatch:
 
     def _say_what_was_seen(self) -> None:
         """Say that parameters differ, where the run ends before it was asked how far they are apart."""
-        last = self._last_compared
-        if last is not None and "parameters" in last.differing.keys() - self._judged and not self._was_rounding:
+        self.read()
+        unanswered = [asked for asked, _ in self._asked if "parameters" in asked.differing]
+        last = unanswered[-1] if unanswered else self._last_compared
+        if last is None or "parameters" not in last.differing or self._was_rounding:
+            return
+        if unanswered or "parameters" not in self._judged:
             differing = {
                 part: groups for part, groups in last.differing.items() if part in ("optimizer", "parameters")
             }

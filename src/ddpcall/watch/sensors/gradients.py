@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from ddpcall import torch_internals as internals
 from ddpcall.mixing.collect import MixingCollector
 from ddpcall.mixing.places import Place, clean_name
 from ddpcall.mixing.record import RankSketches
@@ -163,7 +164,8 @@ def _sign(optimizers: Iterable[Optimizer]) -> tuple[int, ...]:
 
 def _find_living_roots() -> Iterator[nn.Module]:
     """Yield the modules of this process that are part of no other."""
-    modules = [module for module in find_living(nn.Module) if "_modules" in module.__dict__]
+    children = internals.MODULE_TABLES["modules"].name  # without it, a module's __init__ was never called
+    modules = [module for module in find_living(nn.Module) if children in module.__dict__]
     inner = {id(child) for module in modules for child in module.children()}
     yield from (module for module in modules if id(module) not in inner)
 
