@@ -281,8 +281,16 @@ def test_a_step_that_is_no_longer_kept_is_forgotten_and_measuring_begins_everywh
             exchange.measure_from(11)
             exchange.ask(comparison)
         dist.barrier()
-        exchange.publish(taker.take(11))
-        found = exchange.details(wait=True)
+        store = find_store()
+        assert store is not None
+        found, step = None, 11
+        if dist.get_rank() == 0:
+            exchange.publish(taker.take(step))
+            found = exchange.details(wait=True)
+            store.set("found", "")
+        while dist.get_rank() == 1 and not store.check(["found"]):  # a thread looks when something is published
+            exchange.publish(taker.take(step))
+            step += 1
         dist.barrier()
         assert exchange.measures(11)
         assert not exchange.measures(10)
