@@ -1,8 +1,8 @@
 """Who learned from whom: the mixing matrix of measured steps, judged across ranks, whoever wrapped the model.
 
-Law convicts, facts explain. A gradient that is a rank's own is no harm by itself: the script may average weights
-instead, and experts are a rank's own by design. It is harm where the weights were equal on all ranks before, and
-part for good. Where a sensor saw the cause, a finding names the line already; this rule speaks of the rest.
+A gradient that is a rank's own is no harm by itself: the script may average weights instead, and experts are a
+rank's own by design. It is harm where the weights were equal on all ranks before the step and stay different after
+it. Where a sensor saw the cause, a finding names the line already; this rule reports the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ddpcall.mixing.result import Mixing, name_some
 from ddpcall.taps import NOWHERE, CallSite
 
 PATIENCE_STEPS = 64
-"""Measured or not: so long a script may train apart before it averages weights, and nothing is said."""
+"""Steps, measured or not, that ranks may train apart before weights are averaged: nothing is reported yet."""
 TOGETHER = ("averaged", "summed", "scaled", "transformed", "weighted")
 """Shapes in which every rank uses the same gradient."""
 _APART = ("local", "partly_local", "groups", "different")
@@ -46,7 +46,7 @@ class Certificate:
         residual: The largest that a shape left unexplained, relative to the gradients that were mixed.
         scale: Times the mean, in the last step.
         ranks: How many ranks were compared.
-        matrix: Shape (ranks, columns), of the last step; nan where it does not tell.
+        matrix: Shape (ranks, columns), of the last step; None where it does not tell.
         columns: (rank, backward) of the matrix's columns.
         by_parameter: Parameters' names by shape, in the last step that was not one shape for all.
         reason: Why the last step that could not be judged could not.
