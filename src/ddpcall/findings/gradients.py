@@ -1,0 +1,151 @@
+"""DC1xx: whose gradients the optimizer used."""
+
+from __future__ import annotations
+
+from ddpcall.findings.finding import DDP_DOCS, DDP_SOURCE, FSDP_DOCS, ISSUE, Rule, Severity
+
+RULES = (
+    Rule(
+        code="DC101",
+        name="gradients-not-synchronized",
+        severity=Severity.ERROR,
+        title="The optimizer stepped with gradients that were never averaged over the ranks",
+        why="DDP averages gradients only in a backward that follows a forward through the wrapper. Reached "
+        "any other way, every rank trains a model of its own on its own share of the data; what is saved is "
+        "rank 0's.",
+        wrong="loss = ddp.module.compute_loss(batch)",
+        fix="Call the wrapper: `loss = ddp(batch)`. To train through another method, let `forward` dispatch "
+        "to it.",
+        silent_when="Nothing flows back (no_grad, evaluation), the reducer was armed by a forward through the "
+        "wrapper, "
+        "the gradients are all-reduced by hand before the step, a later reduced backward covers them, they are "
+        "dropped before the step, or there is one rank.",
+        blind_to="DDP's python reducer and delayed all-reduce; updates made without a torch optimizer. What looks "
+        "reduced by hand and is not, and gradients written by hand, are found when parameters differ. Where the "
+        "script averages parameters instead (local SGD), the finding is taken back when it first does.",
+        links=(DDP_DOCS, DDP_SOURCE, ISSUE + "60921", ISSUE + "14616"),
+    ),
+    Rule(
+        code="DC102",
+        name="parameter-outside-wrapper",
+        severity=Severity.ERROR,
+        title="A parameter is trained that no reducer owns",
+        why="DDP's reducer is built once, from the parameters that require gradients when the model is "
+        "wrapped. One that is unfrozen, added or replaced later is trained from rank-local gradients, and so is "
+        "one that was never in a wrapped model: a loss's, a predictor's, a learned token.",
+        wrong="ddp.module.head = nn.Linear(512, 10)",
+        fix="Make the change first and wrap afterwards: `ddp = DistributedDataParallel(model)` again, and a new "
+        "optimizer. Put modules that are trained together under one wrapper, or give each a wrapper.",
+        silent_when="The parameter is in `_ddp_params_and_buffers_to_ignore`, its gradient is reduced by hand, or "
+        "it is outside every wrapped module and differs between ranks from the start, or its gradients differ by "
+        "rounding alone: those of a batch that every rank has gathered.",
+        blind_to="Parameters outside every wrapped module whose optimizer steps twice for one backward of a "
+        "wrapped model.",
+        links=(DDP_DOCS, ISSUE + "12603"),
+    ),
+    Rule(
+        code="DC103",
+        name="wrapper-detached",
+        severity=Severity.ERROR,
+        title="A parameter's storage was replaced under the wrapper, and its gradients are no longer reduced",
+        why="Changing dtype or device makes autograd create a new node for the parameter. The reducer's hook "
+        "hangs on "
+        "the old one, which no backward reaches any more.",
+        wrong="ddp.module.double().float()",
+        fix="Convert before wrapping, or convert a copy: `copy.deepcopy(ddp.module).to(...)`; otherwise wrap "
+        "again.",
+        silent_when="The model is not trained afterwards.",
+        blind_to="`parameter.data = ...` by hand.",
+        links=(ISSUE + "104336",),
+    ),
+    Rule(
+        code="DC104",
+        name="sync-window-misplaced",
+        severity=Severity.ERROR,
+        title="`no_sync()` or `require_backward_grad_sync` stands around the wrong forward",
+        why="DDP decides in `forward` whether the next backward is reduced. If the last forward before a step "
+        "runs "
+        "with synchronisation off, the step uses rank-local gradients. Around a backward alone, no_sync() does "
+        "nothing (then it is a warning). `set_requires_gradient_sync(False)` is the same switch of replicate and "
+        "fully_shard; a sharded model's step goes without the gradients.",
+        wrong="with ddp.no_sync():  # around the last micro-batch too",
+        fix="Put forward and backward of all micro-batches but the last inside `with ddp.no_sync():`, and the "
+        "last "
+        "outside, just before `optimizer.step()`.",
+        silent_when="A reduced backward follows before the step, or the gradients are reduced by hand.",
+        blind_to="FSDP1.",
+        links=(DDP_DOCS + "#torch.nn.parallel.DistributedDataParallel.no_sync",),
+    ),
+    Rule(
+        code="DC105",
+        name="stepped-before-reduction",
+        severity=Severity.ERROR,
+        title="The optimizer stepped inside the backward, before the gradients were reduced",
+        why="A gradient hook runs when the local gradient has been accumulated. DDP reduces whole buckets, later. "
+        "An optimizer that steps in the hook uses the local gradient.",
+        wrong="parameter.register_post_accumulate_grad_hook(lambda p: optimizer.step())",
+        fix="Step after `loss.backward()`, or use `torch.distributed.optim._apply_optimizer_in_backward`, "
+        "which DDP "
+        "knows of.",
+        silent_when="One rank, or DDP's own optimizer-in-backward.",
+        blind_to="Updates in the hook that do not go through a torch optimizer's step.",
+        links=("https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html",),
+    ),
+    Rule(
+        code="DC106",
+        name="averaged-in-groups",
+        severity=Severity.ERROR,
+        title="The ranks average gradients in groups that never meet",
+        why="Each group trains a model of its own on its own share of the data, and what is saved is that of one "
+        "group. Usual causes are a process group that does not span the world, and a hybrid mesh whose replicate "
+        "dimension is missing.",
+        wrong="ddp = DistributedDataParallel(model, process_group=group_of_this_host)",
+        fix="Wrap with the group of all ranks: `DistributedDataParallel(model)`. For hybrid sharding give "
+        "fully_shard the two-dimensional mesh, `(replicate, shard)`.",
+        silent_when="The weights differ between the groups from the start (experts, tensor parallelism), or the "
+        "script averages the weights afterwards.",
+        blind_to="More than 64 ranks; steps that are not measured.",
+        links=(DDP_DOCS, FSDP_DOCS),
+    ),
+    Rule(
+        code="DC107",
+        name="rank-left-out",
+        severity=Severity.ERROR,
+        title="What a rank computed is in nobody's gradient",
+        why="The rank reads its share of the data and computes gradients, and no rank uses them: its data trains "
+        "nothing.",
+        wrong="dist.broadcast(p.grad, 0)  # instead of all_reduce",
+        fix="Average over all ranks: `dist.all_reduce(p.grad)`, then `p.grad /= dist.get_world_size()`.",
+        silent_when="The rank computed no gradient (uneven inputs), or it happened in one measured step alone.",
+        blind_to="More than 64 ranks; steps that are not measured.",
+        links=(DDP_DOCS,),
+    ),
+    Rule(
+        code="DC108",
+        name="gradients-late",
+        severity=Severity.WARNING,
+        title="The last backward's gradient is not in the step that it was computed for",
+        why="The optimizer steps with the gradients of earlier backwards; the last one's arrive a step later, or "
+        "never. fully_shard with synchronization off on the last micro-batch does this.",
+        wrong="model.set_requires_gradient_sync(False)  # on the last micro-batch too",
+        fix="Switch synchronization on before the last micro-batch's backward: "
+        "`model.set_requires_gradient_sync(True)`.",
+        silent_when="It happened in one measured step alone.",
+        blind_to="More than 64 ranks; steps that are not measured.",
+        links=(FSDP_DOCS,),
+    ),
+    Rule(
+        code="DC109",
+        name="optimizer-misses-parameters",
+        severity=Severity.ERROR,
+        title="Gradients are computed, and the optimizer uses none of them",
+        why="The optimizer holds tensors that are not the model's parameters any more, or whose gradients are "
+        "cleared before each step: its steps change nothing of the model, without a message.",
+        wrong="model(example)  # after fully_shard, before the optimizer is made from gathered parameters",
+        fix="Make the optimizer from the model that you train, after it was wrapped and before its first forward: "
+        "`optimizer = torch.optim.AdamW(model.parameters())`. Call `zero_grad()` after `step()`, not before it.",
+        silent_when="The optimizer uses the gradients in some step, or it happened in one measured step alone.",
+        blind_to="More than 64 ranks; an optimizer whose tensors have other shapes than the model's parameters.",
+        links=(FSDP_DOCS, ISSUE + "149205"),
+    ),
+)
