@@ -182,7 +182,7 @@ def _put_together(parameters: Sequence[Parameter], ranks: tuple[int, ...]) -> Mi
         kind = parameter.weights
         if kind == "equal" and not parameter.verdict.rows_agree and parameter.verdict.shape not in _MIXED_ALIKE:
             kind = "averaged" if parameter.used.any() else kind
-        weights.setdefault(kind, []).append(parameter.name)
+        weights.setdefault("equal" if kind == "unmoved" else kind, []).append(parameter.name)
     told = {name: group for name, group in by_shape.items() if name != "unidentifiable"} or by_shape
     shape = _name_all(told)
     shown = _choose_shown(told, shape)

@@ -157,7 +157,10 @@ def _stack_columns(rows: Sequence[Mapping[int, np.ndarray]], buckets: int) -> np
 
 
 def _judge_weights(views: Mapping[int, _RankView], at: Mapping[int, int]) -> str:
-    """Say what became of the replicas: equal, parted (equal before the step alone), or different already."""
+    """Say what became of the replicas: equal, parted (equal before the step alone), or different already.
+
+    Equal ones that the step did not change are "unmoved": nobody has averaged them.
+    """
     wholes = []
     for rank, view in views.items():
         parts = [part for part in view.record.weight_parts[at[rank]] or (rank,) if part in views]
@@ -168,7 +171,9 @@ def _judge_weights(views: Mapping[int, _RankView], at: Mapping[int, int]) -> str
         wholes.append((before, after))
     if len({before for before, _ in wholes}) > 1:
         return "different"
-    return "equal" if len({after for _, after in wholes}) == 1 else "parted"
+    if len({after for _, after in wholes}) > 1:
+        return "parted"
+    return "unmoved" if len(set(wholes[0])) == 1 else "equal"
 
 
 def join_parameters(members: Sequence[Parameter]) -> Parameter:

@@ -29,7 +29,6 @@ from ddpcall.watch.rules.hooks import HooksRule
 from ddpcall.watch.rules.ownership import OwnershipRule
 from ddpcall.watch.rules.precision import PrecisionRule
 from ddpcall.watch.rules.sharded import ShardedRule
-from ddpcall.watch.rules.strays import StrayWatch
 from ddpcall.watch.rules.unreduced import UnreducedRule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.backwards import BackwardWatch
@@ -106,7 +105,6 @@ class Attachment:
             self._hooks,
             self._precision,
             MeasureAtSteps(gradients, mixing),
-            StrayWatch(run),
             mixing,
             CompareAtSteps(run, self._replicas),
         )

@@ -22,9 +22,11 @@ PATIENCE_STEPS = 64
 """Steps, measured or not, that ranks may train apart before weights are averaged: nothing is reported yet."""
 TOGETHER = ("averaged", "summed", "scaled", "transformed", "weighted")
 """Shapes in which every rank uses the same gradient."""
+_OF_ONE_RANK = ("local", "unaccounted")
 _APART = ("local", "partly_local", "groups", "different")
 _CODES = {
     "local": "DC101",
+    "unaccounted": "DC101",
     "partly_local": "DC104",
     "groups": "DC106",
     "dropped": "DC107",
@@ -33,6 +35,8 @@ _CODES = {
     "different": "DC201",
 }
 _REPEATED = 2
+ROUNDING = 1e-2
+"""Gradients of one batch differ between ranks by 1e-7 in float32, 1e-3 in bfloat16; of two batches by 1e-1."""
 
 
 @dataclass
@@ -185,6 +189,9 @@ class MixingRule:
                 self._note_repeated(shape, [name for name in names if name not in self._used], step, mixing)
             elif shape in TOGETHER:
                 self._note_mixed(names, step, mixing)
+            elif shape == "unaccounted":
+                apart = [name for name in self._find_parted(names, mixing) if _differ(name, records)]
+                self._note_apart(shape, apart, step, mixing)
         for key, apart in list(self._pending.items()):
             if step >= apart.step + PATIENCE_STEPS and self._num_sent() is None:
                 self._say(self._pending.pop(key))
@@ -222,7 +229,7 @@ class MixingRule:
             return
         # Where nothing of it is wrapped, the line that handed it to the optimizer says more.
         is_inside = self._is_inside(new[0]) or self._is_sharded(new[0])
-        site = self._where.stepped if is_inside or shape != "local" else self._where.made
+        site = self._where.stepped if is_inside or shape not in _OF_ONE_RANK else self._where.made
         known = self._pending.setdefault(f"{shape} {site}", _Apart(shape, step, [], mixing.reason, site))
         known.names += [name for name in new if name not in known.names]
 
@@ -278,9 +285,9 @@ class MixingRule:
         num_all = len(self._ever_equal | set(apart.names))
         code = _CODES.get(apart.shape, "DC201")
         name = apart.names[0]
-        if apart.shape == "local" and self._is_sharded(name):
+        if apart.shape in _OF_ONE_RANK and self._is_sharded(name):
             code = "DC106"
-        elif apart.shape == "local" and (self._is_inside(name) or len(apart.names) < num_all):
+        elif apart.shape in _OF_ONE_RANK and (self._is_inside(name) or len(apart.names) < num_all):
             code = "DC102"
         rule = CATALOGUE[code]
         led = apart.site.called_from
@@ -312,6 +319,12 @@ def _keep_stepped_by_all(records: Sequence[RankSketches]) -> Iterator[RankSketch
         yield record.without(some)
 
 
+def _differ(name: str, records: Sequence[RankSketches]) -> bool:
+    """Say whether the ranks used gradients that differ by more than rounding, in any precision."""
+    used = np.stack([record.used[record.names.index(name)] for record in records if record.num_steps])
+    return bool(np.linalg.norm(used - used[0], axis=1).max() > ROUNDING * np.linalg.norm(used, axis=1).max())
+
+
 _AVERAGE = "`dist.all_reduce(p.grad)`, then `p.grad /= dist.get_world_size()`"
 _FIXES: Mapping[str, str] = {
     "local": "Wrap the model that holds these parameters before the first forward, and call the wrapper; or "
@@ -334,6 +347,8 @@ def _describe(apart: _Apart, num_all: int, num_ranks: int) -> str:
             what = f"the ranks averaged in groups that never meet ({apart.reason})"
         case "dropped":
             what = f"what some ranks computed is in nobody's gradient ({apart.reason})"
+        case "unaccounted":
+            what = "each rank used a gradient of its own, which no backward was seen to compute"
         case "late":
             what = f"the last backward's gradient was not used in the step it was computed for ({apart.reason})"
         case "thrown_away":

@@ -15,7 +15,7 @@ from ddpcall.watch.sensors.steps import Step
 class OwnershipRule(Rule):
     """Parameters that an optimizer steps, and whose gradients no reducer averages.
 
-    Parameters outside every wrapper are `StrayWatch`'s.
+    Of parameters outside every wrapper the mixing matrix tells.
 
     Blind to: parameters whose names are DDP's to ignore.
     """

@@ -30,7 +30,6 @@ class OptimizerView:
         parameters: Its parameters by id.
         states: The reducers that own some of them.
         unowned: Those in a wrapped model that no reducer owns: name and model, by id.
-        strays: Those in no wrapped model, by id.
         is_sharded: Whether any is a DTensor.
     """
 
@@ -38,7 +37,6 @@ class OptimizerView:
     parameters: dict[int, weakref.ref[Tensor]]
     states: list[ReducerState]
     unowned: dict[int, tuple[str, ReducerState]]
-    strays: list[int]
     is_sharded: bool
 
 
@@ -165,14 +163,12 @@ class StepSensor:
 def _look_at(parameters: list[Tensor], models: Models, signature: tuple[int, ...]) -> OptimizerView:
     states = {id(state): state for p in parameters if (state := models.owner.get(id(p))) is not None}
     stepped = {id(parameter) for parameter in parameters}
-    wrapped: set[int] = set()
     unowned: dict[int, tuple[str, ReducerState]] = {}
     for state in models.ledgers:
         ddp = state.ddp()
         if ddp is None:
             continue
         for name, parameter in ddp.module.named_parameters():
-            wrapped.add(id(parameter))
             is_owned = id(parameter) in models.owner or name in ddp.parameters_to_ignore
             if id(parameter) in stepped and not is_owned:
                 unowned[id(parameter)] = (name, state)
@@ -181,7 +177,6 @@ def _look_at(parameters: list[Tensor], models: Models, signature: tuple[int, ...
         {id(parameter): weakref.ref(parameter) for parameter in parameters},
         list(states.values()),
         unowned,
-        [id(p) for p in parameters if p.requires_grad and id(p) not in wrapped],
         any(type(parameter).__name__ == "DTensor" for parameter in parameters),
     )
 
