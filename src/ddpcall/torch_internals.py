@@ -407,6 +407,11 @@ OPTIMIZER_STEP_PRE_HOOKS = Private(
     "to judge gradients after the optimizer's own hooks, which may reduce them",
     "gradients that an optimizer's hook reduces would be reported",
 )
+CLIP_WITH_NORM = Private(
+    "torch.nn.utils.clip_grad._clip_grads_with_norm_",
+    "to see gradients as they are clipped, by whatever name a script knows the function",
+    "gradients that are clipped before they are averaged are not found",
+)
 IS_PROFILER_ENABLED = Private(
     "torch.autograd.profiler._is_profiler_enabled",
     "to leave a profile that is running alone",

@@ -148,4 +148,23 @@ RULES = (
         blind_to="More than 64 ranks; an optimizer whose tensors have other shapes than the model's parameters.",
         links=(FSDP_DOCS, ISSUE + "149205"),
     ),
+    Rule(
+        code="DC111",
+        name="clipped-before-averaging",
+        severity=Severity.WARNING,
+        title="Gradients are clipped while they are one rank's own, and averaged afterwards",
+        why="Each rank scales its own gradient by a factor of its own, so the average favors the ranks with small "
+        "gradients and points elsewhere than the gradient of the whole batch. In every micro-batch it also cuts "
+        "what earlier ones have accumulated.",
+        wrong="with ddp.no_sync():\n    loss.backward()\nclip_grad_norm_(ddp.parameters(), 1.0)",
+        fix="Clip once a step, after the backward that averages (or after your own `all_reduce` of the gradients) "
+        "and right before `optimizer.step()`: `torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)`.",
+        silent_when="The clip changed nothing (its coefficient was 1), the gradients were averaged before it, or "
+        "they are never averaged (local SGD) or were dropped after it (per-sample gradients); DTensors.",
+        blind_to="Gradients clipped by hand.",
+        links=(
+            "https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html",
+            "https://github.com/huggingface/accelerate/pull/641",
+        ),
+    ),
 )

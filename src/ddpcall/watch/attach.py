@@ -23,6 +23,7 @@ from ddpcall.watch.compare.replica_watch import ReplicaWatch
 from ddpcall.watch.findings_book import FindingsBook
 from ddpcall.watch.output.watched import BY_HAND, Watched, WatchedModel
 from ddpcall.watch.rules.by_hand import ByHand
+from ddpcall.watch.rules.clipping import ClippingRule
 from ddpcall.watch.rules.compiled import CompiledRule
 from ddpcall.watch.rules.early_step import EarlyStepRule
 from ddpcall.watch.rules.hooks import HooksRule
@@ -32,6 +33,7 @@ from ddpcall.watch.rules.sharded import ShardedRule
 from ddpcall.watch.rules.unreduced import UnreducedRule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.backwards import BackwardWatch
+from ddpcall.watch.sensors.clipping import ClippingSensor
 from ddpcall.watch.sensors.earlier import find_living
 from ddpcall.watch.sensors.gradients import GradientSensor
 from ddpcall.watch.sensors.hooks import can_be_tapped
@@ -99,6 +101,7 @@ class Attachment:
             by_hand,
             unreduced,
             OwnershipRule(run, by_hand),
+            clipping := ClippingRule(run),
             EarlyStepRule(run),
             self._compiled,
             self._sharded,
@@ -120,8 +123,9 @@ class Attachment:
             ("DistributedDataParallel and replicate", wraps.attach),
             ("parameters changed after wrapping", ParameterWatch(run, wraps.tap).attach),
             ("process groups", stacks.attach_groups),
-            ("backwards", BackwardWatch(run, gradients).attach),
+            ("backwards", BackwardWatch(run, gradients, self._rules).attach),
             ("collectives and optimizer steps", self._attach_steps),
+            ("gradient clipping", ClippingSensor(run, (clipping.clipping,)).attach),
             ("hooks of modules", self._hooks.sensor.attach),
             ("torch.compile", self._compiled.sensor.attach),
             (

@@ -11,6 +11,9 @@ from typing import Protocol
 from ddpcall.findings import Finding
 from ddpcall.watch.output.findings_file import key_of, merge_findings
 
+_KEEP_REPLICAS_EQUAL = frozenset({"DC111", "DC112", "DC113"})
+"""Every rank uses the same gradient, though not the right one."""
+
 
 class Status(StrEnum):
     """Where a finding stands."""
@@ -158,4 +161,4 @@ class FindingsBook:
 
 
 def _is_about_gradients(finding: Finding) -> bool:
-    return finding.code.startswith("DC1")
+    return finding.code.startswith("DC1") and finding.code not in _KEEP_REPLICAS_EQUAL

@@ -1,4 +1,4 @@
-"""What every rule is: told of steps, and of the end, it reports findings into the run's book."""
+"""What every rule is: told of backwards, of steps and of the end, it reports findings into the run's book."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from ddpcall.watch.sensors.steps import Step
 
 class Rule:
     """A family of findings: when there is one, what is said, what to write instead, and what it cannot see."""
+
+    def before_backward(self) -> None:
+        """A backward that accumulates gradients is about to run."""
 
     def before_step(self, step: Step) -> None:
         """An optimizer is about to step; gradients may be made or reduced still."""

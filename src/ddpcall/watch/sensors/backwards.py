@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,6 +17,12 @@ from ddpcall.watch.sensors.gradients import GradientSensor
 _INPUTS = 4  # the place of the inputs among the engine's arguments
 
 
+class Listener(Protocol):
+    """Who is told of backwards; see `rules.rule.Rule`."""
+
+    def before_backward(self) -> None: ...
+
+
 class BackwardWatch:
     """Stands around every backward that Python starts, `torch.autograd.grad`'s included.
 
@@ -25,8 +31,9 @@ class BackwardWatch:
     Blind to: `backward()` inside a TorchScript function, which starts the engine from C++.
     """
 
-    def __init__(self, run: Run, gradients: GradientSensor) -> None:
-        """Take the run, and what measures gradients."""
+    def __init__(self, run: Run, gradients: GradientSensor, listeners: Sequence[Listener]) -> None:
+        """Take the run, what measures gradients, and who is told of backwards."""
+        self._listeners = listeners
         self._models = run.models
         self._gradients = gradients
         self._contain = run.contain
@@ -55,6 +62,9 @@ class BackwardWatch:
 
     def _begin(self, accumulates: bool) -> None:
         if not in_backward():  # else a checkpoint's, inside another
+            if accumulates:
+                for listener in self._listeners:
+                    listener.before_backward()
             self._gradients.prepare()
             for ledger in self._models.ledgers:
                 ledger.begin_backward() if accumulates else ledger.begin_taking()

@@ -129,9 +129,12 @@ class CollectiveLog:
             since: Only what came after it counts; None for the end of the last optimizer step.
         """
         since = since or self._last_step
-        if all(self._storages.get(t.untyped_storage().data_ptr(), 0) > since.count for t in tensors):
-            return True
-        return self._now.numel - since.numel >= sum(tensor.numel() for tensor in tensors)
+        sent = self._now.numel - since.numel
+        return self.sent(tensors, since) or sent >= sum(tensor.numel() for tensor in tensors)
+
+    def sent(self, tensors: list[Tensor], since: Mark) -> bool:
+        """Say whether these tensors themselves went through a collective, each of them."""
+        return all(self._storages.get(t.untyped_storage().data_ptr(), 0) > since.count for t in tensors)
 
     def end_step(self) -> None:
         """Note the end of an optimizer step."""
