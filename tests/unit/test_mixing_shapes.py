@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from ddpcall.mixing.judge import judge_records
+from ddpcall.mixing.record import PRESENT, Column, RankSketches
 from ddpcall.mixing.shapes import SHAPES, Batch, find_eta, find_groups, fit, judge, solve
 
 BUCKETS = 64
@@ -201,3 +203,37 @@ def test_a_fit_of_parallel_vectors_leaves_nothing_of_what_they_span():
     coefficients, rest = fit(basis, np.array([[2.0, 0, 3.0, 0]]))
     np.testing.assert_allclose(coefficients, [[1, 1]])
     np.testing.assert_allclose(rest, [[0, 0, 3, 0]], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [(1e-42, "unidentifiable"), (1e-40, "unidentifiable"), (1e-30, "averaged")]
+)
+def test_gradients_below_the_smallest_normal_numbers_are_no_evidence(size, shape):
+    """A mean of numbers that have three digits left is off by far more than a reduction's rounding."""
+    rng = np.random.default_rng(0)
+    own = (rng.standard_normal((2, BUCKETS)) * size).astype(np.float32)
+    used = own[0] / np.float32(2) + own[1] / np.float32(2)
+    records = [
+        RankSketches(
+            rank=rank,
+            names=("weight",),
+            numel=(256,),
+            dtypes=("float32",),
+            used=used[None].astype(float),
+            states=(PRESENT,),
+            own=own[rank, None].astype(float),
+            columns=(Column(0, 0),),
+            carry=np.zeros((1, BUCKETS)),
+            before=np.zeros(1, np.int64),
+            after=np.zeros(1, np.int64),
+            own_parts=((),),
+            own_sum=((),),
+            own_unit=((),),
+            used_parts=((),),
+            weight_parts=((),),
+            steps_of=(1,),
+            num_steps=1,
+        )
+        for rank in range(2)
+    ]
+    assert judge_records(records).shape == shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,17 @@ from ddpcall.mixing.matrix import know_nothing, measure_matrix
 from ddpcall.mixing.parameters import Parameter, find_unshared, gather_parameters, join_parameters
 from ddpcall.mixing.record import FOREIGN, NO_GRADIENT, NOT_FINITE, PRESENT, UNREAD, RankSketches
 from ddpcall.mixing.result import Mixing, name_some
-from ddpcall.mixing.shapes import MIN_ELEMENTS, TOO_FEW, TOO_SMALL, Batch, Verdict, judge, judge_misfit
+from ddpcall.mixing.shapes import (
+    COARSE,
+    MIN_ELEMENTS,
+    TOO_FEW,
+    TOO_SMALL,
+    VANISHED,
+    Batch,
+    Verdict,
+    judge,
+    judge_misfit,
+)
 
 _POOLED_BELOW = 64
 # What is told first where parameters differ.
@@ -96,6 +107,8 @@ def _is_settled(parameter: Parameter) -> bool:
         used = parameter.used.any()
         why = "a gradient was used that no backward was seen to compute" if used else "no gradient"
         parameter.verdict = Verdict("unaccounted" if used else "unidentifiable", reason=why)
+    elif parameter.eta > COARSE:
+        parameter.verdict = Verdict("unidentifiable", reason=VANISHED)
     else:
         return False
     return True
@@ -225,8 +238,9 @@ def _give_reason(
 ) -> str:
     reasons = []
     group = told.get(shape, [])
-    if group and group[0].verdict.reason:
-        reasons.append(group[0].verdict.reason)
+    given = Counter(parameter.verdict.reason for parameter in group if parameter.verdict.reason)
+    if given:
+        reasons.append(given.most_common(1)[0][0])
     elif not group and told:
         parts = [f"{name}: {len(its)} of {sum(map(len, told.values()))} parameters" for name, its in told.items()]
         reasons.append(", ".join(parts))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ddpcall.mixing.record import UNREAD, RankSketches
-from ddpcall.mixing.shapes import Verdict, find_eta
+from ddpcall.mixing.shapes import Verdict, find_eta, find_underflow
 
 
 @dataclass
@@ -108,12 +108,14 @@ def _gather(name: str, views: Mapping[int, _RankView], one_replica: bool) -> Par
         own.append({backward: row for backward, row in whole.items() if backward >= 0})
         earlier.append({backward: row for backward, row in whole.items() if backward < 0})
     first = views[ranks[0]].record
+    numel, own_columns = first.numel[at[ranks[0]]], _stack_columns(own, first.used.shape[1])
+    dtypes = {views[rank].record.dtypes[at[rank]] for rank in ranks}
     return Parameter(
         name=name,
-        numel=first.numel[at[ranks[0]]],
-        eta=max(find_eta(views[rank].record.dtypes[at[rank]], len(ranks)) for rank in ranks),
+        numel=numel,
+        eta=max(_find_rounding(dtype, numel, own_columns) for dtype in dtypes),
         used=np.stack(used),
-        own=_stack_columns(own, first.used.shape[1]),
+        own=own_columns,
         earlier=_stack_columns(earlier, first.used.shape[1]),
         carry=np.stack(carry),
         captured=frozenset().union(*(views[rank].captured[at[rank]] for rank in ranks)),
@@ -121,6 +123,14 @@ def _gather(name: str, views: Mapping[int, _RankView], one_replica: bool) -> Par
         states=states,
         num_steps=tuple(views[rank].record.steps_of[at[rank]] for rank in ranks),
     )
+
+
+def _find_rounding(dtype: str, numel: int, own: np.ndarray) -> float:
+    """Return the relative rounding of a mean, with what underflow adds where gradients all but vanish."""
+    sizes = np.linalg.norm(own, axis=-1)
+    eta = find_eta(dtype, len(own))
+    underflow = find_underflow(dtype, numel, float(sizes.sum(axis=1).max(initial=0.0)))
+    return eta + underflow if underflow > 0.1 * eta else eta
 
 
 def _add_parts(parts: Sequence[Own], ahead: bool) -> dict[int, np.ndarray]:

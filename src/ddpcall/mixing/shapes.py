@@ -25,16 +25,28 @@ SHAPES = (
 _ETA = {"float64": 1e-13, "complex128": 1e-13, "float16": 1.2e-3, "bfloat16": 5e-3}
 _ETA_SINGLE = 3e-7
 _GROWTH = 0.2
+# Below these a number loses digits: the smallest step of float16, the smallest normal number of the others, which
+# devices may round to zero.
+_SMALLEST = {"float16": 2.0**-24, "float64": 2.0**-1022, "complex128": 2.0**-1022}
+_SMALLEST_SINGLE = 2.0**-126
+COARSE = 0.02
 _SAME = 1e-6  # the sketches of equal tensors differ by their own rounding at most
 _FAR = 3.0
 MIN_ELEMENTS = 8
 TOO_FEW = "all ranks used the same gradient, which is not the mean; too few numbers to say which mixture it is"
 TOO_SMALL = "too few elements to tell"
+CLOSE = "the used gradient is near the mean, and off by somewhat more than rounding"
+VANISHED = "the gradients are too close to zero for their precision to tell"
 
 
 def find_eta(dtype: str, num_ranks: int) -> float:
     """Return the relative rounding of a mean over ranks in a precision such as "float32"."""
     return _ETA.get(dtype, _ETA_SINGLE) * max(1.0, _GROWTH * math.sqrt(num_ranks))
+
+
+def find_underflow(dtype: str, numel: int, size: float) -> float:
+    """Return what underflow may take from a gradient, relative to its norm: such as 1.0 of float32 below 1e-38."""
+    return _SMALLEST.get(dtype, _SMALLEST_SINGLE) * math.sqrt(numel) / size if size else 0.0
 
 
 @dataclass(frozen=True)
@@ -193,6 +205,8 @@ def judge(batch: Batch) -> list[Verdict]:
         elif same[index]:
             why = "every rank computed the same gradient: give each rank its own batch"
             verdict = Verdict("unidentifiable", reason=why, residual=mean.distance[index])
+        elif alike[index] and not far_mean[index].any():
+            verdict = Verdict("unidentifiable", reason=CLOSE, residual=mean.distance[index])
         else:
             verdict = explain(batch.select([index]), agreed)
         verdict.rows_agree = agreed
