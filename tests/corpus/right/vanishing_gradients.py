@@ -1,4 +1,4 @@
-"""A chain so deep that its first layers' gradients fall below what float32 can hold: slow to learn, and averaged."""
+"""A chain so deep that the gradients of its first layers fall below what float32 can hold; all are averaged."""
 
 import gc
 
