@@ -419,6 +419,12 @@ IS_PROFILER_ENABLED = Private(
     LAB,
 )
 
+FUNCTORCH_LEVEL = Private(
+    "torch._C._functorch.maybe_current_level",
+    "to leave losses inside torch.func alone",
+    "numbers of targets inside torch.func are read, and measuring ends with an error",
+)
+
 # ---- compiler ---------------------------------------------------------------------------------------------------
 
 DISABLE_DYNAMO = Private(

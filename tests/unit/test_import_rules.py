@@ -21,6 +21,7 @@ LEAVES = {
     "taps",
     "ranks",
     "torch_version",
+    "targets",
 } | INTERNALS
 MIDDLE = LEAVES | {"verdicts", "replicas", "sketch", "mixing", "probes", "compare"}
 MAY_IMPORT = {
@@ -30,6 +31,7 @@ MAY_IMPORT = {
     "imports": set(),
     "private_name": set(),
     "torch_version": set(),
+    "targets": set(),
     "torch_internals": {"private_name"},
     "taps": INTERNALS,
     "ranks": INTERNALS | {"ranks"},
@@ -40,7 +42,7 @@ MAY_IMPORT = {
     "replicas": LEAVES,
     "sketch": INTERNALS,
     "mixing": INTERNALS | {"taps", "replicas", "sketch"},
-    "compare": INTERNALS | {"imports", "taps", "replicas", "sketch", "mixing"},
+    "compare": INTERNALS | {"imports", "taps", "targets", "replicas", "sketch", "mixing"},
     "probes": MIDDLE,
     "lab": MIDDLE | {"lab", "watch"},
     "watch": MIDDLE | {"watch"},

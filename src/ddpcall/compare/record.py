@@ -25,12 +25,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ddpcall import torch_internals as internals
 from ddpcall.compare.files import Writer
 from ddpcall.compare.samples import NUM_NUMBERS, SampleRecorder
-from ddpcall.compare.step_mode import LOSSES, count_targets
 from ddpcall.compare.steps import StepRecord, choose_named, measure_rounding
 from ddpcall.mixing import MixingCollector
 from ddpcall.mixing.shards import find_places
 from ddpcall.sketch import NUM_BUCKETS
 from ddpcall.taps import Undo, in_backward, replace_attribute
+from ddpcall.targets import LOSSES, count_targets, wrap_loss
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _WRAPPERS = ("module", internals.ORIG_MOD.name, internals.FSDP1["fsdp_wrapped_module"].name)
@@ -82,7 +82,7 @@ class Recorder:
             replace_attribute(torch.amp.GradScaler, "scale", self._wrap_scale(torch.amp.GradScaler.scale))
         )
         for loss in LOSSES:
-            self._undos.append(replace_attribute(F, loss.__name__, self._wrap_loss(loss)))
+            self._undos.append(replace_attribute(F, loss.__name__, wrap_loss(loss, self._call_loss)))
         self._undos.append(register_optimizer_step_post_hook(self._after_step).remove)
 
     def close(self) -> None:
@@ -146,14 +146,14 @@ class Recorder:
 
         return scale
 
-    def _wrap_loss(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def loss(*args: Any, **kwargs: Any) -> Any:
-            if self._is_recording and not torch.compiler.is_compiling():
-                self._guard(lambda: self._targets.extend(count_targets(original, args, kwargs)))
-            return original(*args, **kwargs)
+    def _call_loss(self, loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._is_recording:
+            self._guard(self._count_targets, loss, args, kwargs)
+        return loss(*args, **kwargs)
 
-        return loss
+    def _count_targets(self, *call: Any) -> None:
+        count = count_targets(*call)
+        self._targets += [] if count is None else [int(count)]
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._root is not None and not self._is_over and optimizer in self._held:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from ddpcall.targets import LOSSES, count_targets
 
 _DROPOUTS = (
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
 )  # fmt: skip
 # Where their arguments have dropout_p.
 _ATTENTIONS = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
-LOSSES = (F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 
 
 class StepMode(TorchFunctionMode):
@@ -55,18 +54,6 @@ class StepMode(TorchFunctionMode):
             else:
                 kwargs = {**kwargs, "dropout_p": 0.0}
         elif func in LOSSES:
-            self.num_targets += count_targets(func, args, kwargs)
+            count = count_targets(func, args, kwargs)
+            self.num_targets += [] if count is None else [int(count)]
         return func(*args, **kwargs)
-
-
-def count_targets(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    """Return how many targets a call of one of `LOSSES` takes the mean of; no number where it takes none."""
-    given = inspect.signature(func).bind(*args, **kwargs)
-    given.apply_defaults()
-    target: Tensor = given.arguments["target"]
-    if given.arguments["reduction"] != "mean":
-        return []
-    if target.is_floating_point():  # cross_entropy divides probabilities by the number of their rows
-        is_rows = func is F.cross_entropy
-        return [target.numel() // (target.size(1 if target.dim() > 1 else 0) if is_rows else 1)]
-    return [int((target != given.arguments["ignore_index"]).sum())]

@@ -149,6 +149,29 @@ RULES = (
         links=(FSDP_DOCS, ISSUE + "149205"),
     ),
     Rule(
+        code="DC110",
+        name="targets-weighted-unevenly",
+        severity=Severity.NOTE,
+        title="Ranks weigh the same though they have different numbers of targets",
+        why="A loss that takes the mean over a rank's own targets divides by their number there, and averaged "
+        "gradients weigh all ranks alike. A target on the rank that has few of them then counts for more: with 90 "
+        "targets on one rank and 10 on the other, nine times as much as in one process with the whole batch.",
+        wrong="loss = F.cross_entropy(logits, labels, ignore_index=-100)  # 90 targets here, 10 on the other rank",
+        fix="Divide by all ranks' targets: `total = (labels != -100).sum(); dist.all_reduce(total)`, then "
+        '`loss = F.cross_entropy(logits, labels, reduction="sum") * dist.get_world_size() / total`.',
+        silent_when="The numbers differ by less than a tenth, or in half of the measured steps at most, as where "
+        "the last batch of an epoch is uneven; the loss is multiplied by its own number of targets before the "
+        "backward; the gradients are not averaged evenly; one line takes several means for a backward, as "
+        "sequence by sequence.",
+        blind_to="Numbers that differ between the micro-batches of one rank alone; class weights; losses in "
+        "compiled code, and those that do not call `cross_entropy`, `nll_loss` or `binary_cross_entropy` of "
+        "`torch.nn.functional`.",
+        links=(
+            "https://github.com/huggingface/transformers/issues/34242",
+            "https://github.com/modelscope/ms-swift/issues/10165",
+        ),
+    ),
+    Rule(
         code="DC111",
         name="clipped-before-averaging",
         severity=Severity.WARNING,

@@ -57,6 +57,8 @@ class RankSketches:
         num_skipped: Steps that a GradScaler skipped.
         is_waiting: Own gradients were computed that no step has used.
         failure: Why measuring ended early; empty if it did not.
+        targets: By line of a loss that takes a mean (the watch's alone): `file:line`, targets, the sum of what the
+            means were multiplied by, and means in one backward.
     """
 
     rank: int
@@ -80,6 +82,7 @@ class RankSketches:
     num_skipped: int = 0
     is_waiting: bool = False
     failure: str = ""
+    targets: tuple[tuple[str, int, float, int], ...] = ()
 
     def without(self, names: Collection[str]) -> RankSketches:
         """Return the record without some parameters."""

@@ -37,6 +37,7 @@ from ddpcall.watch.sensors.clipping import ClippingSensor
 from ddpcall.watch.sensors.earlier import find_living
 from ddpcall.watch.sensors.gradients import GradientSensor
 from ddpcall.watch.sensors.hooks import can_be_tapped
+from ddpcall.watch.sensors.losses import LossSensor
 from ddpcall.watch.sensors.parameters import ParameterWatch
 from ddpcall.watch.sensors.saves import SAVERS, SaveWatch
 from ddpcall.watch.sensors.sharded import FULLY_SHARD
@@ -81,8 +82,10 @@ class Attachment:
             book.explains_divergence,
             vitals_taken,
         )
+        losses = LossSensor(run, lambda: self._gradients.expects_measuring())
         self._mixing = mixing = MixingWatch(
             run,
+            losses,
             lambda name: name in self._gradients.inside,
             lambda name: name in self._gradients.sharded,
             lambda name: self._replicas.compares(name),
@@ -126,6 +129,7 @@ class Attachment:
             ("backwards", BackwardWatch(run, gradients, self._rules).attach),
             ("collectives and optimizer steps", self._attach_steps),
             ("gradient clipping", ClippingSensor(run, (clipping.clipping,)).attach),
+            ("losses", losses.attach),
             ("hooks of modules", self._hooks.sensor.attach),
             ("torch.compile", self._compiled.sensor.attach),
             (

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch.distributed as dist
 from torch.optim import Optimizer
 
 from ddpcall.mixing.places import clean_name
 from ddpcall.mixing.record import RankSketches
-from ddpcall.taps import find_call_site
+from ddpcall.taps import NOWHERE, find_call_site
 from ddpcall.watch.compare.exchange import find_store
 from ddpcall.watch.compare.records import MAX_RANKS, RecordExchange
 from ddpcall.watch.rules.mixing import Certificate, MixingRule, Where
 from ddpcall.watch.rules.rule import Rule
+from ddpcall.watch.rules.targets import TargetsRule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.gradients import plain_name
+from ddpcall.watch.sensors.losses import LossSensor
 
 WAIT_S = 15.0
 
@@ -25,6 +28,7 @@ class MixingWatch(Rule):
 
     Args:
         run: What this rank knows; its book gets findings, on rank 0.
+        losses: Sees the means that losses take for a measured step.
         is_inside: Says of a parameter's name whether it belongs to a wrapped model.
         is_sharded: Says whether a wrapper shards it.
         is_compared: Says whether its weights are compared anyway.
@@ -37,12 +41,15 @@ class MixingWatch(Rule):
     def __init__(
         self,
         run: Run,
+        losses: LossSensor,
         is_inside: Callable[[str], bool],
         is_sharded: Callable[[str], bool],
         is_compared: Callable[[str], bool],
         confirm: Callable[[list[str]], None],
     ) -> None:
         self._run = run
+        self._losses = losses
+        self._targets = TargetsRule(run.book.report, lambda place: losses.sites.get(place, NOWHERE))
         collectives = run.collectives
         self._rule = MixingRule(
             run.book.report,
@@ -55,6 +62,7 @@ class MixingWatch(Rule):
         )
         self._exchange: RecordExchange | None = None
         self._steps: dict[int, Where] = {}
+        self._world_size = 0
         self.trouble = ""
 
     @property
@@ -70,6 +78,7 @@ class MixingWatch(Rule):
             optimizer: The one that stepped.
             record: This rank's.
         """
+        record = replace(record, targets=self._losses.take())
         exchange = self._connect()
         if exchange is None:
             return
@@ -81,7 +90,7 @@ class MixingWatch(Rule):
 
     def _connect(self) -> RecordExchange | None:
         if self._exchange is None and not self.trouble:
-            world_size = dist.get_world_size()
+            world_size = self._world_size = dist.get_world_size()
             store = find_store(WAIT_S)
             if store is None:
                 self.trouble = "there is no store that all ranks share"
@@ -95,7 +104,10 @@ class MixingWatch(Rule):
         self.trouble = exchange.failure
         for number, records in exchange.take():
             where = self._steps.pop(number)
-            self._rule.judge(where, [RankSketches.from_bytes(data) for data in records.values()])
+            read = [RankSketches.from_bytes(data) for data in records.values()]
+            mixing = self._rule.judge(where, read)
+            if mixing is not None and len(read) == self._world_size:
+                self._targets.judge(where.step, read, mixing)
 
     def _is_explained(self, name: str) -> bool:
         """Say whether a finding tells already why this parameter's gradients are not averaged."""
@@ -120,5 +132,6 @@ class MixingWatch(Rule):
         self._read(exchange)
 
     def close(self, in_order: bool) -> None:
-        """Say what has waited for the weights to be averaged."""
+        """Say what has waited: for the weights to be averaged, or for more steps."""
         self._rule.close()
+        self._targets.close()

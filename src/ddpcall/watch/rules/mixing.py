@@ -159,8 +159,8 @@ class MixingRule:
         self._repeated: dict[tuple[str, str], list[int]] = {}
         self._where = Where()
 
-    def judge(self, where: Where, records: Sequence[RankSketches]) -> None:
-        """Judge one measured step.
+    def judge(self, where: Where, records: Sequence[RankSketches]) -> Mixing | None:
+        """Judge one measured step, and return who learned from whom in it.
 
         Args:
             where: What the comparing rank knows of it.
@@ -169,7 +169,7 @@ class MixingRule:
         step = where.step
         records = list(_keep_stepped_by_all(records))
         if sum(record.num_steps > 0 for record in records) < 2:
-            return
+            return None
         mixing = judge_records(records)
         self._where = where
         self._makers.setdefault(where.made, set()).add(where.optimizer)
@@ -195,6 +195,7 @@ class MixingRule:
         for key, apart in list(self._pending.items()):
             if step >= apart.step + PATIENCE_STEPS and self._num_sent() is None:
                 self._say(self._pending.pop(key))
+        return mixing
 
     def close(self) -> None:
         """Say what has waited for the weights to be averaged: they never were, unless after the last step."""

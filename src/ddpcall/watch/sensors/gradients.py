@@ -79,13 +79,21 @@ class GradientSensor:
         """Say whether a step, numbered from 1 over all optimizers, is measured; the same on every rank."""
         if self._every <= 0 or self.failure:
             return False
-        if step <= EVERY_STEP_UNTIL or step % (SPARSER * self._every) == 0:
+        if self._is_scheduled(step):
             return True
         # The script may have averaged the weights: whether they are equal shows before the step.
         if self._num_asked < MOST_ASKED and 0 < self._numel <= self._num_sent():
             self._num_asked += 1
             return True
         return False
+
+    def _is_scheduled(self, step: int) -> bool:
+        return step <= EVERY_STEP_UNTIL or step % (SPARSER * self._every) == 0
+
+    def expects_measuring(self) -> bool:
+        """Say, before its backward, whether the step that is being prepared is one of those known in advance."""
+        is_measured = self._every > 0 and not self.failure and self._is_scheduled(self.num_steps + 1)
+        return is_measured and dist.is_initialized() and dist.get_world_size() > 1
 
     def add(self, optimizer: Optimizer) -> None:
         """Take an optimizer that was made, or is seen for the first time."""
