@@ -27,6 +27,7 @@ from ddpcall.watch.rules.clipping import ClippingRule
 from ddpcall.watch.rules.compiled import CompiledRule
 from ddpcall.watch.rules.early_step import EarlyStepRule
 from ddpcall.watch.rules.hooks import HooksRule
+from ddpcall.watch.rules.norms import NormRule
 from ddpcall.watch.rules.ownership import OwnershipRule
 from ddpcall.watch.rules.precision import PrecisionRule
 from ddpcall.watch.rules.sharded import ShardedRule
@@ -105,6 +106,7 @@ class Attachment:
             unreduced,
             OwnershipRule(run, by_hand),
             clipping := ClippingRule(run),
+            norms := NormRule(run),
             EarlyStepRule(run),
             self._compiled,
             self._sharded,
@@ -128,7 +130,7 @@ class Attachment:
             ("process groups", stacks.attach_groups),
             ("backwards", BackwardWatch(run, gradients, self._rules).attach),
             ("collectives and optimizer steps", self._attach_steps),
-            ("gradient clipping", ClippingSensor(run, (clipping.clipping,)).attach),
+            ("gradient clipping", ClippingSensor(run, (clipping.clipping, norms.clipping)).attach),
             ("losses", losses.attach),
             ("hooks of modules", self._hooks.sensor.attach),
             ("torch.compile", self._compiled.sensor.attach),

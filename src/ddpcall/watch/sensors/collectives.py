@@ -52,6 +52,9 @@ class Mark:
 class CollectiveLog:
     """What went through the process groups' Python methods and the functional collectives, and when.
 
+    Attributes:
+        listeners: Are told of each collective before it runs: its name, and what it was called with.
+
     Source: `torch/distributed/_functional_collectives.py`, whose functions reach the group from C++.
 
     Blind to: `torch.ops._c10d_functional` called directly, in compiled code too; other backends' own calls.
@@ -59,6 +62,7 @@ class CollectiveLog:
 
     def __init__(self) -> None:
         """Start with nothing seen."""
+        self.listeners: list[Callable[[str, tuple[Any, ...]], None]] = []
         self._storages: dict[int, int] = {}
         self._now = self._last_step = Mark()
         self._num_steps = self._most_sent = 0
@@ -84,6 +88,8 @@ class CollectiveLog:
         def noting(*args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling() and not _in_graph_node():
                 self.note(tensor for value in args for tensor in find_tensors(value, 3))
+                for listener in self.listeners:
+                    listener(original.__name__, args)
             return original(*args, **kwargs)
 
         return noting
