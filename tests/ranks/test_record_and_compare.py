@@ -394,6 +394,9 @@ def test_the_answer_in_the_terminal_and_on_the_page(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "step 0    parameters  same     0.0e+00  (floor 1.0e-04)" in out
     assert "          update      DIFFERS" in out
+    assert "Note: The floor is assumed, not measured. Record A once more and give that with --noise" in out
+    assert main(a, a, a, None, None) == 0
+    assert "assumed" not in capsys.readouterr().out
     page = (tmp_path / "x.html").read_text()
     assert {"✓ same", "✗ differs", "<polyline"} == {
         text for text in ("✓ same", "✗ differs", "<polyline") if text in page

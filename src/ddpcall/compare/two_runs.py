@@ -108,7 +108,8 @@ def compare_runs(a: Run, b: Run, noise: Run | None = None) -> TwoRuns:
                 break
     if not has_common_samples:
         raise NotARecord(_NO_SAMPLES)
-    notes = (*_note_runs(a, b), *_note_rungs(rungs))
+    assumed = () if noise is not None else (_ASSUMED,)
+    notes = (*assumed, *_note_runs(a, b), *_note_rungs(rungs))
     if answer is None:
         text = f"Nothing differs in {len(steps)} steps ({_some(steps)}), within the floor of each line."
         return TwoRuns(True, tuple(rungs), curve, text, notes=notes)
@@ -119,6 +120,11 @@ _NO_SAMPLES = (
     "no sample is in both runs: in no recorded step was a row of the model's inputs the same. Seed the shuffling "
     "alike, or leave it out, and give both the same data. Rows that are padded to the longest of their batch, or "
     "augmented at random, are other rows"
+)
+
+_ASSUMED = (
+    "The floor is assumed, not measured. Record A once more and give that with --noise: what differs between the "
+    "two counts for nothing."
 )
 
 
