@@ -15,17 +15,43 @@ OWN = np.eye(2)
 FIRST = np.array([[1.0, 0.0], [1.0, 0.0]])
 
 
+class Known:
+    """What the run knows on this rank; a test says otherwise."""
+
+    def __init__(self, **facts):
+        self.inside = frozenset({"weight", "bias"})
+        self.sharded = frozenset()
+        self.is_compared = self.is_explained = lambda name: False
+        self.confirm = lambda names: []
+        self.num_sent = lambda: None
+        self.withdrawn = []
+        self.book = self
+        self.withdraw = self.withdrawn.append
+        self.found = []
+        self.report = self.found.append
+        vars(self).update(facts)
+
+
 class Run:
     """Ranks whose gradients are mixed by a matrix; their weights are digests before and after it."""
 
-    def __init__(self, **options):
-        self.found = []
-        self.rule = MixingRule(self.found.append, options.pop("is_explained", lambda name: False), **options)
+    def __init__(self, **facts):
+        self.known: Any = Known(**facts)
+        self.found = self.known.found
+        self.rule = MixingRule(self.known)
         self.rng = np.random.default_rng(0)
         self.steps = 0
 
     def step(
-        self, matrix, before=(1, 1), after=(2, 2), names=("weight", "bias"), optimizer=0, made=MADE, state=PRESENT
+        self,
+        matrix,
+        before=(1, 1),
+        after=(2, 2),
+        names=("weight", "bias"),
+        optimizer=0,
+        made=MADE,
+        state=PRESENT,
+        has_own=True,
     ):
         self.steps += 1
         own = self.rng.standard_normal((len(matrix), len(names), 64))
@@ -40,8 +66,8 @@ class Run:
                 dtypes=("float32",) * count,
                 used=used[rank],
                 states=(state,) * count,
-                own=own[rank],
-                columns=tuple(Column(index, 0) for index in range(count)),
+                own=own[rank] if has_own else np.zeros((0, 64)),
+                columns=tuple(Column(index, 0) for index in range(count if has_own else 0)),
                 carry=np.zeros((count, 64)),
                 before=np.full(count, before[rank]),
                 after=np.full(count, after[rank]),
@@ -83,7 +109,7 @@ def test_a_sum_and_a_multiple_are_facts_and_no_findings(matrix, shape):
 
 
 def test_local_gradients_are_harm_once_weights_part_for_good():
-    run = Run(is_inside=lambda name: False)
+    run = Run(inside=frozenset())
     run.step(OWN, before=(1, 1), after=(2, 3))
     run.step(OWN, before=(2, 3), after=(4, 5))
     assert run.found == [], "the script may average the weights yet"
@@ -94,7 +120,7 @@ def test_local_gradients_are_harm_once_weights_part_for_good():
 
 
 def test_weights_that_are_equal_again_were_averaged():
-    run = Run(is_inside=lambda name: False)
+    run = Run(inside=frozenset())
     run.step(OWN, before=(1, 1), after=(2, 3)).step(OWN, before=(2, 3), after=(4, 5))
     run.step(OWN, before=(6, 6), after=(7, 8))
     assert run.codes() == []
@@ -111,7 +137,7 @@ def test_a_ranks_own_weights_are_no_replicas():
 
 
 def test_patience_ends_where_the_script_sends_nothing():
-    run = Run(is_inside=lambda name: False)
+    run = Run(inside=frozenset())
     run.step(OWN, before=(1, 1), after=(2, 3))
     run.steps = PATIENCE_STEPS
     run.step(OWN, before=(2, 3), after=(4, 5))
@@ -120,7 +146,7 @@ def test_patience_ends_where_the_script_sends_nothing():
 
 @pytest.mark.parametrize(
     ("options", "code"),
-    [({"is_sharded": lambda name: True}, "DC106"), ({"is_inside": lambda name: True}, "DC102")],
+    [({"sharded": {"weight", "bias"}}, "DC106"), ({}, "DC102")],
 )
 def test_what_a_wrapper_holds_is_told_from_what_stands_beside_it(options, code):
     assert Run(**options).step(OWN, before=(1, 1), after=(2, 3)).codes() == [(code, STEP.line, 1)]
@@ -132,10 +158,19 @@ def test_a_finding_with_a_line_is_not_said_again():
     assert [finding.parameters for finding in run.found] == [("bias",)]
 
 
-def test_what_sensors_suspected_is_confirmed_first():
-    confirmed = []
-    Run(confirm=confirmed.append).step(OWN, before=(1, 1), after=(2, 3)).codes()
-    assert confirmed == [["weight", "bias"]]
+def test_what_sensors_suspected_is_confirmed_at_once_and_withdrawn_where_weights_are_averaged():
+    run = Run(confirm=lambda names: names)
+    run.step(OWN, before=(1, 1), after=(2, 3))
+    assert run.known.withdrawn == []
+    run.step(OWN, before=(4, 4), after=(5, 6))
+    assert run.known.withdrawn == ["weight", "bias"]
+
+
+@pytest.mark.parametrize(("share", "codes"), [(1e-5, []), (0.1, ["DC102"])])
+def test_a_gradient_that_no_backward_computed_is_judged_by_its_size(share, codes):
+    run = Run()
+    run.step(np.array([[1, 0], [1 + share, 0]]), before=(1, 1), after=(2, 3), has_own=False)
+    assert [code for code, _, _ in run.codes()] == codes
 
 
 def test_a_rank_that_is_left_out_counts_the_second_time():
@@ -167,7 +202,7 @@ def test_groups_that_never_meet():
 
 
 def test_an_inner_loop_trains_copies_that_are_thrown_away():
-    run = Run(is_inside=lambda name: False)
+    run = Run(inside=frozenset())
     for number in range(2):
         names = (f"weight (of optimizer {number})",)
         run.step(

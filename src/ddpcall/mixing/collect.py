@@ -28,6 +28,7 @@ from ddpcall import torch_internals as internals
 from ddpcall.mixing.places import SHARDED, Place, ranks_along
 from ddpcall.mixing.record import FOREIGN, NO_GRADIENT, NOT_FINITE, PRESENT, UNREAD, Column, RankSketches
 from ddpcall.mixing.result import name_some
+from ddpcall.mixing.shapes import find_eta, fit
 from ddpcall.mixing.shards import find_places
 from ddpcall.sketch import NUM_BUCKETS
 from ddpcall.taps import Undo, outside_dynamo, replace_attribute
@@ -74,6 +75,18 @@ class _Watched:
     def close_window(self) -> None:
         self.num_steps += 1
         self.windows[-1].closed = True
+
+    def compare_used(self) -> Tensor | None:
+        """Return sketches of what lies in `.grad`, and of what it may be made of: the sum, the last, the carry."""
+        gradient, window = self.place.used_gradient(), self.windows[-1]
+        if gradient is None:
+            return None
+        used = self.place.sketch_used(gradient)
+        zero = torch.zeros_like(used)
+        own = [] if window.closed else [each.last if each.first is None else each.first for each in window.own]
+        seen = [each for each in own if each is not None] or [zero]
+        carry = zero if window.closed or window.carry is None else window.carry
+        return torch.stack([used, torch.stack(seen).sum(0), seen[-1], carry])
 
     def open_window(self) -> _Window:
         """Return the current window; a new one if a step has ended the last."""
@@ -198,6 +211,25 @@ class MixingCollector:
         watched.own_parts = ranks_along(gradient, SHARDED)
         watched.own_sum = ranks_along(gradient, (*SHARDED, "Partial"))
         watched.own_unit = ranks_along(gradient, None)
+
+    def are_own(self, parameters: Iterable[Tensor]) -> bool | None:
+        """Say whether gradients are what this rank computed, times one factor: nobody has reduced them.
+
+        Of several backwards since the step before, their sum and the last one count, and what lay there before.
+
+        Returns:
+            None where the gradients were not seen, or are not finite.
+        """
+        watched = [each for parameter in parameters for each in self._by_id.get(id(parameter), ())]
+        rows = [row for each in watched if (row := each.compare_used()) is not None]
+        if not (self._on and rows):
+            return None
+        used, *basis = torch.cat(rows, dim=1).double().cpu().numpy()
+        if not np.isfinite(used).all():
+            return None
+        _, rest = fit(np.stack(basis), used)
+        eta = max(find_eta(each.dtype, 1) for each in watched)
+        return bool(np.linalg.norm(rest) <= 5 * eta * np.linalg.norm(used))
 
     # ---- used --------------------------------------------------------------------------------------------------
 

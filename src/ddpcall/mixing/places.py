@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,9 +65,9 @@ class Place:
         assert see is not None
         assert leaf is not None
         others = self._other_hooks()
-        self._hooks = [leaf.register_hook(lambda gradient: see(False, gradient))]
+        self._hooks = [leaf.register_hook(partial(see, False))]
         if others:
-            self._hooks.append(leaf.register_hook(lambda gradient: see(True, gradient)))
+            self._hooks.append(leaf.register_hook(partial(see, True)))
             hooks = internals.TENSOR_BACKWARD_HOOKS.of(leaf)
             # Autograd walks the dict itself, in the order of insertion: moving to the front is not enough.
             ordered = list(hooks.items())

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from ddpcall import torch_internals as internals
 from ddpcall.imports import after_import
@@ -22,12 +23,12 @@ from ddpcall.watch.compare.mixing_watch import MixingWatch
 from ddpcall.watch.compare.replica_watch import ReplicaWatch
 from ddpcall.watch.findings_book import FindingsBook
 from ddpcall.watch.output.watched import BY_HAND, Watched, WatchedModel
-from ddpcall.watch.rules.by_hand import ByHand
 from ddpcall.watch.rules.clipping import ClippingRule
 from ddpcall.watch.rules.compiled import CompiledRule
 from ddpcall.watch.rules.early_step import EarlyStepRule
 from ddpcall.watch.rules.hooks import HooksRule
 from ddpcall.watch.rules.norms import NormRule
+from ddpcall.watch.rules.own_numbers import OwnNumbers
 from ddpcall.watch.rules.ownership import OwnershipRule
 from ddpcall.watch.rules.precision import PrecisionRule
 from ddpcall.watch.rules.sharded import ShardedRule
@@ -74,37 +75,21 @@ class Attachment:
         self._adopted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._run = run = Run(book)
         self.keep = run.keep
-        by_hand = ByHand(run, lambda step: self._replicas.is_due(step))
-        self._replicas = ReplicaWatch(
-            every,
-            run.sites,
-            by_hand.suspects,
-            book.report,
-            book.explains_divergence,
-            vitals_taken,
-        )
+        self._replicas = ReplicaWatch(run, every, vitals_taken)
         losses = LossSensor(run, lambda: self._gradients.expects_measuring())
-        self._mixing = mixing = MixingWatch(
-            run,
-            losses,
-            lambda name: name in self._gradients.inside,
-            lambda name: name in self._gradients.sharded,
-            lambda name: self._replicas.compares(name),
-            by_hand.suspects.convict,
-        )
-        self._gradients = gradients = GradientSensor(
-            every, self._find_roots, run.collectives.num_sent, mixing.measured
-        )
+        self._mixing = mixing = MixingWatch(run, losses)
+        self._gradients = gradients = GradientSensor(run, every, self._find_roots, mixing.measured)
         self._hooks = HooksRule(run, self._hook_registered)
         self._compiled = CompiledRule(run, self._hooks.sensor.tap)
         self._sharded = ShardedRule(run)
         self._precision = PrecisionRule(run)
-        unreduced = UnreducedRule(run, by_hand)
+        numbers = OwnNumbers(run, gradients, lambda: not mixing.trouble and gradients.is_compared())
+        unreduced = UnreducedRule(run, numbers)
         # In the order in which they are asked about a step, and about the end.
         self._rules = (
-            by_hand,
+            numbers,
             unreduced,
-            OwnershipRule(run, by_hand),
+            OwnershipRule(run, numbers),
             clipping := ClippingRule(run),
             norms := NormRule(run),
             EarlyStepRule(run),
@@ -193,11 +178,11 @@ class Attachment:
     def adopt_living(self) -> None:
         """Watch all models that live in this process, whoever holds them.
 
-        Optimizers need no search: torch itself tells of every step.
+        Torch tells of every optimizer's steps; one that is found here is measured in the first of them.
         """
         accelerator = getattr(sys.modules.get("accelerate.accelerator"), "Accelerator", nn.Module)
         try:
-            found = find_living(nn.Module, accelerator)
+            found = find_living(nn.Module, accelerator, Optimizer)
         except TimeoutError as error:
             self._missing("models made before the watch began", error)
             return
@@ -208,8 +193,16 @@ class Attachment:
             if id(module) not in inner and children in module.__dict__:  # else its __init__ was never called
                 self.adopt(module)
         for each in found:
-            if not issubclass(type(each), nn.Module):
+            if issubclass(type(each), Optimizer):
+                self._run.contain(self._adopt_optimizer, each)
+            elif not issubclass(type(each), nn.Module):
                 self._run.contain(self._precision.sensor.adopt, each)
+
+    def _adopt_optimizer(self, optimizer: Optimizer) -> None:
+        """Measure the parameters of an optimizer from its first step, if it holds any of a wrapped model."""
+        held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        if any(id(parameter) in self._run.models.owner for parameter in held):
+            self._gradients.add(optimizer)
 
     def _adopt(self, module: nn.Module) -> None:
         if isinstance(module, DistributedDataParallel):

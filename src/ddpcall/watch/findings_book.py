@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
@@ -83,7 +83,7 @@ class FindingsBook:
         return None if entry is None else entry.status
 
     def suspect(self, key: Hashable, finding: Finding) -> None:
-        """Note what may be harm; the first suspicion stays."""
+        """Note what may be harm, also where it was held as such; what was noted first stays."""
         self._note(key, finding, Status.SUSPECTED)
 
     def hold(self, key: Hashable, finding: Finding) -> None:
@@ -92,7 +92,7 @@ class FindingsBook:
 
     def _note(self, key: Hashable, finding: Finding, status: Status) -> None:
         with self._lock:
-            if self.status(key) in (None, Status.SUSPECTED):
+            if self.status(key) not in (Status.REPORTED, Status.WITHDRAWN):
                 known = self._entries.get(key)
                 self._entries[key] = _Entry(finding if known is None else known.finding, status)
 
@@ -101,6 +101,14 @@ class FindingsBook:
         entry = self._entries.get(key)
         if entry is not None and entry.status in (Status.SUSPECTED, Status.CONFIRMED):
             self.report(entry.finding, key)
+
+    def confirm_all(self, is_meant: Callable[[Finding], bool]) -> list[Hashable]:
+        """Report what was suspected, of the findings that are meant; return what they were known under."""
+        entries = list(self._entries.items())
+        keys = [key for key, each in entries if each.status is Status.SUSPECTED and is_meant(each.finding)]
+        for key in keys:
+            self.confirm(key)
+        return keys
 
     def report(self, finding: Finding, key: Hashable = None) -> None:
         """Report a finding, unless it was withdrawn; one that is known is counted.
@@ -155,10 +163,9 @@ class FindingsBook:
         """Say whether it is known why parameters differ: gradients were not averaged, perhaps on purpose."""
         with self._lock:
             known = [each.finding for each in self._entries.values() if each.status is not Status.SUSPECTED]
-        return any(map(_is_about_gradients, known)) or any(
-            map(_is_about_gradients, self._publisher.all_findings())
-        )
+        return any(map(is_about_gradients, known)) or any(map(is_about_gradients, self._publisher.all_findings()))
 
 
-def _is_about_gradients(finding: Finding) -> bool:
+def is_about_gradients(finding: Finding) -> bool:
+    """Say whether a finding tells why ranks use different gradients."""
     return finding.code.startswith("DC1") and finding.code not in _KEEP_REPLICAS_EQUAL

@@ -28,6 +28,8 @@ class MeasureAtSteps(Rule):
         """Count the step, unless it was another optimizer's."""
         if not step.is_nested:
             self._gradients.count()
+        # Before replicas are compared: where the gradients tell why they differ, nothing else is said of it.
+        self._mixing.read()
 
     def close(self, in_order: bool) -> None:
         """Judge what the other ranks measured last; `MixingWatch` closes later, when more is explained."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from ddpcall.mixing.places import clean_name
 from ddpcall.mixing.record import RankSketches
 from ddpcall.taps import NOWHERE, find_call_site
 from ddpcall.watch.compare.exchange import find_store
@@ -17,7 +15,6 @@ from ddpcall.watch.rules.mixing import Certificate, MixingRule, Where
 from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.rules.targets import TargetsRule
 from ddpcall.watch.run import Run
-from ddpcall.watch.sensors.gradients import plain_name
 from ddpcall.watch.sensors.losses import LossSensor
 
 WAIT_S = 15.0
@@ -29,37 +26,16 @@ class MixingWatch(Rule):
     Args:
         run: What this rank knows; its book gets findings, on rank 0.
         losses: Sees the means that losses take for a measured step.
-        is_inside: Says of a parameter's name whether it belongs to a wrapped model.
-        is_sharded: Says whether a wrapper shards it.
-        is_compared: Says whether its weights are compared anyway.
-        confirm: Reports what sensors suspected of some parameters' gradients.
 
     Attributes:
         trouble: Why no step is measured; empty where nothing went wrong.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        losses: LossSensor,
-        is_inside: Callable[[str], bool],
-        is_sharded: Callable[[str], bool],
-        is_compared: Callable[[str], bool],
-        confirm: Callable[[list[str]], None],
-    ) -> None:
+    def __init__(self, run: Run, losses: LossSensor) -> None:
         self._run = run
         self._losses = losses
         self._targets = TargetsRule(run.book.report, lambda place: losses.sites.get(place, NOWHERE))
-        collectives = run.collectives
-        self._rule = MixingRule(
-            run.book.report,
-            self._is_explained,
-            lambda names: confirm([*map(plain_name, names)]),
-            lambda: collectives.num_sent() if collectives.num_called else None,
-            is_inside,
-            is_sharded,
-            is_compared,
-        )
+        self._rule = MixingRule(run)
         self._exchange: RecordExchange | None = None
         self._steps: dict[int, Where] = {}
         self._world_size = 0
@@ -86,7 +62,7 @@ class MixingWatch(Rule):
             site, made = find_call_site(), self._run.sites.made(optimizer)
             self._steps[number] = Where(self._run.steps.of(optimizer), id(optimizer), site, made)
         exchange.post(number, record.to_bytes)
-        self._read(exchange)
+        self.read()
 
     def _connect(self) -> RecordExchange | None:
         if self._exchange is None and not self.trouble:
@@ -100,7 +76,12 @@ class MixingWatch(Rule):
                 self._exchange = RecordExchange(store, dist.get_rank(), world_size, WAIT_S)
         return self._exchange
 
-    def _read(self, exchange: RecordExchange) -> None:
+    def read(self) -> None:
+        """Judge the steps whose records have come together."""
+        if self._exchange is not None:
+            self._judge(self._exchange)
+
+    def _judge(self, exchange: RecordExchange) -> None:
         self.trouble = exchange.failure
         for number, records in exchange.take():
             where = self._steps.pop(number)
@@ -108,16 +89,6 @@ class MixingWatch(Rule):
             mixing = self._rule.judge(where, read)
             if mixing is not None and len(read) == self._world_size:
                 self._targets.judge(where.step, read, mixing)
-
-    def _is_explained(self, name: str) -> bool:
-        """Say whether a finding tells already why this parameter's gradients are not averaged."""
-        told = [
-            finding
-            for finding in self._run.book.told()
-            if finding.code.startswith("DC1") or finding.code == "DC306"
-        ]
-        name = plain_name(name)
-        return any(not f.parameters or name in map(clean_name, f.parameters) for f in told)
 
     def finish(self, in_order: bool) -> None:
         """Judge what the other ranks measured last, unless the script failed.
@@ -129,7 +100,7 @@ class MixingWatch(Rule):
         if exchange is None:
             return
         exchange.finish(waits=in_order)
-        self._read(exchange)
+        self._judge(exchange)
 
     def close(self, in_order: bool) -> None:
         """Say what has waited: for the weights to be averaged, or for more steps."""

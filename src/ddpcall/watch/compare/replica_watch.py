@@ -14,14 +14,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ddpcall import torch_internals as internals
-from ddpcall.findings import Finding
 from ddpcall.taps import NOWHERE, CallSite, find_call_site
 from ddpcall.watch.compare.drift import Drift, largest, read_drift
 from ddpcall.watch.compare.exchange import Comparison, DetailsComparison, Exchange, find_store
 from ddpcall.watch.compare.vitals import AT_THE_END, LOSS_SCALE, Facts, VitalsTaker
 from ddpcall.watch.rules.replicas import Divergence, diagnose_divergence
-from ddpcall.watch.rules.suspects import Suspects
-from ddpcall.watch.sensors.last_sites import BufferUse, LastSites
+from ddpcall.watch.run import Run
+from ddpcall.watch.sensors.last_sites import BufferUse
 
 WAIT_S = 15.0
 LEAVE_S = 10.0
@@ -63,28 +62,13 @@ class ReplicaWatch:
 
     def __init__(
         self,
+        run: Run,
         every: int,
-        trail: LastSites,
-        suspects: Suspects,
-        emit: Callable[[Finding], None],
-        explained: Callable[[], bool],
         vitals_taken: Callable[[], None],
     ) -> None:
-        """Take what to compare and where it goes.
-
-        Args:
-            every: Steps between vitals.
-            trail: This rank's lines.
-            suspects: Gradients that explain why parameters differ, where they differ too.
-            emit: Gets findings.
-            explained: Says whether another finding explains why parameters differ.
-            vitals_taken: Is called after vitals were taken.
-        """
+        """Take the run, the steps between vitals, and what is called after they were taken."""
+        self._run = run
         self._every = every
-        self._trail = trail
-        self._suspects = suspects
-        self._emit = emit
-        self._explained = explained
         self._vitals_taken = vitals_taken
         self._exchange: Exchange | None = None
         self._world_size = 0
@@ -122,13 +106,10 @@ class ReplicaWatch:
         self._models = models[0] if len(models) == 1 else nn.ModuleList(models)
         optimizer = None if self._taker is None else self._taker.optimizer
         self._taker = VitalsTaker(self._models, optimizer)
+        self._run.is_compared = self._taker.has_parameter
         self._numel = None
         if self._every > 0:
             self._connect()
-
-    def compares(self, name: str) -> bool:
-        """Say whether a parameter's replicas are compared, by its name in the wrapped module."""
-        return self._taker is not None and self._taker.has_parameter(name)
 
     def _connect(self) -> Exchange | None:
         """Return the exchange, made when it is first asked for: so that this rank is known to be watched."""
@@ -179,14 +160,14 @@ class ReplicaWatch:
         self.sites = replace(
             self.sites,
             step=find_call_site(),
-            created=self._trail.optimizers.get(optimizer, NOWHERE),
-            scheduled=self._trail.schedulers.get(optimizer, NOWHERE),
+            created=self._run.sites.optimizers.get(optimizer, NOWHERE),
+            scheduled=self._run.sites.schedulers.get(optimizer, NOWHERE),
         )
         self.num_due += 1
         exchange = self._connect()
         if exchange is None:
             return
-        self._taker.optimizer, self._taker.scaler = optimizer, self._trail.scalers.get(optimizer)
+        self._taker.optimizer, self._taker.scaler = optimizer, self._run.sites.scalers.get(optimizer)
         exchange.publish(self._taker.take(step, self.batch, exchange.measures(step), self._tell_facts()))
         self.batch = self._first = None
         self._last_step = step
@@ -207,14 +188,14 @@ class ReplicaWatch:
 
     def _tell_facts(self) -> Callable[[], Facts]:
         facts = Facts(
-            loads=self._trail.loads,
-            scaler_loads=self._trail.scaler_loads,
-            gradients=self._suspects.digest() or 0,
+            loads=self._run.sites.loads,
+            scaler_loads=self._run.sites.scaler_loads,
+            written=self._run.written,
             started=self._started,
-            switched=self._trail.modes.get(False),
+            switched=self._run.sites.modes.get(False),
         )
         # Vitals are taken before the model is evaluated.
-        return lambda: replace(facts, has_evaluated=self._trail.has_evaluated)
+        return lambda: replace(facts, has_evaluated=self._run.sites.has_evaluated)
 
     def close(self, in_order: bool) -> None:
         """Finish: wait, bounded, for the last comparison and its details, unless the script failed."""
@@ -292,7 +273,11 @@ class ReplicaWatch:
 
     def _judge_steps(self, last: Comparison | None) -> None:
         """Say that ranks took different numbers of steps, unless their parameters end equal, as under `Join`."""
-        if last is None or not {"optimizer", "parameters"} <= last.differing.keys() or self._explained():
+        if (
+            last is None
+            or not {"optimizer", "parameters"} <= last.differing.keys()
+            or self._run.book.explains_divergence()
+        ):
             return
         if "modes" in last.differing and not self._apart:  # loaded on some ranks, perhaps after the last step
             return
@@ -344,8 +329,8 @@ class ReplicaWatch:
         self._exchange.ask(comparison, at=at)
 
     def _say(self, divergence: Divergence) -> None:
-        for finding in diagnose_divergence(self._with_sites(divergence), self._explained()):
-            self._emit(finding)
+        for finding in diagnose_divergence(self._with_sites(divergence), self._run.book.explains_divergence()):
+            self._run.report(finding)
 
     def _with_sites(self, divergence: Divergence) -> Divergence:
         sites = self.sites
@@ -385,8 +370,8 @@ class ReplicaWatch:
             self._stop_measuring()
         load = _done_on_some({rank: fact.loads for rank, fact in facts.items()})
         scaler_load = _done_on_some({rank: fact.scaler_loads for rank, fact in facts.items()})
-        if "parameters" in differing and load is None and len({fact.gradients for fact in facts.values()}) > 1:
-            self._suspects.convict()
+        if "parameters" in differing and load is None and len({fact.written for fact in facts.values()}) > 1:
+            self._run.confirm(drifts)
         return self._say(
             Divergence(
                 self._apart[0] if drifts and self._apart else asked.step,
@@ -397,7 +382,7 @@ class ReplicaWatch:
                 load_site=load,
                 scaler_site=scaler_load or self.sites.step,
                 mode_site=next(
-                    (fact.switched for fact in facts.values() if fact.switched), self._trail.modes.get(False)
+                    (fact.switched for fact in facts.values() if fact.switched), self._run.sites.modes.get(False)
                 ),
                 is_confirmed=is_complete or len(self._apart) > 1,
                 difference=largest(drifts.values()),
@@ -410,7 +395,7 @@ class ReplicaWatch:
             self._exchange.measure_from(sys.maxsize)
 
     def _own_modes(self) -> dict[str, dict[int, Any]]:
-        if self._taker is None or False not in self._trail.modes:
+        if self._taker is None or False not in self._run.sites.modes:
             return {}
         return {name: {self._rank: mode} for name, mode in self._taker.details("modes").items() if mode == "eval"}
 
@@ -435,7 +420,7 @@ class ReplicaWatch:
             buffer_use=use.use,
         )
         for finding in diagnose_divergence(found, False):
-            self._emit(finding)
+            self._run.report(finding)
 
     def _judge_drifts(self, step: int, details: DetailsComparison, is_last: bool) -> dict[str, Drift]:
         """Return the parameters that are apart by more than rounding; where there are none, look again later.
@@ -477,7 +462,7 @@ class ReplicaWatch:
                 site = self.sites.forward if self.sites.forward != NOWHERE else self.sites.step
                 same = Divergence(comparison.step, {part: (ranks,)}, forward_site=site)
                 for finding in diagnose_divergence(same, False):
-                    self._emit(finding)
+                    self._run.report(finding)
 
     def _note_buffers(self, comparison: Comparison) -> None:
         self._last_compared = comparison
@@ -485,8 +470,8 @@ class ReplicaWatch:
 
     def _judge_uses(self) -> None:
         """Evaluations and checkpoints of a step whose buffers were compared."""
-        self._uses += self._trail.buffer_uses
-        self._trail.buffer_uses = []
+        self._uses += self._run.sites.buffer_uses
+        self._run.sites.buffer_uses = []
         if self._last_compared is None:
             return
         step, groups = self._last_compared.step, self._last_compared.differing.get("buffers")

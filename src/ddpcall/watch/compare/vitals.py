@@ -44,7 +44,7 @@ class Facts:
     Attributes:
         loads: How often `load_state_dict` was called after wrapping, and the last line that did.
         scaler_loads: The same of a GradScaler's.
-        gradients: Digest of gradients that may be the cause; 0 where there are none.
+        written: Digest of the gradients that the script wrote in place of a backward's; 0 where there are none.
         started: Digest of the parameters that the step began with, where the script may have sent them before.
         switched: The last line that switched to eval.
         has_evaluated: Whether the model was evaluated past its wrapper.
@@ -52,7 +52,7 @@ class Facts:
 
     loads: tuple[int, CallSite] = (0, NOWHERE)
     scaler_loads: tuple[int, CallSite] = (0, NOWHERE)
-    gradients: int = 0
+    written: int = 0
     started: int | None = None
     switched: CallSite | None = None
     has_evaluated: bool = False

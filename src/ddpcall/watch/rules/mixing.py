@@ -7,7 +7,7 @@ it. Where a sensor saw the cause, a finding names the line already; this rule re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from ddpcall.mixing.judge import judge_records
 from ddpcall.mixing.record import UNREAD, RankSketches
 from ddpcall.mixing.result import Mixing, name_some
 from ddpcall.taps import NOWHERE, CallSite
+from ddpcall.watch.run import Run
 
 PATIENCE_STEPS = 64
 """Steps, measured or not, that ranks may train apart before weights are averaged: nothing is reported yet."""
@@ -116,39 +117,16 @@ class _Apart:
 class MixingRule:
     """Judges the measured steps; lives on the rank that compares.
 
-    Args:
-        report: Gets findings.
-        is_explained: Says of a parameter's name whether a finding with a line tells of its gradients already.
-        confirm: Reports what sensors suspected of some parameters' gradients: it is known now to be harm.
-        num_sent: Returns how many numbers the script itself sent since the last step, which may be weights that it
-            averages; None where it never sent any.
-        is_inside: Says whether a parameter belongs to a wrapped model.
-        is_sharded: Says whether a wrapper shards it, and is to reduce its gradient.
-        is_compared: Says whether the weights are compared anyway.
-
     Blind to: whether the mean over ranks is what was meant; weights that are averaged less often than every
     64 steps, where the script's own collectives cannot be seen.
     """
 
-    def __init__(
-        self,
-        report: Callable[[Finding], None],
-        is_explained: Callable[[str], bool],
-        confirm: Callable[[list[str]], None] = lambda names: None,
-        num_sent: Callable[[], int | None] = lambda: None,
-        is_inside: Callable[[str], bool] = lambda name: True,
-        is_sharded: Callable[[str], bool] = lambda name: False,
-        is_compared: Callable[[str], bool] = lambda name: False,
-    ) -> None:
+    def __init__(self, run: Run) -> None:
+        """Take the run, which knows what sensors saw of a parameter."""
         self.certificate = Certificate()
-        self._report = report
-        self._is_explained = is_explained
-        self._confirm = confirm
-        self._num_sent = num_sent
+        self._run = run
+        self._confirmed: dict[Hashable, set[str]] = {}
         self._numel: dict[str, int] = {}
-        self._is_inside = is_inside
-        self._is_sharded = is_sharded
-        self._is_compared = is_compared
         self._makers: dict[CallSite, set[int]] = {}
         self._maker_of: dict[str, CallSite] = {}
         self._ever_equal: set[str] = set()
@@ -193,13 +171,13 @@ class MixingRule:
                 apart = [name for name in self._find_parted(names, mixing) if _differ(name, records)]
                 self._note_apart(shape, apart, step, mixing)
         for key, apart in list(self._pending.items()):
-            if step >= apart.step + PATIENCE_STEPS and self._num_sent() is None:
+            if step >= apart.step + PATIENCE_STEPS and self._run.num_sent() is None:
                 self._say(self._pending.pop(key))
         return mixing
 
     def close(self) -> None:
         """Say what has waited for the weights to be averaged: they never were, unless after the last step."""
-        sent = self._num_sent() or 0
+        sent = self._run.num_sent() or 0
         for key in list(self._pending):
             apart = self._pending.pop(key)
             if sent < sum(self._numel[name] for name in apart.names):
@@ -213,6 +191,9 @@ class MixingRule:
             self._ever_equal |= names
             self._averaged |= {name for each in self._pending.values() for name in each.names if name in names}
         self._averaged |= set(mixing.weights.get("averaged", ()))
+        for key in [key for key, names in self._confirmed.items() if names <= self._averaged]:
+            del self._confirmed[key]
+            self._run.book.withdraw(key)
         for key, apart in list(self._pending.items()):
             apart.names = [name for name in apart.names if name not in self._averaged]
             if not apart.names:
@@ -228,8 +209,9 @@ class MixingRule:
         new = [name for name in names if name not in self._said]
         if not new:
             return
+        self._confirm(new)
         # Where nothing of it is wrapped, the line that handed it to the optimizer says more.
-        is_inside = self._is_inside(new[0]) or self._is_sharded(new[0])
+        is_inside = new[0] in self._run.inside | self._run.sharded
         site = self._where.stepped if is_inside or shape not in _OF_ONE_RANK else self._where.made
         known = self._pending.setdefault(f"{shape} {site}", _Apart(shape, step, [], mixing.reason, site))
         known.names += [name for name in new if name not in known.names]
@@ -257,10 +239,17 @@ class MixingRule:
         never_equal = [
             name
             for name in names
-            if name in different and name not in self._ever_equal | self._said and not self._is_compared(name)
+            if name in different and name not in self._ever_equal | self._said and not self._run.is_compared(name)
         ]
         if never_equal:
             self._say(_Apart("began_apart", step, never_equal, "", self._where.stepped))
+
+    def _confirm(self, names: list[str]) -> None:
+        """Report what sensors suspected of these parameters' gradients: now it is known to be harm."""
+        # Sensors look at wrapped models; a copy of one, in an inner loop, has the same names.
+        names = [name for name in names if name in self._run.inside and not self._is_of_inner_loop(name)]
+        for key in self._run.confirm(names):
+            self._confirmed[key] = set(names)
 
     # ---- what is said ------------------------------------------------------------------------------------------
 
@@ -269,11 +258,11 @@ class MixingRule:
         if apart.shape != "began_apart":
             self._confirm(names)
         if apart.shape == "different":  # how the weights differ says more
-            names = [name for name in names if not self._is_compared(name)]
-        names = [name for name in names if not self._is_explained(name)]
+            names = [name for name in names if not self._run.is_compared(name)]
+        names = [name for name in names if not self._run.is_explained(name)]
         self._said.update(apart.names)
         if names:
-            self._report(self._make_finding(replace(apart, names=names)))
+            self._run.report(self._make_finding(replace(apart, names=names)))
 
     def _is_of_inner_loop(self, name: str) -> bool:
         """Say whether an inner loop trains a parameter: its line makes optimizer after optimizer, beside another.
@@ -286,9 +275,9 @@ class MixingRule:
         num_all = len(self._ever_equal | set(apart.names))
         code = _CODES.get(apart.shape, "DC201")
         name = apart.names[0]
-        if apart.shape in _OF_ONE_RANK and self._is_sharded(name):
+        if apart.shape in _OF_ONE_RANK and name in self._run.sharded:
             code = "DC106"
-        elif apart.shape in _OF_ONE_RANK and (self._is_inside(name) or len(apart.names) < num_all):
+        elif apart.shape in _OF_ONE_RANK and (name in self._run.inside or len(apart.names) < num_all):
             code = "DC102"
         rule = CATALOGUE[code]
         led = apart.site.called_from

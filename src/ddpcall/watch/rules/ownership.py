@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from ddpcall.taps import NOWHERE, CallSite, find_call_site
-from ddpcall.watch.rules.by_hand import ByHand
+from ddpcall.watch.rules.own_numbers import OwnNumbers
 from ddpcall.watch.rules.rule import Rule, count_parameters, make_finding
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.reducer_state import ReducerState, nonzero
@@ -20,10 +20,10 @@ class OwnershipRule(Rule):
     Blind to: parameters whose names are DDP's to ignore.
     """
 
-    def __init__(self, run: Run, by_hand: ByHand) -> None:
-        """Take the run, and what the script does by hand instead of a reducer."""
+    def __init__(self, run: Run, numbers: OwnNumbers) -> None:
+        """Take the run, and what tells harm from what is only suspected."""
         self._run = run
-        self._by_hand = by_hand
+        self._numbers = numbers
 
     def judge(self, step: Step) -> None:
         """Report gradients of parameters that were added, unfrozen or converted after wrapping."""
@@ -49,7 +49,7 @@ class OwnershipRule(Rule):
             )
             found = make_finding("DC103", "detached", site, message, step=step.number, parameters=names)
             harm = ("detached", site, id(state))
-            if not self._by_hand.excuses(harm, lambda found=found: found, step, used, state.unarmed_since):
+            if self._numbers.weigh(harm, found, step, used, state.unarmed_since):
                 self._run.book.report(found, harm)
 
     def _judge_unowned(self, step: Step) -> None:
@@ -57,9 +57,7 @@ class OwnershipRule(Rule):
         for key, (_, state) in step.view.unowned.items():
             if nonzero(step.gradients([key])):
                 by_origin.setdefault((self._run.models.origins.get(key, NOWHERE), id(state)), []).append(key)
-        for (origin, _), keys in by_origin.items():
-            if self._run.collectives.covers(step.gradients(keys)):
-                continue
+        for (origin, model), keys in by_origin.items():
             is_seen = origin != NOWHERE
             names = tuple(step.view.unowned[key][0] for key in keys)
             where = ", here" if is_seen else " and before the watch could see it"
@@ -69,6 +67,7 @@ class OwnershipRule(Rule):
                 "gradients."
             )
             site = origin if is_seen else find_call_site()
-            self._run.book.report(
-                make_finding("DC102", "unowned", site, message, step=step.number, parameters=names)
-            )
+            found = make_finding("DC102", "unowned", site, message, step=step.number, parameters=names)
+            harm = ("unowned", origin, model)
+            if self._numbers.weigh(harm, found, step, keys):
+                self._run.book.report(found, harm)

@@ -10,10 +10,11 @@ import torch.distributed as dist
 
 from ddpcall import torch_internals as internals
 from ddpcall.findings import CATALOGUE, Finding, Severity
+from ddpcall.replicas import digest_tensor
 from ddpcall.taps import NOWHERE, CallSite, find_call_site
 from ddpcall.watch.advice import Advice, advise
 from ddpcall.watch.findings_book import Status
-from ddpcall.watch.rules.by_hand import ByHand
+from ddpcall.watch.rules.own_numbers import OwnNumbers
 from ddpcall.watch.rules.rule import Rule, and_lines, count_parameters, make_finding
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.locate import WeightLocator, has_compiled
@@ -39,10 +40,10 @@ class UnreducedRule(Rule):
     Blind to: gradients that no parameter's hook sees; see `ReducerState` and `CollectiveLog`.
     """
 
-    def __init__(self, run: Run, by_hand: ByHand) -> None:
-        """Take the run, and what the script does by hand instead of a reducer."""
+    def __init__(self, run: Run, numbers: OwnNumbers) -> None:
+        """Take the run, and what tells harm from what is only suspected."""
         self._run = run
-        self._by_hand = by_hand
+        self._numbers = numbers
         self._locator: WeightLocator | None = None
         self._held: tuple[Hashable, Use] | None = None
         self._located: dict[Hashable, CallSite] = {}
@@ -85,7 +86,7 @@ class UnreducedRule(Rule):
                 state.is_replicate(),
             )
             harm = (blame.cause, blame.site, id(state))
-            if self._by_hand.excuses(harm, use.explain, step, used, state.unarmed_since):
+            if not self._numbers.weigh(harm, use.explain(), step, used, state.unarmed_since):
                 continue
             if blame.cause is Cause.RAW_WEIGHTS and not has_compiled():
                 self._report_located(harm, use, used)
@@ -104,7 +105,9 @@ class UnreducedRule(Rule):
             found = make_finding(
                 "DC101", WRITTEN, site, message, step=step.number, parameters=names, fix=_FIXES[WRITTEN]
             )
-            self._by_hand.suspect((WRITTEN, site, id(state)), lambda: found, step, used)
+            self._run.book.suspect((WRITTEN, site, id(state)), found)
+            # Without a backward nothing is measured: ranks compare digests where their weights differ.
+            self._run.written = hash(tuple(map(digest_tensor, step.gradients(used))))
 
     def window_without_effect(self, site: CallSite) -> None:
         """Report a `no_sync()` that came too late for its backward, and was not needed for any other."""

@@ -21,14 +21,14 @@ from ddpcall.mixing.places import Place, clean_name
 from ddpcall.mixing.record import RankSketches
 from ddpcall.mixing.shards import FlatPlace, ShardedPlace, find_sharded
 from ddpcall.taps import is_lazy
+from ddpcall.watch.run import OF_OTHER, Run
 from ddpcall.watch.sensors.earlier import find_living
 
 EVERY_STEP_UNTIL = 16
-_OF_OTHER = " (of optimizer"
 SPARSER = 10
 """Vitals are taken every `every` steps; measuring costs more, and is done every 10th time."""
 MOST_ASKED = 16
-"""Further steps that are measured since the script sent much before them."""
+"""Further steps that are measured since the script sent much before them, and as many since a sensor asked."""
 MAX_PARAMETERS = 4_000
 """A record has about 1.5 kB a parameter."""
 
@@ -37,16 +37,14 @@ class GradientSensor:
     """Measures the steps that are due, numbered over all optimizers: the same on ranks that step alike.
 
     Args:
-        every: Steps between vitals, as the user chose; 0 for never.
+        run: What this rank knows; the names of wrapped and sharded parameters are noted in it.
+        every: Steps between vitals, as the user chose; 0 for never: then ranks are not compared.
         find_roots: Returns the inner modules of the wrapped models that are known.
-        num_sent: Returns how many numbers the script itself sent since the last step.
         measured: Gets what was measured of a step, with its number and the optimizer that stepped.
 
     Attributes:
         num_steps: Steps of any optimizer that began outside every other's.
         failure: Why nothing is measured any more; empty where nothing went wrong.
-        inside: Names of the parameters that belong to a wrapped model.
-        sharded: Names of those that a wrapper shards.
 
     Blind to: parameters that were put into an optimizer after the backward of a measured step; steps whose
     backward was not started from Python.
@@ -54,17 +52,19 @@ class GradientSensor:
 
     def __init__(
         self,
+        run: Run,
         every: int,
         find_roots: Callable[[], Iterable[nn.Module]],
-        num_sent: Callable[[], int],
         measured: Callable[[int, Optimizer, RankSketches], None],
     ) -> None:
+        self._run = run
         self._every = every
         self._find_roots = find_roots
-        self._num_sent = num_sent
         self._measured = measured
         self._numel = 0
-        self._num_asked = 0
+        self._num_after_sending = self._num_asked = 0
+        self._is_asked = False
+        self._further = 0
         self._optimizers: dict[int, weakref.ref[Optimizer]] = {}
         self._num_optimizers = 0
         self._collector: MixingCollector | None = None
@@ -72,23 +72,39 @@ class GradientSensor:
         self._is_on = False
         self.num_steps = 0
         self.failure = ""
-        self.inside: set[str] = set()
-        self.sharded: set[str] = set()
 
     def is_due(self, step: int) -> bool:
         """Say whether a step, numbered from 1 over all optimizers, is measured; the same on every rank."""
-        if self._every <= 0 or self.failure:
+        if self.failure:
             return False
-        if self._is_scheduled(step):
+        if self._is_scheduled(step) or step == self._further:
+            self._is_asked = False
             return True
         # The script may have averaged the weights: whether they are equal shows before the step.
-        if self._num_asked < MOST_ASKED and 0 < self._numel <= self._num_sent():
+        has_sent = 0 < self._numel <= self._run.collectives.num_sent()
+        if self._every > 0 and has_sent and self._num_after_sending < MOST_ASKED:
+            self._num_after_sending += 1
+            self._further = step
+        elif self._is_asked and self._num_asked < MOST_ASKED:
             self._num_asked += 1
-            return True
-        return False
+            self._further = step
+        return step == self._further
+
+    def ask(self) -> bool:
+        """Have the next step measured too, since a sensor saw something; say whether that is possible."""
+        self._is_asked = not self.failure and self._num_asked < MOST_ASKED
+        return self._is_asked
+
+    def is_compared(self) -> bool:
+        """Say whether the ranks' records are put together."""
+        return self._every > 0 and not self.failure
+
+    def are_own(self, parameters: Iterable[Tensor]) -> bool | None:
+        """Say whether gradients are one multiple of what this rank computed; None where that is not measured."""
+        return self._collector.are_own(parameters) if self._is_on and self._collector is not None else None
 
     def _is_scheduled(self, step: int) -> bool:
-        return step <= EVERY_STEP_UNTIL or step % (SPARSER * self._every) == 0
+        return step <= EVERY_STEP_UNTIL or (self._every > 0 and step % (SPARSER * self._every) == 0)
 
     def expects_measuring(self) -> bool:
         """Say, before its backward, whether the step that is being prepared is one of those known in advance."""
@@ -138,8 +154,8 @@ class GradientSensor:
             with suppress(TimeoutError):  # parameters go without their names, then
                 roots = [*roots, *_find_living_roots()]
         places = list(find_all_places(roots, optimizers))
-        self.inside = {place.name for place in places if id(place.stepped) in known}
-        self.sharded = {place.name for place in places if isinstance(place, ShardedPlace | FlatPlace)}
+        self._run.inside = {place.name for place in places if id(place.stepped) in known}
+        self._run.sharded = {place.name for place in places if isinstance(place, ShardedPlace | FlatPlace)}
         return places
 
     def count(self) -> None:
@@ -150,7 +166,8 @@ class GradientSensor:
         assert self._collector is not None
         record = self._collector.take()
         self.failure = record.failure
-        self._measured(self.num_steps, optimizer, record)
+        if self._every > 0:
+            self._measured(self.num_steps, optimizer, record)
 
     def stop(self) -> None:
         """Take the hooks off."""
@@ -200,7 +217,7 @@ def find_all_places(roots: Iterable[nn.Module], optimizers: Mapping[int, Optimiz
             for place in by_id.get(id(parameter)) or copied.get(id(parameter)) or nameless:
                 if place.is_foreign or parameter.requires_grad:
                     if place.name in taken:  # of another model
-                        place.name += f"{_OF_OTHER} {index})"
+                        place.name += f"{OF_OTHER} {index})"
                     taken.add(place.name)
                     yield place
 
@@ -228,11 +245,6 @@ def _find_copied(roots: Iterable[nn.Module], held: list[Tensor]) -> dict[int, li
             pairs = zip(named, held, strict=True)
             return {id(copy): [Place(name, own, copy)] for (name, own), copy in pairs}
     return {}
-
-
-def plain_name(name: str) -> str:
-    """Return a parameter's name without what tells it from those of another model."""
-    return name.partition(_OF_OTHER)[0]
 
 
 def _unwrap(module: nn.Module) -> nn.Module:

@@ -323,6 +323,10 @@ class ReducerState:
             self._task = task
             self.backward += 1
 
+    def is_unprepared(self) -> bool:
+        """Say whether nobody has prepared the reducer, and no window without synchronization tells why."""
+        return not (self.armed or self.is_presumed or any(entry.sync_off for entry in self.entries))
+
     def begin_backward(self) -> None:
         """Prepare for a backward that is about to run, perhaps through this model."""
         if self.armed and not self.dirty and not self.is_presumed:
