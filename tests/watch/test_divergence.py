@@ -1,5 +1,6 @@
 """Comparisons become findings: a pure function, tested as one."""
 
+from dataclasses import replace
 from typing import Any
 
 from ddpcall.taps import CallSite
@@ -55,6 +56,16 @@ def test_each_part_has_its_code_and_line():
     for part, code, sites in cases:
         (finding,) = diagnose_divergence(Divergence(2, {part: groups}, **sites), explained=False)
         assert (finding.code, finding.line) == (code, 12)
+
+
+def test_statistics_that_are_no_batch_norms_are_to_be_reduced():
+    buffers = Divergence(2, {"buffers": ((0,), (1,))}, buffer_site=SITE, buffer_use="evaluated")
+    (norms,) = diagnose_divergence(buffers, explained=False)
+    (own,) = diagnose_divergence(replace(buffers, has_own_statistics=True), explained=False)
+    assert "SyncBatchNorm before wrapping" in norms.fix
+    assert "thrown away" not in norms.message
+    assert "`dist.all_reduce(count)`" in own.fix
+    assert "thrown away" in own.message
 
 
 def test_scales_and_steps_are_told_by_rank():

@@ -64,9 +64,11 @@ RULES = (
         severity=Severity.WARNING,
         title="Buffers differ between ranks when the model is evaluated or saved",
         why="BatchNorm statistics are local until the next training forward. Evaluating through the inner module "
-        "gives every rank another result.",
+        "gives every rank another result. Of statistics that a model keeps itself (codebooks, queues), "
+        "the broadcast in that forward throws away what the other ranks added.",
         wrong="accuracy = evaluate(ddp.module)",
-        fix="Broadcast the buffers first, or convert to SyncBatchNorm before wrapping.",
+        fix="Broadcast the buffers first, or convert to SyncBatchNorm before wrapping. Other statistics: reduce "
+        "counts and sums over the ranks before the update.",
         silent_when="During training: DDP broadcasts buffers at the next forward. Rank 0 alone evaluates. A "
         "`state_dict` that is not saved, or that of a copy. Non-persistent buffers: caches and hidden states are "
         "a rank's own. Saving what differs is a note.",

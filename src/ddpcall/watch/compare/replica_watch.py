@@ -418,9 +418,16 @@ class ReplicaWatch:
             difference=largest(drifts.values()),
             buffer_site=use.site,
             buffer_use=use.use,
+            has_own_statistics=not all(map(self._is_batch_norms, drifts)),
         )
         for finding in diagnose_divergence(found, False):
             self._run.report(finding)
+
+    def _is_batch_norms(self, name: str) -> bool:
+        """Say whether a buffer, by its name in the models, is a batch norm's."""
+        assert self._models is not None
+        module = self._models.get_submodule(name.rpartition(".")[0])
+        return isinstance(module, internals.NORM_BASE.get(()))
 
     def _judge_drifts(self, step: int, details: DetailsComparison, is_last: bool) -> dict[str, Drift]:
         """Return the parameters that are apart by more than rounding; where there are none, look again later.

@@ -138,6 +138,5 @@ def _is_averaged(state: ReducerState) -> bool:
     ddp = state.ddp()
     if ddp is None or state.dirty or state.armed or not state.num_reductions:
         return False
-    return ddp.process_group.size() == dist.get_world_size() and any(
-        p.grad is not None for p in state.parameters()
-    )
+    spans_world = dist.get_world_size(ddp.process_group) == dist.get_world_size()
+    return spans_world and any(p.grad is not None for p in state.parameters())

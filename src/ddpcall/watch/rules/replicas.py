@@ -12,6 +12,12 @@ from ddpcall.taps import NOWHERE, CallSite
 from ddpcall.watch.compare.vitals import LOSS_SCALE
 from ddpcall.watch.rules.rule import make_finding
 
+_REDUCE_STATISTICS = (
+    "Let every rank make the same update: in the forward that updates them, reduce what they are made of first, "
+    "`dist.all_reduce(count)` and `dist.all_reduce(total)`, and merge means and variances by their counts. "
+    "SyncBatchNorm helps batch norm alone; a broadcast keeps rank 0's updates only."
+)
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -33,6 +39,7 @@ class Divergence:
         step_site: The last optimizer step.
         buffer_site: The line that evaluated or saved the model.
         buffer_use: `evaluated` or `saved`.
+        has_own_statistics: Whether buffers differ that are no batch norm's.
     """
 
     step: int
@@ -50,6 +57,7 @@ class Divergence:
     step_site: CallSite = NOWHERE
     buffer_site: CallSite = NOWHERE
     buffer_use: str = ""
+    has_own_statistics: bool = False
 
 
 def diagnose_divergence(divergence: Divergence, explained: bool) -> Iterator[Finding]:
@@ -81,7 +89,8 @@ def diagnose_divergence(divergence: Divergence, explained: bool) -> Iterator[Fin
             yield _compared("DC204", divergence, groups, divergence.mode_site or NOWHERE, _modes(divergence))
         elif part == "buffers":
             message = _buffers(divergence, groups)
-            yield _compared("DC205", divergence, groups, divergence.buffer_site, message)
+            fix = _REDUCE_STATISTICS if divergence.has_own_statistics else ""
+            yield _compared("DC205", divergence, groups, divergence.buffer_site, message, fix)
         elif part == "batch":
             message = (
                 f"All {len(groups[0])} ranks were fed the same inputs here, until optimizer step {divergence.step}"
@@ -96,7 +105,12 @@ def diagnose_divergence(divergence: Divergence, explained: bool) -> Iterator[Fin
 
 
 def _compared(
-    code: str, divergence: Divergence, groups: tuple[tuple[int, ...], ...], site: CallSite, message: str
+    code: str,
+    divergence: Divergence,
+    groups: tuple[tuple[int, ...], ...],
+    site: CallSite,
+    message: str,
+    fix: str = "",
 ) -> Finding:
     return make_finding(
         code,
@@ -106,6 +120,7 @@ def _compared(
         step=divergence.step,
         ranks=_odd_ranks(groups),
         parameters=divergence.parameters if code in ("DC201", "DC202", "DC205") else tuple(divergence.modules),
+        fix=fix,
         severity=_severity(code, divergence),
     )
 
@@ -167,6 +182,8 @@ def _buffers(divergence: Divergence, groups: tuple[tuple[int, ...], ...]) -> str
         f"Ranks evaluate the model here past its wrapper after optimizer step {divergence.step}, while its "
         f"{apart}: "
         "each rank's result is that of a model of its own, until the next training forward broadcasts rank 0's."
+        + " What the other ranks' batches added since is thrown away then."
+        * divergence.has_own_statistics
     )
 
 
