@@ -344,6 +344,16 @@ CREATE_SCRIPT_MODULE = Private(
     WATCH_AND_LAB,
 )
 
+# ---- data loaders -----------------------------------------------------------------------------------------------
+
+_LOADER_ITERATOR = "torch.utils.data.dataloader._BaseDataLoaderIter"
+_WITHOUT_INDICES = "the order and the shares of the data are not looked at"
+LOADER_ITERATOR = Private(_LOADER_ITERATOR, "to follow passes over data loaders", _WITHOUT_INDICES)
+NEXT_INDEX = Private(_LOADER_ITERATOR + "._next_index", "to see the indices that samplers give", _WITHOUT_INDICES)
+SAMPLER_ITERATOR = Private(_LOADER_ITERATOR + "._sampler_iter", "to tell passes apart", _WITHOUT_INDICES)
+INDEX_SAMPLER = Private(_LOADER_ITERATOR + "._index_sampler", "to know a loader's sampler", _WITHOUT_INDICES)
+LOADER_DATASET = Private(_LOADER_ITERATOR + "._dataset", "to know what the indices are of", _WITHOUT_INDICES)
+
 # ---- autograd and optimizers ------------------------------------------------------------------------------------
 
 ENGINE_RUN_BACKWARD = Private(

@@ -117,6 +117,9 @@ def compare(records: list[dict[str, Any]]) -> dict[str, Any]:
     shared = set(records[0]["inputs"]).intersection(*(record["inputs"] for record in records[1:]))
     if shared and len(records) > 1:
         found["batches in common"] = len(shared)
+    repeated = max(len(record["inputs"]) - len(set(record["inputs"])) for record in records)
+    if repeated:
+        found["batches that a rank saw again"] = repeated
     rng = [step["rng"] for step in records[0]["steps"]]
     if len(records) > 1 and rng and all([s["rng"] for s in r["steps"]] == rng for r in records):
         found["the same random numbers"] = True

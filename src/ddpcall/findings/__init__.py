@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddpcall.findings import calls, control, gradients, replicas
+from ddpcall.findings import calls, control, data, gradients, replicas
 from ddpcall.findings.finding import Finding, Place, Rule, Severity
 
 __all__ = [
@@ -21,6 +21,7 @@ FAMILIES = {
     "DC1xx: gradients": gradients.RULES,
     "DC2xx: replicas": replicas.RULES,
     "DC3xx: calls": calls.RULES,
+    "DC4xx: data and randomness": data.RULES,
     "DC5xx: control flow": control.RULES,
 }
 """Rules by the heading that they are listed under."""

@@ -25,6 +25,7 @@ from ddpcall.watch.findings_book import FindingsBook
 from ddpcall.watch.output.watched import BY_HAND, Watched, WatchedModel
 from ddpcall.watch.rules.clipping import ClippingRule
 from ddpcall.watch.rules.compiled import CompiledRule
+from ddpcall.watch.rules.data import OrderRule
 from ddpcall.watch.rules.early_step import EarlyStepRule
 from ddpcall.watch.rules.hooks import HooksRule
 from ddpcall.watch.rules.norms import NormRule
@@ -83,6 +84,7 @@ class Attachment:
         self._compiled = CompiledRule(run, self._hooks.sensor.tap)
         self._sharded = ShardedRule(run)
         self._precision = PrecisionRule(run)
+        self._order = OrderRule(run)
         numbers = OwnNumbers(run, gradients, lambda: not mixing.trouble and gradients.is_compared())
         unreduced = UnreducedRule(run, numbers)
         # In the order in which they are asked about a step, and about the end.
@@ -97,6 +99,7 @@ class Attachment:
             self._sharded,
             self._hooks,
             self._precision,
+            self._order,
             MeasureAtSteps(gradients, mixing),
             mixing,
             CompareAtSteps(run, self._replicas),
@@ -119,6 +122,7 @@ class Attachment:
             ("losses", losses.attach),
             ("hooks of modules", self._hooks.sensor.attach),
             ("torch.compile", self._compiled.sensor.attach),
+            ("data loaders", self._order.sensor.attach),
             (
                 "load_state_dict, train and eval, optimizers and schedulers",
                 partial(run.sites.attach, gradients.add),

@@ -12,6 +12,7 @@ class StepCount:
 
     Attributes:
         most: Steps of the optimizer that did the most, also when it is gone.
+        latest: The optimizer that began the last step.
         evaluation_due: Whether the leading optimizer has stepped since the model was last seen evaluated.
     """
 
@@ -19,12 +20,14 @@ class StepCount:
         """Start at no steps."""
         self._done: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._lead: weakref.ref[Optimizer] | None = None
+        self.latest: weakref.ref[Optimizer] | None = None
         self.most = 0
         self.evaluation_due = False
 
     def begin(self, optimizer: Optimizer) -> None:
         """Count a step that begins."""
         self._done[optimizer] = self.of(optimizer) + 1
+        self.latest = weakref.ref(optimizer)
         self.most = max(self.most, self._done[optimizer])
 
     def expect_evaluation(self) -> None:
