@@ -239,7 +239,7 @@ def test_what_differs_is_named_by_rank_for_the_step_that_was_compared():
     with torch.no_grad():
         last.bias.add_(float(rank >= 2))
     taker = VitalsTaker(model, optimizer)
-    facts = Facts(gradients=rank)
+    facts = Facts(written=rank)
     with open_exchange() as exchange:
         exchange.publish(taker.take(10, closely=True, facts=lambda: facts))
         optimizer.param_groups[0]["lr"] = 7.0
@@ -263,7 +263,7 @@ def test_what_differs_is_named_by_rank_for_the_step_that_was_compared():
         assert digests[0] != digests[2] == digests[3]
         # About the square root of 2, as sketches tell.
         assert 0.7 < read_drift(found.measures["parameters"]["1.bias"]).distance < 2.8
-        assert {rank: fact.gradients for rank, fact in found.facts.items()} == {0: 0, 2: 2, 3: 3}
+        assert {rank: fact.written for rank, fact in found.facts.items()} == {0: 0, 2: 2, 3: 3}
 
 
 @pytest.mark.ranks(2)

@@ -25,8 +25,11 @@ from ddpcall.watch.run import OF_OTHER, Run
 from ddpcall.watch.sensors.earlier import find_living
 
 EVERY_STEP_UNTIL = 16
-SPARSER = 10
-"""Vitals are taken every `every` steps; measuring costs more, and is done every 10th time."""
+SPARSER = 100
+"""Vitals are taken every `every` steps; measuring costs more, and is done every 100th time.
+
+Before the first of these it is done at every power of two, so that short runs are measured beyond their start.
+"""
 MOST_ASKED = 16
 """Further steps that are measured since the script sent much before them, and as many since a sensor asked."""
 MAX_PARAMETERS = 4_000
@@ -104,7 +107,11 @@ class GradientSensor:
         return self._collector.are_own(parameters) if self._is_on and self._collector is not None else None
 
     def _is_scheduled(self, step: int) -> bool:
-        return step <= EVERY_STEP_UNTIL or (self._every > 0 and step % (SPARSER * self._every) == 0)
+        period = SPARSER * self._every
+        is_power_of_two = step & (step - 1) == 0
+        return step <= EVERY_STEP_UNTIL or (
+            period > 0 and (step % period == 0 or (step < period and is_power_of_two))
+        )
 
     def expects_measuring(self) -> bool:
         """Say, before its backward, whether the step that is being prepared is one of those known in advance."""
