@@ -17,7 +17,8 @@ LOSSES = (F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_en
 def count_targets(loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | int | None:
     """Return how many targets a call of one of `LOSSES` takes the mean of; None where it takes no mean.
 
-    Those that `ignore_index` names are left out. They are counted where the targets are, and nobody waits for it.
+    Those that `ignore_index` names, or whose class weighs nothing, are left out. They are counted where the
+    targets are, and nobody waits for it.
     """
     given = inspect.signature(loss).bind(*args, **kwargs)
     given.apply_defaults()
@@ -27,7 +28,9 @@ def count_targets(loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     if target.is_floating_point():  # cross_entropy divides probabilities by the number of their rows
         num_classes = target.size(1 if target.dim() > 1 else 0) if loss.__name__ == F.cross_entropy.__name__ else 1
         return target.numel() // num_classes
-    return (target != given.arguments["ignore_index"]).sum()
+    counted = target != given.arguments["ignore_index"]
+    weight = given.arguments["weight"]
+    return counted.sum() if weight is None else (counted & (weight[target * counted] != 0)).sum()
 
 
 def wrap_loss(original: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:

@@ -76,6 +76,21 @@ def test_micro_batches_add_up_and_means_for_one_backward_are_told(sensor):
     assert numbers(sensor) == [(24, 6.0, 3)]
 
 
+def test_targets_whose_class_weighs_nothing_are_left_out(sensor):
+    scores = SCORES.clone().requires_grad_()
+    F.cross_entropy(scores, CLASSES, weight=torch.tensor([0.0, 2.0, 1.0])).backward()
+    assert numbers(sensor) == [(3, 1.0, 1)]
+
+
+def test_a_backward_that_reaches_no_parameter_is_not_counted(sensor):
+    scores = SCORES.clone().requires_grad_()
+    loss = F.cross_entropy(scores, CLASSES)
+    sensor.is_paused = True
+    torch.autograd.grad(loss, scores, retain_graph=True)
+    sensor.is_paused = False
+    assert numbers(sensor) == []
+
+
 def test_what_no_gradient_flows_through_is_not_counted(sensor):
     scores = SCORES.clone().requires_grad_()
     F.cross_entropy(scores, CLASSES)

@@ -116,7 +116,7 @@ class Attachment:
             ("DistributedDataParallel and replicate", wraps.attach),
             ("parameters changed after wrapping", ParameterWatch(run, wraps.tap).attach),
             ("process groups", stacks.attach_groups),
-            ("backwards", BackwardWatch(run, gradients, self._rules).attach),
+            ("backwards", BackwardWatch(run, gradients, losses, self._rules).attach),
             ("collectives and optimizer steps", self._attach_steps),
             ("gradient clipping", ClippingSensor(run, (clipping.clipping, norms.clipping)).attach),
             ("losses", losses.attach),

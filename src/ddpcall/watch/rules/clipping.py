@@ -66,6 +66,8 @@ class ClippingRule(Rule):
         """Note gradients that are about to be clipped while they are this rank's own."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
+        if clipping.is_given and self._run.collectives.num_sent():
+            return  # a norm that the ranks agreed on: all scale by the same factor
         own = self._own(clipping.parameters)
         site = find_call_site() if own else NOWHERE
         if not own or site in self._told or not clipping.cuts(own):

@@ -8,11 +8,13 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from ddpcall import torch_internals as internals
 from ddpcall.taps import NOWHERE, Undo, find_call_site, in_backward, replace_attribute
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.gradients import GradientSensor
+from ddpcall.watch.sensors.losses import LossSensor
 
 _INPUTS = 4  # the place of the inputs among the engine's arguments
 
@@ -31,11 +33,14 @@ class BackwardWatch:
     Blind to: `backward()` inside a TorchScript function, which starts the engine from C++.
     """
 
-    def __init__(self, run: Run, gradients: GradientSensor, listeners: Sequence[Listener]) -> None:
-        """Take the run, what measures gradients, and who is told of backwards."""
+    def __init__(
+        self, run: Run, gradients: GradientSensor, losses: LossSensor, listeners: Sequence[Listener]
+    ) -> None:
+        """Take the run, what measures gradients and losses, and who is told of backwards."""
         self._listeners = listeners
         self._models = run.models
         self._gradients = gradients
+        self._losses = losses
         self._contain = run.contain
 
     def attach(self) -> Undo:
@@ -45,7 +50,7 @@ class BackwardWatch:
         @functools.wraps(run)
         def _engine_run_backward(*args: Any, **kwargs: Any) -> Any:
             accumulates = kwargs.get("accumulate_grad", True)
-            self._contain(self._begin, accumulates)
+            self._contain(self._begin, accumulates, () if accumulates else args[_INPUTS])
             try:
                 taken = run(*args, **kwargs)
             finally:
@@ -60,8 +65,10 @@ class BackwardWatch:
                 stack.callback(replace_attribute(owner, internals.ENGINE_RUN_BACKWARD.name, patched))
             return stack.pop_all().close
 
-    def _begin(self, accumulates: bool) -> None:
+    def _begin(self, accumulates: bool, inputs: Iterable[Any]) -> None:
         if not in_backward():  # else a checkpoint's, inside another
+            # Of inputs alone (adversarial examples, penalties), a loss teaches the model nothing.
+            self._losses.is_paused = not accumulates and not any(isinstance(x, nn.Parameter) for x in inputs)
             if accumulates:
                 for listener in self._listeners:
                     listener.before_backward()
@@ -71,6 +78,7 @@ class BackwardWatch:
 
     def _end(self, accumulates: bool) -> None:
         if not in_backward():
+            self._losses.is_paused = False
             for ledger in self._models.ledgers:
                 ledger.end_backward() if accumulates else ledger.end_taking()
 

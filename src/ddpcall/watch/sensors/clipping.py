@@ -28,11 +28,13 @@ class Clipping:
         parameters: Whose gradients; those without one and DTensors, which are reduced already, are left out.
         limit: The largest norm, or the largest value.
         norm: The total norm that the gradients are scaled by; None where values are clipped.
+        is_given: Whether the script hands over that norm, which it may have agreed on with other ranks.
     """
 
     parameters: list[Tensor]
     limit: float
     norm: Tensor | None = None
+    is_given: bool = False
 
     def coefficient(self) -> float:
         """Return what the gradients are scaled by; waits for the device. Values are clipped by none: 1.0."""
@@ -65,11 +67,16 @@ class ClippingSensor:
         """Hear of every clipping; returns the undo."""
         by_norm, by_value = internals.CLIP_WITH_NORM.get(), clip_grad.clip_grad_value_
 
-        @functools.wraps(by_norm)
-        def clip_grads_with_norm_(parameters: Any, max_norm: float, total_norm: Any, foreach: Any = None) -> None:
-            parameters = _listed(parameters)
-            self._tell(parameters, max_norm, total_norm)
-            by_norm(parameters, max_norm, total_norm, foreach)
+        def by_norm_of(is_given: bool) -> Callable[..., None]:
+            @functools.wraps(by_norm)
+            def clip_grads_with_norm_(
+                parameters: Any, max_norm: float, total_norm: Any, foreach: Any = None
+            ) -> None:
+                parameters = _listed(parameters)
+                self._tell(parameters, max_norm, total_norm, is_given)
+                by_norm(parameters, max_norm, total_norm, foreach)
+
+            return clip_grads_with_norm_
 
         @functools.wraps(by_value)
         def clip_grad_value_(parameters: Any, clip_value: float, foreach: Any = None) -> None:
@@ -79,20 +86,20 @@ class ClippingSensor:
 
         with ExitStack() as stack:
             for owner, name, patched in (
-                (clip_grad, internals.CLIP_WITH_NORM.name, clip_grads_with_norm_),
-                (utils, "clip_grads_with_norm_", clip_grads_with_norm_),
+                (clip_grad, internals.CLIP_WITH_NORM.name, by_norm_of(is_given=False)),
+                (utils, "clip_grads_with_norm_", by_norm_of(is_given=True)),
                 (clip_grad, "clip_grad_value_", clip_grad_value_),
                 (utils, "clip_grad_value_", clip_grad_value_),
             ):
                 stack.callback(replace_attribute(owner, name, patched))
             return stack.pop_all().close
 
-    def _tell(self, parameters: list[Tensor], limit: float, norm: Any) -> None:
+    def _tell(self, parameters: list[Tensor], limit: float, norm: Any, is_given: bool = False) -> None:
         if torch.compiler.is_compiling():
             return
         clipped = [each for each in parameters if each.grad is not None and type(each).__name__ != "DTensor"]
         for listener in self._listeners if clipped else ():
-            self._run.contain(listener, Clipping(clipped, float(limit), norm))
+            self._run.contain(listener, Clipping(clipped, float(limit), norm, is_given))
 
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:

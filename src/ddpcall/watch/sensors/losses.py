@@ -44,6 +44,7 @@ class LossSensor:
 
     Attributes:
         sites: By place: the line, as it was seen last.
+        is_paused: Whether the backward that runs hands no parameter a gradient.
 
     Blind to: losses in compiled code, under `torch.func`, of DTensors, and functions that were imported by name
     before the watch began.
@@ -55,6 +56,7 @@ class LossSensor:
         self._is_busy = False
         self._means: list[_Mean] = []
         self.sites: dict[str, CallSite] = {}
+        self.is_paused = False
 
     def attach(self) -> Undo:
         """See losses from now on; returns the undo."""
@@ -101,12 +103,11 @@ class LossSensor:
         self.sites[seen.place] = site
         self._means = [*self._means[1 - _MAX_KEPT :], seen]
         # On the node, not on the tensor: the script may divide the loss in place.
-        mean.grad_fn.register_prehook(outside_dynamo(partial(_note_factor, seen)))
+        mean.grad_fn.register_prehook(outside_dynamo(partial(self._note_factor, seen)))
 
-
-def _note_factor(mean: _Mean, gradients: tuple[Tensor | None, ...]) -> None:
-    if gradients[0] is not None:
-        mean.factors.append((internals.graph_task(), gradients[0].detach().clone()))
+    def _note_factor(self, mean: _Mean, gradients: tuple[Tensor | None, ...]) -> None:
+        if gradients[0] is not None and not self.is_paused:
+            mean.factors.append((internals.graph_task(), gradients[0].detach().clone()))
 
 
 def _sum_up(means: list[_Mean]) -> tuple[int, float, int]:
