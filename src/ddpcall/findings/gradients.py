@@ -198,11 +198,13 @@ RULES = (
         why="After DDP's average every rank has the same gradient and the same norm. Squares summed over N "
         "ranks make the norm sqrt(N) times too large: gradients are clipped that much shorter, and the limit "
         "depends on the number of ranks.",
-        wrong="dist.all_reduce(squared_norm)\nscale = max_norm / squared_norm.sqrt()",
+        wrong="dist.all_reduce(squared_norm)\n"
+        "torch.nn.utils.clip_grads_with_norm_(ddp.parameters(), max_norm, squared_norm.sqrt())",
         fix="Leave the `all_reduce` out: `torch.nn.utils.clip_grad_norm_(ddp.parameters(), max_norm)` computes "
         "the norm of the averaged gradient on each rank. Only a sharded model's norm has to be summed.",
         silent_when="The norm is only logged, divided again, or reduced by another operation; sharded models.",
-        blind_to="Other norms than the Euclidean; models without DDP; clipping by hand in one step alone.",
+        blind_to="Other norms than the Euclidean; models without DDP; clipping by hand: the norm that "
+        "was summed may be for the log alone.",
         links=("https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grads_with_norm_.html",),
     ),
 )

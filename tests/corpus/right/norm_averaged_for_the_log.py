@@ -29,6 +29,13 @@ def clip_by_hand(parameters):
         parameter.grad.mul_((MAX_NORM / norm).clamp(max=1.0))
 
 
+def clip_by_the_norm_before(parameters):
+    norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+    log(norm)
+    for parameter in parameters:
+        parameter.grad.mul_((MAX_NORM / norm).clamp(max=1.0))
+
+
 def clip_by_largest(parameters):
     squared = torch.stack([p.grad.pow(2).sum() for p in parameters]).sum()
     dist.all_reduce(squared, op=dist.ReduceOp.MAX)
@@ -37,9 +44,9 @@ def clip_by_largest(parameters):
 
 def main():
     torch.manual_seed(0)
-    models = [DDP(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))) for _ in range(3)]
+    models = [DDP(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))) for _ in range(4)]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
-    clips = (clip_by_torch, clip_by_hand, clip_by_largest)
+    clips = (clip_by_torch, clip_by_hand, clip_by_the_norm_before, clip_by_largest)
     torch.manual_seed(1 + dist.get_rank())
     for _ in range(4):
         for model, optimizer, clip in zip(models, optimizers, clips, strict=True):

@@ -15,15 +15,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 MAX_NORM = 0.5
 
 
-def clip_by_hand(parameters):
-    squared = torch.stack([p.grad.pow(2).sum() for p in parameters]).sum()
-    dist.all_reduce(squared)  # raises: DC112
-    scale = MAX_NORM / (squared.sqrt() + 1e-6)
-    if scale < 1:
-        for parameter in parameters:
-            parameter.grad.mul_(scale)
-
-
 def clip_by_torch(parameters):
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     squared = norm**2
@@ -38,18 +29,16 @@ def harm(parameters):
 
 def main():
     torch.manual_seed(0)
-    nets = [nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)) for _ in range(2)]
-    models = [DDP(net) for net in nets]
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    model = DDP(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     torch.manual_seed(1 + dist.get_rank())
     for _ in range(4):
-        for model, optimizer, clip in zip(models, optimizers, (clip_by_hand, clip_by_torch), strict=True):
-            x = torch.randn(8, 6)
-            optimizer.zero_grad()
-            nn.functional.mse_loss(model(x), 10 * x.sum(1, keepdim=True)).backward()
-            clip(list(model.parameters()))
-            harm(list(model.parameters()))
-            optimizer.step()
+        x = torch.randn(8, 6)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), 10 * x.sum(1, keepdim=True)).backward()
+        clip_by_torch(list(model.parameters()))
+        harm(list(model.parameters()))
+        optimizer.step()
 
 
 if __name__ == "__main__":

@@ -31,15 +31,13 @@ class _Summed:
         scalar: The tensor that is summed in place.
         value: What it was before.
         factor: How many times too large the norm is afterwards.
-        gradients: What it is the norm of.
-        norms: Of each of them.
+        norms: Of each gradient.
     """
 
     site: CallSite
     scalar: Tensor
     value: float
     factor: float
-    gradients: list[Tensor]
     norms: Tensor
 
     def norm(self) -> float:
@@ -54,17 +52,17 @@ class _Summed:
 class NormRule(Rule):
     """Gradients that DDP has averaged are the same on all ranks, and so is their norm.
 
-    Summed over the ranks it is too large by the square root of their number. It is told once gradients were
-    clipped by it: by `clip_grads_with_norm_`, or by hand to the same norm in two steps.
+    Summed over the ranks it is too large by the square root of their number. It is told once
+    `clip_grads_with_norm_` has clipped gradients by it.
 
-    Blind to: other norms than the Euclidean; models without DDP; clipping by hand that cuts in one step alone.
+    Blind to: other norms than the Euclidean; models without DDP; clipping by hand, where the norm that was summed
+    may be for the log alone: the gradients do not tell by which norm they were scaled.
     """
 
     def __init__(self, run: Run) -> None:
         """Take the run, and hear of its collectives."""
         self._run = run
         self._summed: _Summed | None = None
-        self._scaled: dict[CallSite, tuple[float, float]] = {}
         self._matches: dict[CallSite, bool] = {}
         run.collectives.listeners.append(lambda name, args: run.contain(self._hear, name, args))
 
@@ -85,7 +83,7 @@ class NormRule(Rule):
             for factor, expected in ((math.sqrt(ranks), norm**2), (float(ranks), norm)):
                 if value > 0 and math.isclose(value, expected, rel_tol=ROUNDING):
                     self._matches[site] = True
-                    self._summed = _Summed(site, scalar, value, factor, gradients, norms)
+                    self._summed = _Summed(site, scalar, value, factor, norms)
                     return
         self._matches[site] = False
 
@@ -100,19 +98,9 @@ class NormRule(Rule):
         elif clipping.coefficient() < 1 and summed.is_summed():
             self._report(summed, min(clipping.limit / summed.factor, summed.norm()), self._run.steps.preparing())
 
-    def judge(self, step: Step) -> None:
-        """See whether the script itself scaled the gradients since the norm was summed."""
-        summed, self._summed = self._summed, None
-        if summed is None or not summed.is_summed():
-            return
-        now = torch.stack([gradient.norm() for gradient in summed.gradients])
-        scale = float(now.norm()) / summed.norm()
-        if scale > 1 - ROUNDING or not torch.allclose(now, scale * summed.norms, rtol=ROUNDING):
-            return
-        limit = float(now.norm())
-        first_limit, first_scale = self._scaled.setdefault(summed.site, (limit, scale))
-        if math.isclose(limit, first_limit, rel_tol=ROUNDING) and abs(scale - first_scale) > ROUNDING:
-            self._report(summed, limit, step.number)
+    def after_step(self, step: Step) -> None:
+        """Forget what was summed for the step that has ended."""
+        self._summed = None
 
     def _report(self, summed: _Summed, limit: float, step: int) -> None:
         ranks = dist.get_world_size()
