@@ -238,9 +238,11 @@ def _give_reason(
 ) -> str:
     reasons = []
     group = told.get(shape, [])
-    given = Counter(parameter.verdict.reason for parameter in group if parameter.verdict.reason)
-    if given:
-        reasons.append(given.most_common(1)[0][0])
+    given: Counter[str] = Counter()  # what is said of most elements is said of the step
+    for parameter in group:
+        given[parameter.verdict.reason] += parameter.numel
+    if reason := max(filter(None, given), key=given.__getitem__, default=""):
+        reasons.append(reason)
     elif not group and told:
         parts = [f"{name}: {len(its)} of {sum(map(len, told.values()))} parameters" for name, its in told.items()]
         reasons.append(", ".join(parts))
