@@ -77,11 +77,10 @@ WATCH_MAY_IMPORT = {
     "rules": {"rules", "sensors"} | RECORD,
     "compare": {"compare", "rules", "sensors"} | RECORD,
 }
-# A sensor that begins a watch, one name that a rule reads, and a rule that compares by itself.
+# A sensor that begins a watch, and one name that a rule reads.
 MAY_REACH_FURTHER = {
     "sensors/group_hook.py": "program",
     "rules/replicas.py": "compare",
-    "rules/strays.py": "compare",
 }
 PATCHES = {
     "replace_attribute",

@@ -11,7 +11,7 @@ from typing import Protocol
 from ddpcall.findings import Finding
 from ddpcall.watch.output.findings_file import key_of, merge_findings
 
-_KEEP_REPLICAS_EQUAL = frozenset({"DC111", "DC112", "DC113"})
+_KEEP_REPLICAS_EQUAL = frozenset({"DC111", "DC112"})
 """Every rank uses the same gradient, though not the right one."""
 
 
