@@ -70,8 +70,9 @@ class StateDigester:
     """One digest over named tensors, taken again and again at memory speed.
 
     Names, dtypes, shapes and memory order are digested once; the views of the memory are kept, and made anew when
-    a tensor's address or size changes. Tensors whose memory has gaps are read through a copy of `CHUNK_BYTES`, or
-    of one slice along the first dim where that is larger; nothing else is copied.
+    a tensor's address, its size in bytes or that of its storage changes. Tensors whose memory has gaps are read
+    through a copy of `CHUNK_BYTES`, or of one slice along the first dim where that is larger; nothing else is
+    copied.
 
     Args:
         tensors: Names and tensors in the same order on every rank; the tensors are kept, not copied.
@@ -101,10 +102,12 @@ class StateDigester:
         return stream
 
     def _read_layout(self) -> np.ndarray:
+        # The storage's size too: one that was freed and came back smaller at the same address must not be read.
         count = len(self._readable)
         addresses = np.fromiter(map(Tensor.data_ptr, self._readable), np.int64, count)
-        sizes = np.fromiter(map(Tensor.numel, self._readable), np.int64, count)
-        return np.stack([addresses, sizes])
+        sizes = np.fromiter((tensor.nbytes for tensor in self._readable), np.int64, count)
+        storages = np.fromiter((t.untyped_storage().nbytes() for t in self._readable), np.int64, count)
+        return np.stack([addresses, sizes, storages])
 
     def _look(self) -> None:
         """Make the header and the views anew."""
@@ -130,7 +133,7 @@ class StateDigester:
                 self._views.append(memory.view(ordered))
         self._on_devices = [by_device[device] for device in sorted(by_device, key=str)]
         # A lazy parameter becomes a real one, and freed memory comes back, without a change of address seen here.
-        self._changes_unseen = any(is_lazy(t) or _is_freed(t) for t in self._named.values())
+        self._changes_unseen = any(is_lazy(t) or is_freed(t) for t in self._named.values())
         self._layout = self._read_layout()
 
 
@@ -146,17 +149,26 @@ def is_unreadable(tensor: Tensor) -> bool:
     True for uninitialized lazy parameters, DTensor shards (their values differ between ranks by design), tensors
     on the meta device, tensors whose storage was freed (FSDP does) and layouts that are not strided.
     """
-    return is_lazy(tensor) or is_sharded(tensor) or tensor.is_meta or _is_strange(tensor) or _is_freed(tensor)
+    return is_lazy(tensor) or is_sharded(tensor) or tensor.is_meta or _is_strange(tensor) or is_freed(tensor)
 
 
 def _is_strange(tensor: Tensor) -> bool:
     return tensor.layout is not torch.strided or tensor.is_quantized
 
 
-def _is_freed(tensor: Tensor) -> bool:
+def is_freed(tensor: Tensor) -> bool:
+    """Say whether a tensor's storage is too small for its values: reading them would end the process.
+
+    FSDP frees what it gathered so. The address does not tell: that of a view that starts within a freed storage
+    is its offset, not 0.
+    """
     if is_lazy(tensor) or tensor.is_meta or _is_strange(tensor) or hasattr(tensor, "placements"):
         return False
-    return tensor.numel() > 0 and tensor.data_ptr() == 0
+    if tensor.numel() == 0:
+        return False
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return tensor.untyped_storage().nbytes() < needed
 
 
 def _local_values(tensor: Tensor) -> Tensor:

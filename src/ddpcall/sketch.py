@@ -29,6 +29,7 @@ import xxhash
 from torch import Tensor
 
 from ddpcall import torch_internals as internals
+from ddpcall.replicas import is_freed
 
 NUM_BUCKETS = 64
 TILE = 64 * 1021
@@ -43,7 +44,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class CannotSketch(Exception):
-    """Raised for tensors that have no values to sketch here: integers, meta tensors, exotic layouts."""
+    """Raised for tensors that have no values to sketch here: integers, meta or freed tensors, exotic layouts."""
 
 
 def sketch(tensor: Tensor, name: str, start: int = 0) -> Tensor:
@@ -64,6 +65,8 @@ def sketch(tensor: Tensor, name: str, start: int = 0) -> Tensor:
     """
     if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
         raise CannotSketch(f"no sketch of a {tensor.dtype} tensor on {tensor.device}")
+    if is_freed(tensor):
+        raise CannotSketch(f"no sketch of a {tuple(tensor.shape)} tensor whose memory was freed")
     with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
         values, pieces = _split_into_pieces(tensor, start)
         total = _Accumulator(name, values)

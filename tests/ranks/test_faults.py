@@ -155,6 +155,26 @@ def test_a_killed_rank_is_named_and_leaves_no_orphan(tmp_path, victim):
     assert wait_until_gone(tmp_path) == []
 
 
+@pytest.mark.parametrize("ranks", [2, 0], ids=["torchrun", "python"])
+def test_a_crash_leaves_every_ranks_stack(tmp_path, ranks):
+    run = run_lab(tmp_path, model("Crashing"), *QUICK, ranks=ranks, environment=USER_MODELS)
+    summary = run.summary()
+    assert run.code != 0
+    assert (summary["outcome"], summary["first_failing_rank"]) == ("rank lost", 1)
+    assert "Segmentation fault" in summary["reason"]
+    assert "in misbehave" in summary["reason"]
+    assert "in misbehave" in (run.only_run() / "stacks" / "rank1.txt").read_text()
+    assert sorted(summary["stacks"]) == ["0", "1"]
+    assert "in misbehave" not in summary["stacks"]["0"]
+    assert [file.name for file in (run.only_run() / "stacks").iterdir()] == ["rank1.txt"]
+
+
+def test_without_a_crash_no_stacks_are_left(tmp_path):
+    run = run_lab(tmp_path, model("Good"), *QUICK, ranks=2, environment=USER_MODELS)
+    assert run.code == 0
+    assert not (run.only_run() / "stacks").exists()
+
+
 def test_a_rank_that_exits_with_0_halfway_is_no_success(tmp_path):
     run = run_lab(tmp_path, model("Exiting"), *QUICK, ranks=2, environment=USER_MODELS)
     assert run.code != 0

@@ -1,5 +1,6 @@
 """Models a user might bring, most of them broken."""
 
+import ctypes
 import os
 import signal
 import time
@@ -46,6 +47,13 @@ class Killed(Good):
 
     def misbehave(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Crashing(Good):
+    """Reads memory that is not there."""
+
+    def misbehave(self) -> None:
+        ctypes.string_at(0)
 
 
 class Exiting(Good):

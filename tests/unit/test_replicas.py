@@ -13,8 +13,10 @@ from ddpcall.replicas import (
     digest_tensor,
     digest_tensors,
     gather_over_ranks,
+    is_freed,
     is_unreadable,
 )
+from ddpcall.sketch import CannotSketch, sketch
 
 
 def test_any_single_flipped_bit_changes_the_digest():
@@ -264,6 +266,32 @@ def test_memory_that_was_replaced_is_read_anew(kind):
         parameter.data.fill_(1)
     parameter.data = torch.ones(64)
     assert state.digest() == clean
+
+
+@pytest.mark.parametrize("left", [0, 256, 384])
+def test_a_view_into_freed_memory_is_not_read(left):
+    """The address of a view is its offset where its storage is gone: reading it was a segmentation fault."""
+    storage = torch.ones(1_000)
+    first, second = storage[:32], storage[64:]
+    state = StateDigester({"a": first, "b": second})
+    clean = state.digest()
+    storage.untyped_storage().resize_(left)
+    assert is_freed(second)
+    assert is_freed(first) == (left == 0)
+    assert state.digest() != clean
+    assert digest_tensor(second) == 0
+    with pytest.raises(CannotSketch, match="freed"):
+        sketch(second, "b")
+
+
+def test_memory_that_came_back_smaller_is_not_read():
+    parameter = torch.nn.Parameter(torch.ones(64))
+    state = StateDigester({"a": parameter})
+    state.digest()
+    parameter.untyped_storage().resize_(0)
+    parameter.untyped_storage().resize_(128)
+    assert state.digest() == StateDigester({"a": parameter}).digest()
+    assert is_freed(parameter)
 
 
 def test_digested_tensors_can_still_be_resized_and_freed():

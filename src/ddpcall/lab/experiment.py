@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Failure, StepTimeline, to_json
+from ddpcall.lab import crash
 from ddpcall.lab.console import Progress, print_result, say, warn
 from ddpcall.lab.data import Split, check_batch_size, load_split
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
@@ -159,7 +160,7 @@ class _Run:
     def run_guarded(self) -> int:
         """Run, and whatever happens leave a summary that says how it ended."""
         try:
-            with self._guard.watch():
+            with crash.keep_stack_of_crash(self._directory.path, self._world.rank), self._guard.watch():
                 return self._run()
         except WrongUse as error:
             self._close_failed("wrong use", str(error), None)
@@ -167,7 +168,7 @@ class _Run:
                 warn(str(error))
             return EXIT_WRONG_USE
         except RankLost as error:
-            self._close_failed("rank lost", str(error), error.ranks[0])
+            self._close_lost(error)
             self._world.end()
             raise SystemExit(EXIT_FAILED) from None
         except Exception as error:
@@ -286,10 +287,22 @@ class _Run:
             if outcome != "wrong use":
                 warn(f"{outcome}: {self._where}: {reason}\nWhat was measured before is in {self._directory.path}")
 
+    def _close_lost(self, error: RankLost) -> None:
+        """Close a run that lost ranks, with the stack of each that crashed and of those that saw it."""
+        directory, world = self._directory.path, self._world
+        crashed = {rank: crash.read_stack_of_crash(directory, rank) for rank in error.ranks}
+        reason = str(error)
+        for rank, stack in crashed.items():
+            if stack:
+                reason += f"\nrank {rank} crashed here ({crash.FOLDER}/rank{rank}.txt):\n{stack.rstrip()}"
+        others = {r: world.read("stacks", r) for r in range(world.world_size) if world.has("stacks", r)}
+        crash.remove_empty(directory, *range(world.world_size))
+        self._close_failed("rank lost", reason, error.ranks[0], stacks={**others, **crashed})
+
     def _report_signal(self, signal_name: str, missing: list[int]) -> None:
         """Tell a rank that died (the launcher then stops the others) from a run that somebody stopped."""
         if missing:
-            self._close_failed("rank lost", str(RankLost(missing, self._where)), missing[0])
+            self._close_lost(RankLost(missing, self._where))
         else:
             self._close_failed("interrupted", f"stopped by {signal_name}", None)
 

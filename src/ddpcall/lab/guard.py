@@ -92,6 +92,7 @@ class Guard:
                 _leave()
 
     def _stop(self, signal_name: str) -> None:
+        self._world.publish("stacks", dump_stacks())
         try:
             self._on_signal(signal_name, self._world.call_roll(FAREWELL_SECONDS))
             self._world.end()
