@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "shards": INTERNALS | {"wrappers"},
     "verdicts": LEAVES,
     "replicas": LEAVES,
-    "sketch": INTERNALS,
+    "sketch": INTERNALS | {"replicas"},
     "mixing": INTERNALS | {"taps", "replicas", "sketch"},
     "compare": INTERNALS | {"imports", "taps", "targets", "replicas", "sketch", "mixing"},
     "probes": MIDDLE,
