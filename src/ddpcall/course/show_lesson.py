@@ -44,21 +44,28 @@ def show_question(console: Console, number: int, question: Question) -> None:
 
 def show_evidence(console: Console, lesson: Lesson, run: Run) -> None:
     """Show the measured verdicts, one row a trial."""
+    from ddpcall.lab.result_table import split_columns
     from ddpcall.paths import SPELLING, CallPath  # imports torch: after the questions were asked
 
     _headline(console, "measured")
     environment = run.summary["environment"]
     axes = [axis for axis in ("model", "wrapper", "window", "hooks", "mode") if _varies(run.trials, axis)]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for axis in axes:
-        table.add_column(axis, overflow="fold")
-    table.add_column("path", no_wrap=True, style="cyan")
-    for column in lesson.columns:
-        table.add_column(_header(column), no_wrap=column not in ("accuracy",))
-    for trial in run.trials:
-        cells = [trial[axis].rsplit(".", 1)[-1] for axis in axes]
-        table.add_row(*cells, trial["path"], *(_cell(trial, column) for column in lesson.columns))
-    console.print(table)
+    header = [*axes, "path", *map(_header, lesson.columns)]
+    rows = [
+        [
+            *(Text(trial[axis].rsplit(".", 1)[-1]) for axis in axes),
+            Text(trial["path"], style="cyan"),
+            *(_cell(trial, column) for column in lesson.columns),
+        ]
+        for trial in run.trials
+    ]
+    for number, part in enumerate(split_columns(console, header, rows, len(axes) + 1)):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+        for index in part:
+            table.add_column(header[index], overflow="fold")
+        for row in rows:
+            table.add_row(*(row[index] for index in part))
+        console.print(*[""] * bool(number), table, sep="\n")
     paths = dict.fromkeys(trial["path"] for trial in run.trials)
     legend = Text(" · ", style="dim").join(
         Text(path, style="cyan").append(f" {SPELLING[CallPath(path)]}", style="dim") for path in paths

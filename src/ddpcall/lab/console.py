@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -11,36 +13,24 @@ from typing import TYPE_CHECKING
 from rich import progress as rich_progress
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from ddpcall.evidence import Consequence, Environment, Evidence
-from ddpcall.lab.columns import is_interesting
-from ddpcall.lab.report.words import find_tone
-from ddpcall.verdicts import Verdicts, explain_crash, skipped_kinds
+from ddpcall.evidence import Environment, Evidence
+from ddpcall.lab.result_table import MATRIX_LEGEND, build_matrix, build_tables, is_matrix
+from ddpcall.verdicts import explain_crash, skipped_kinds
 
 if TYPE_CHECKING:
     from ddpcall.lab.experiment import TrialResult
     from ddpcall.lab.schema import TrainConfig
 
-PIPED_WIDTH = 220
-MAX_LABEL_WIDTH = 36  # wrapper × path stays on one line
-_COLOURS = {"good": "green", "lost": "bold red", "crash": "bold magenta", "part": "yellow", "other": "cyan"}
-# Shown where any cell has something to say: verdict to column title.
-_OPTIONAL = {
-    "mixing": "mixing",
-    "compiled": "compiled",
-    "modes": "mode",
-    "dropout": "dropout\nmasks",
-    "statistics": "running\nstats",
-    "evaluation_inner": "eval of\ninner",
-    "evaluation_wrapped": "eval of\nwrapped",
-    "precision": "precision",
-}
+TABLE = "table.txt"
+UNLIMITED = 10_000  # columns: a table then takes what it needs
 
 
 def say(message: str) -> None:
-    """Print one line for people, to stdout."""
-    open_console().print(escape(message), highlight=False)
+    """Print one line for people, to stdout; a path that is longer than the terminal is wide stays whole."""
+    console = open_console()
+    lines = textwrap.wrap(message, console.width, break_long_words=False, break_on_hyphens=False)
+    console.print(escape("\n".join(lines)), highlight=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
@@ -56,9 +46,14 @@ class _Terminal(Console):
 
 
 def open_console() -> Console:
-    """Return a console on stdout: as wide as the terminal, or of one fixed width when piped."""
+    """Return a console on stdout: as wide as the terminal or COLUMNS say, and without a limit when piped."""
     console = _Terminal()
-    return console if console.is_terminal else _Terminal(width=PIPED_WIDTH)
+    return console if console.is_terminal or "COLUMNS" in os.environ else _Terminal(width=UNLIMITED)
+
+
+def shorten_path(path: Path) -> str:
+    """Return a path as one types it here: relative where it lies below the working directory."""
+    return str(path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path)
 
 
 class Progress:
@@ -99,85 +94,64 @@ class Progress:
 def print_result(
     config: TrainConfig, environment: Environment, results: list[TrialResult], directory: Path
 ) -> None:
-    """Print the table of cells, what did not hold, and where the evidence lies; keep a copy as table.txt."""
-    with (directory / "table.txt").open("w") as file:
-        _show(Console(file=file, width=PIPED_WIDTH), config, environment, results)
+    """Print the cells, what did not hold, and where the evidence lies; all cells stand in table.txt too."""
+    with (directory / TABLE).open("w") as file:
+        _show(Console(file=file, width=UNLIMITED), config, environment, results)
     console = open_console()
-    _show(console, config, environment, results)
-    console.print(f"evidence: {escape(str(directory))}", highlight=False, soft_wrap=True)
+    if is_matrix(results):
+        _show_matrix(console, config, environment, results)
+        console.print(f"every cell: {escape(shorten_path(directory / TABLE))}", highlight=False, soft_wrap=True)
+    else:
+        _show(console, config, environment, results)
+    console.print(f"evidence: {escape(shorten_path(directory))}", highlight=False, soft_wrap=True)
 
 
 def _show(console: Console, config: TrainConfig, environment: Environment, results: list[TrialResult]) -> None:
-    console.print(_table(config, environment, results))
+    *_, last = tables = list(build_tables(console, _title(config), results))
+    last.caption = _measured_on(config, environment)
+    for table in tables:
+        console.print(table)
     for result in results:
         for line in _explain(result):
             console.print(line, highlight=False)
     console.print(_conclusion(results), highlight=False)
 
 
-def _table(config: TrainConfig, environment: Environment, results: list[TrialResult]) -> Table:
-    caption = (
+def _show_matrix(
+    console: Console, config: TrainConfig, environment: Environment, results: list[TrialResult]
+) -> None:
+    """Show the matrix, and of single cells only those that are not as expected."""
+    console.print(build_matrix(_title(config), results), no_wrap=True, soft_wrap=True)
+    console.print(MATRIX_LEGEND, style="dim", highlight=False)
+    console.print(_measured_on(config, environment), style="italic dim", highlight=False)
+    for result in results:
+        for line in _explain(result) if result.unmet else []:
+            console.print(line, highlight=False)
+    console.print(_conclusion(results), highlight=False)
+
+
+def _title(config: TrainConfig) -> str:
+    return f"{config.name}: {config.question}"
+
+
+def _measured_on(config: TrainConfig, environment: Environment) -> str:
+    return (
         f"{_plural(environment.world_size, 'rank')}, {environment.backend} on {environment.device}, "
         f"torch {environment.torch}, {config.steps} steps, seed {config.seed}"
     )
-    table = Table(title=f"{config.name}: {config.question}", caption=caption, title_justify="left")
-    several_models = len({result.evidence.cell.model for result in results}) > 1
-    shown = [
-        name for name in _OPTIONAL if is_interesting(name, [getattr(result.verdicts, name) for result in results])
-    ]
-    columns = ["model"] if several_models else []
-    columns += ["wrapper × path", "gradients", "gradients\ndiffer by", "hooks\nwrapped", "inner", "below"]
-    columns += [_OPTIONAL[name] for name in shown]
-    columns += ["test accuracy\nby rank", "distance from\nsynced run", "as\nexpected"]
-    label_width = min(MAX_LABEL_WIDTH, max(len(result.evidence.cell.label()) for result in results))
-    for column in columns:
-        is_label = column == "wrapper × path"
-        table.add_column(
-            column, overflow="fold", min_width=label_width if is_label else None, no_wrap=column == "model"
-        )
-    for result in results:
-        table.add_row(*_row(result, several_models, shown))
-    return table
-
-
-def _row(result: TrialResult, several_models: bool, shown: list[str]) -> list[str]:
-    evidence, verdicts = result.evidence, result.verdicts
-    row = [evidence.cell.model.rsplit(".", 1)[-1]] if several_models else []
-    row += [evidence.cell.label(), _coloured(verdicts, "gradients"), _gradient_difference(evidence)]
-    row += [_coloured(verdicts, name) for name in ("hooks_wrapped", "hooks_inner", "hooks_submodules", *shown)]
-    row += [_quality(evidence.consequence), _distance(evidence.consequence)]
-    met = "[bold red]NO[/]" if result.unmet else ("yes" if result.expected else "[dim]-[/]")
-    return [*row, met]
 
 
 def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _coloured(verdicts: Verdicts, name: str) -> str:
-    word = getattr(verdicts, name)
-    return f"[{_COLOURS.get(find_tone(name, word), 'dim')}]{word}[/]"
-
-
-def _gradient_difference(evidence: Evidence) -> str:
-    gradients = evidence.gradients
-    if gradients is None or not gradients.max_difference:
-        return "-"
-    return f"{max(gradients.max_difference):.3g}"
-
-
-def _quality(consequence: Consequence | None) -> str:
-    if consequence is None:
-        return "-"
-    if consequence.test_accuracy is None:
-        return " ".join(f"loss {loss:.4f}" for loss in consequence.test_loss[:4])
-    return " ".join(f"{accuracy:.1%}" for accuracy in consequence.test_accuracy[:4])
-
-
-def _distance(consequence: Consequence | None) -> str:
-    if consequence is None or consequence.distance is None:
-        return "-"
-    return f"{max(consequence.distance):.2g}"
+def say_left_out(reasons: Sequence[str]) -> None:
+    """Say in one line which cells of the grid make no sense."""
+    if len(reasons) > 1:
+        pair, _ = reasons[0].split(" makes", 1)
+        say(f"left out: {len(reasons)} pairs that make no sense, such as {pair}")
+    elif reasons:
+        say(f"left out: {reasons[0]}")
 
 
 def _explain(result: TrialResult) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Failure, StepTimeline, to_json
 from ddpcall.lab import crash
-from ddpcall.lab.console import Progress, print_result, say, warn
+from ddpcall.lab.console import Progress, print_result, say_left_out, warn
 from ddpcall.lab.data import Split, check_batch_size, load_split
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
 from ddpcall.lab.grid import Grid, check_expectations, expand_grid, expected_verdicts, unmet
@@ -182,8 +182,7 @@ class _Run:
         if self._world.rank == 0:
             config_yaml = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self._config)))
             self._directory.create(config_yaml, dataclasses.asdict(self._environment), self._summary("running"))
-            for reason in self._grid.left_out:
-                say(f"left out: {reason}")
+            say_left_out(self._grid.left_out)
         with Progress(len(self._grid.cells), enabled=self._world.rank == 0) as progress:
             for index, cell in enumerate(self._grid.cells):
                 progress.begin(cell.label())

@@ -8,7 +8,7 @@ import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ddpcall.lab.console import say
+from ddpcall.lab.console import say, shorten_path
 from ddpcall.lab.errors import EXIT_OK, EXIT_WRONG_USE
 from ddpcall.lab.report.load import load
 from ddpcall.lab.report.markdown import render_markdown
@@ -142,7 +142,7 @@ def leave_report(directory: Path, wanted: bool) -> None:
     except Exception as error:  # the run's own result stands, whatever became of its page
         _complain(f"no {REPORT}: {type(error).__name__}: {error}")
     else:
-        say(f"report: {place}")
+        say(f"report: {shorten_path(place)}")
 
 
 def _complain(message: str) -> None:
