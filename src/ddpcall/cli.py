@@ -80,6 +80,7 @@ def watch(arguments: list[str]) -> None:
             json=options.json,
             sarif=options.sarif and options.sarif.absolute(),  # the script may change the directory
             every=options.every,
+            hang_after=options.hang_after,
             only=parse_codes(options.only),
             ignore=parse_codes(options.ignore),
             fail_on=options.fail_on,
@@ -138,6 +139,13 @@ def _watch_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--every", type=int, default=10, metavar="K", help="compare ranks every K steps (10; 0: never)"
+    )
+    parser.add_argument(
+        "--hang-after",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="say where all ranks are once one has waited so many seconds in a collective (60; 0: never)",
     )
     parser.add_argument("--only", default="", metavar="CODES", help="report these alone, such as DC101,DC104")
     parser.add_argument("--ignore", default="", metavar="CODES", help="do not report these")

@@ -532,9 +532,9 @@ FUNCTIONAL_COLLECTIVES = Private(
 )
 DUMP_FLIGHT_RECORDER = Private(
     "torch._C._distributed_c10d._dump_fr_trace_json",
-    "to count collectives independently",
-    "the collectives probe has no second count",
-    LAB,
+    "to count collectives independently, and to see which one a rank waits in",
+    "the collectives probe has no second count, and of a run that hangs the stacks alone tell",
+    WATCH_AND_LAB,
 )
 SPAWN_WRAP = Private(
     "torch.multiprocessing.spawn._wrap",

@@ -8,6 +8,7 @@ loss.backward()  # or: DC101                 accepted in place of a line marked 
 # ranks: 1                                   ranks to run on (2)
 # begins: 2                                  optimizer steps done before the mistake (0)
 # exit: 1                                    the exit code of the script alone (0)
+# hang-after: 2                              the watch's option of that name, in seconds
 """
 
 import io
@@ -16,7 +17,7 @@ import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
-MARK = re.compile(r"#\s*(raises|or|ranks|begins|exit):\s*([\w|, ]+)")
+MARK = re.compile(r"#\s*(raises|or|ranks|begins|exit|hang-after):\s*([\w|, ]+)")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Marks:
     ranks: int = 2
     begins: int = 0
     exit_code: int = 0
+    hang_after: int = 60
 
 
 def read_marks(script: Path) -> Marks:
@@ -51,7 +53,7 @@ def read_marks(script: Path) -> Marks:
     lines = source.splitlines()
     expected: list[Expected] = []
     accepted: set[tuple[str, int]] = set()
-    numbers = {"ranks": 2, "begins": 0, "exit": 0}
+    numbers = {"ranks": 2, "begins": 0, "exit": 0, "hang-after": 60}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         match = MARK.search(token.string) if token.type == tokenize.COMMENT else None
         if match is None:
@@ -71,4 +73,4 @@ def read_marks(script: Path) -> Marks:
     known = {code for one in expected for code in one.codes}
     if orphans := {code for code, _ in accepted} - known:
         raise ValueError(f"{script.name}: `or:` without `raises:` for {sorted(orphans)}")
-    return Marks(tuple(expected), frozenset(accepted), numbers["ranks"], numbers["begins"], numbers["exit"])
+    return Marks(tuple(expected), frozenset(accepted), *numbers.values())

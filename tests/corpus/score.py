@@ -162,7 +162,7 @@ def score_script(
             copy = Path(directory) / script.name
             copy.write_text(put_lookup_first(script.read_text()))
             script = copy
-        watch = ["watch", "--json", str(file), str(script)]
+        watch = ["watch", "--json", str(file), "--hang-after", str(marks.hang_after), str(script)]
         if launcher is None:
             run = run_on_ranks(marks.ranks, ["-m", "ddpcall", *watch])
         else:

@@ -6,6 +6,7 @@ exception. Probes and watch are built on these and nothing else.
 
 from ddpcall.taps.call_site import (
     NOWHERE,
+    TORCH,
     CallSite,
     find_call_frames,
     find_call_frames_among,
@@ -58,6 +59,7 @@ __all__ = [
     "HOOK_DICTS",
     "NOWHERE",
     "TIMED",
+    "TORCH",
     "CallSite",
     "ForwardObserver",
     "ForwardTap",

@@ -19,9 +19,11 @@ from ddpcall import torch_internals as internals
 from ddpcall.imports import after_import
 from ddpcall.taps import Undo, strip_forward_taps
 from ddpcall.watch.compare.at_steps import CompareAtSteps, MeasureAtSteps
+from ddpcall.watch.compare.hang_watch import HangWatch
 from ddpcall.watch.compare.mixing_watch import MixingWatch
 from ddpcall.watch.compare.replica_watch import ReplicaWatch
 from ddpcall.watch.findings_book import FindingsBook
+from ddpcall.watch.output.streams import say
 from ddpcall.watch.output.watched import BY_HAND, Watched, WatchedModel
 from ddpcall.watch.rules.clipping import ClippingRule
 from ddpcall.watch.rules.compiled import CompiledRule
@@ -62,6 +64,7 @@ class Attachment:
         *,
         missing: Callable[[str, Exception], None],
         every: int = 0,
+        hang_after_s: float = 0.0,
         vitals_taken: Callable[[], None] = lambda: None,
     ) -> None:
         """Attach to torch; models are found as they are wrapped from now on.
@@ -70,6 +73,7 @@ class Attachment:
             book: Gets every finding, on the thread it happened on.
             missing: Gets what cannot be watched, in plain words, and why; also when a library is imported later.
             every: Ranks compare vitals every so many optimizer steps; 0 for never.
+            hang_after_s: Seconds in a collective after which it is said where all ranks are; 0 for never.
             vitals_taken: Is called at the steps after which vitals are taken.
         """
         self._missing = missing
@@ -77,6 +81,7 @@ class Attachment:
         self._run = run = Run(book)
         self.keep = run.keep
         self._replicas = ReplicaWatch(run, every, vitals_taken)
+        self._hangs = hangs = HangWatch(run, hang_after_s, say)
         losses = LossSensor(run, lambda: self._gradients.expects_measuring())
         self._mixing = mixing = MixingWatch(run, losses)
         self._gradients = gradients = GradientSensor(run, every, self._find_roots, mixing.measured)
@@ -89,6 +94,7 @@ class Attachment:
         unreduced = UnreducedRule(run, numbers)
         # In the order in which they are asked about a step, and about the end.
         self._rules = (
+            hangs,
             numbers,
             unreduced,
             OwnershipRule(run, numbers),
@@ -106,7 +112,7 @@ class Attachment:
         )
         self._stacks = stacks = StackWatch()
         self._wraps = wraps = WrapWatch(
-            run, stacks, self._replicas.adopt, self._replicas.note_inputs, unreduced.window_without_effect
+            run, stacks, self._replicas.adopt, self._forward_begins, unreduced.window_without_effect
         )
         self._steps = StepSensor(run, self._rules, wraps.stepping)
         for entry in internals.list_missing("watch"):
@@ -115,7 +121,7 @@ class Attachment:
             ("copies of watched models", strip_forward_taps),
             ("DistributedDataParallel and replicate", wraps.attach),
             ("parameters changed after wrapping", ParameterWatch(run, wraps.tap).attach),
-            ("process groups", stacks.attach_groups),
+            ("process groups", partial(stacks.attach_groups, partial(run.contain, hangs.group_made))),
             ("backwards", BackwardWatch(run, gradients, losses, self._rules).attach),
             ("collectives and optimizer steps", self._attach_steps),
             ("gradient clipping", ClippingSensor(run, (clipping.clipping, norms.clipping)).attach),
@@ -158,6 +164,10 @@ class Attachment:
             stack.callback(self._run.collectives.attach())
             stack.callback(self._steps.attach())
             return stack.pop_all().close
+
+    def _forward_begins(self, step: int, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._hangs.begin_forward()
+        self._replicas.note_inputs(step, inputs, kwargs)
 
     def _find_roots(self) -> list[nn.Module]:
         """Return the modules inside the wrapped models that are known."""
@@ -227,6 +237,7 @@ class Attachment:
     def explain_crash(self, error: BaseException) -> None:
         """Report a bypass that caused the exception that ends the script."""
         self._sharded.explain_crash(error)
+        self._run.contain(self._hangs.explain_crash, error)
 
     def look(self, record: Watched) -> Watched:
         """Return a record with what this rank has seen so far, also after the end."""
@@ -256,12 +267,14 @@ class Attachment:
             faults=tuple(dict.fromkeys(run.faults)),
         )
 
-    def close(self, in_order: bool = True) -> None:
+    def close(self, in_order: bool = True, is_over: bool = False) -> None:
         """Judge what has waited for the end, compare once more, and take everything off.
 
         Args:
             in_order: Whether the script came to its end; other ranks are not waited for where it did not.
+            is_over: Whether the script is over, and not only what was watched of it.
         """
+        self._run.contain(self._hangs.leave, in_order, is_over)
         with ExitStack() as last:  # each is closed, though an earlier one raises its finding
             last.callback(self.detach)
             for rule in reversed(self._rules):  # the stack is left from its end: the first rule is closed first

@@ -23,6 +23,7 @@ class Options:
         json: File for the findings, kept up to date as they happen; None for none.
         sarif: File for the same in SARIF 2.1.0, written at the end.
         every: Ranks compare vitals every so many optimizer steps; 0 for never.
+        hang_after: Seconds in a collective after which it is said where all ranks are; 0 for never.
         only: Codes or names to report; empty for all.
         ignore: Codes or names not to report.
         fail_on: The least severity that makes a successful script exit with 1.
@@ -35,6 +36,7 @@ class Options:
     json: Path | None = None
     sarif: Path | None = None
     every: int = 10
+    hang_after: float = 60.0
     only: frozenset[str] = frozenset()
     ignore: frozenset[str] = frozenset()
     fail_on: str = "error"
@@ -53,6 +55,8 @@ class Options:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; write one of {', '.join(allowed)}.")
         if self.every < 0:
             raise ValueError(f"every is {self.every}; write a number of optimizer steps, or 0 to compare nothing.")
+        if not 0 <= self.hang_after < float("inf"):
+            raise ValueError(f"hang_after is {self.hang_after}; write a number of seconds, or 0 for never.")
 
     def wants(self, finding: Finding) -> bool:
         """Say whether a finding is to be reported: by code, and by a comment on its line."""

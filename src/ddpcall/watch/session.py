@@ -101,7 +101,11 @@ class Session:
         from ddpcall.watch.attach import Attachment
 
         self._attachment = Attachment(
-            self.book, missing=self.note_missing, every=self.options.every, vitals_taken=self._keep_up
+            self.book,
+            missing=self.note_missing,
+            every=self.options.every,
+            hang_after_s=self.options.hang_after,
+            vitals_taken=self._keep_up,
         )
         if Session._running is None and not Session._follows_forks:
             Session._follows_forks = True
@@ -236,7 +240,7 @@ class Session:
         try:
             if self._attachment is not None:
                 Session._running = None
-                self._attachment.close(in_order)
+                self._attachment.close(in_order, is_over=stays)
         finally:
             if self._attachment is not None:
                 self._watched = self._attachment.look(self._standing())
@@ -469,6 +473,7 @@ def watch(
     json: str | Path | None = None,
     sarif: str | Path | None = None,
     every: int = 10,
+    hang_after: float = 60.0,
     only: Any = (),
     ignore: Any = (),
 ) -> Session:
@@ -482,6 +487,7 @@ def watch(
         json: File for the findings, kept up to date as they happen.
         sarif: File for the same in SARIF 2.1.0, written by `session.report()`.
         every: Ranks compare vitals every so many optimizer steps; 0 for never.
+        hang_after: Seconds in a collective after which it is said where all ranks are; 0 for never.
         only: Codes to report; all others are left out.
         ignore: Codes to leave out.
 
@@ -498,6 +504,7 @@ def watch(
         json=None if json is None else Path(json),
         sarif=None if sarif is None else Path(sarif),
         every=every,
+        hang_after=hang_after,
         only=parse_codes(only),
         ignore=parse_codes(ignore),
     )

@@ -97,7 +97,7 @@ def hand_on(session: Session, *, to_all: bool = True) -> None:
         to_all: Whether every rank below is watched; otherwise those alone that `ddpcall watch` runs in.
     """
     options, launch = session.options, session.launch
-    kept = ("on_finding", "every", "fail_on")
+    kept = ("on_finding", "every", "hang_after", "fail_on")
     told = Inherited(
         script=session.script,
         run=launch.run,

@@ -72,8 +72,11 @@ class StackWatch:
 
         return replace_attribute(owner, name, noting)
 
-    def attach_groups(self) -> Undo:
+    def attach_groups(self, made: Callable[[], None]) -> Undo:
         """Hear of default process groups; returns the undo.
+
+        Args:
+            made: Is called where there is one.
 
         Source: `init_process_group` in torch/distributed/distributed_c10d.py ends with it.
         """
@@ -84,7 +87,9 @@ class StackWatch:
             update(group)
             if hasattr(group, "size"):
                 self.group_size = max(self.group_size, group.size())
+                made()
 
         if c10d.is_initialized():
             self.group_size = c10d.get_world_size()
+            made()
         return replace_attribute(c10d, internals.UPDATE_DEFAULT_PG.name, updating)
