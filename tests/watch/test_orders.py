@@ -21,6 +21,7 @@ import ddpcall
 from ddpcall.watch.findings_book import FindingsBook
 from ddpcall.watch.rules.data import OrderRule
 from ddpcall.watch.run import Run
+from ddpcall.watch.sensors.loaders import LoaderSensor
 
 
 class Silent:
@@ -47,7 +48,7 @@ class Training:
     def __init__(self):
         self.run = Run(FindingsBook(Silent()))
         self.rule = OrderRule(self.run)
-        self.run.keep(self.rule.sensor.attach())
+        self.run.keep(LoaderSensor(self.run, [self.rule]).attach())
         self.optimizer = self.make_optimizer()
 
     def make_optimizer(self):
@@ -192,6 +193,13 @@ def told(data):
         yield batches
 
 
+def told_the_same_again(data):
+    batches = loader(data)
+    for _ in range(3):
+        batches.sampler.set_epoch(5)  # type: ignore[attr-defined]
+        yield batches
+
+
 def alike(batches):
     return lambda data: [batches(data)] * 3
 
@@ -200,6 +208,7 @@ def alike(batches):
     "epochs",
     [
         told,
+        told_the_same_again,
         alike(lambda data: DataLoader(data, sampler=shares(data, shuffle=False))),
         alike(lambda data: DataLoader(data, batch_size=8)),
         alike(lambda data: DataLoader(data, batch_size=8, shuffle=True)),
@@ -213,6 +222,7 @@ def alike(batches):
     ],
     ids=[
         "told",
+        "repeated-on-purpose",
         "in-order",
         "sequential",
         "random",

@@ -35,6 +35,7 @@ from ddpcall.watch.rules.own_numbers import OwnNumbers
 from ddpcall.watch.rules.ownership import OwnershipRule
 from ddpcall.watch.rules.precision import PrecisionRule
 from ddpcall.watch.rules.sharded import ShardedRule
+from ddpcall.watch.rules.shares import ShareRule
 from ddpcall.watch.rules.unreduced import UnreducedRule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.backwards import BackwardWatch
@@ -42,6 +43,7 @@ from ddpcall.watch.sensors.clipping import ClippingSensor
 from ddpcall.watch.sensors.earlier import find_living
 from ddpcall.watch.sensors.gradients import GradientSensor
 from ddpcall.watch.sensors.hooks import can_be_tapped
+from ddpcall.watch.sensors.loaders import LoaderSensor
 from ddpcall.watch.sensors.losses import LossSensor
 from ddpcall.watch.sensors.parameters import ParameterWatch
 from ddpcall.watch.sensors.saves import SAVERS, SaveWatch
@@ -80,7 +82,6 @@ class Attachment:
         self._adopted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._run = run = Run(book)
         self.keep = run.keep
-        self._replicas = ReplicaWatch(run, every, vitals_taken)
         self._hangs = hangs = HangWatch(run, hang_after_s, say)
         losses = LossSensor(run, lambda: self._gradients.expects_measuring())
         self._mixing = mixing = MixingWatch(run, losses)
@@ -89,7 +90,8 @@ class Attachment:
         self._compiled = CompiledRule(run, self._hooks.sensor.tap)
         self._sharded = ShardedRule(run)
         self._precision = PrecisionRule(run)
-        self._order = OrderRule(run)
+        order, shares = OrderRule(run), ShareRule(run)
+        self._replicas = ReplicaWatch(run, every, vitals_taken, shares)
         numbers = OwnNumbers(run, gradients, lambda: not mixing.trouble and gradients.is_compared())
         unreduced = UnreducedRule(run, numbers)
         # In the order in which they are asked about a step, and about the end.
@@ -105,7 +107,7 @@ class Attachment:
             self._sharded,
             self._hooks,
             self._precision,
-            self._order,
+            order,
             MeasureAtSteps(gradients, mixing),
             mixing,
             CompareAtSteps(run, self._replicas),
@@ -128,7 +130,7 @@ class Attachment:
             ("losses", losses.attach),
             ("hooks of modules", self._hooks.sensor.attach),
             ("torch.compile", self._compiled.sensor.attach),
-            ("data loaders", self._order.sensor.attach),
+            ("data loaders", LoaderSensor(run, (order, shares)).attach),
             (
                 "load_state_dict, train and eval, optimizers and schedulers",
                 partial(run.sites.attach, gradients.add),

@@ -17,8 +17,10 @@ from ddpcall import torch_internals as internals
 from ddpcall.taps import NOWHERE, CallSite, find_call_site
 from ddpcall.watch.compare.drift import Drift, largest, read_drift
 from ddpcall.watch.compare.exchange import Comparison, DetailsComparison, Exchange, find_store
-from ddpcall.watch.compare.vitals import AT_THE_END, LOSS_SCALE, Facts, VitalsTaker
+from ddpcall.watch.compare.vitals import AT_THE_END, LOSS_SCALE, Facts, Vitals, VitalsTaker
 from ddpcall.watch.rules.replicas import Divergence, diagnose_divergence
+from ddpcall.watch.rules.shares import PART as SHARES
+from ddpcall.watch.rules.shares import ShareRule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.last_sites import BufferUse
 
@@ -65,9 +67,11 @@ class ReplicaWatch:
         run: Run,
         every: int,
         vitals_taken: Callable[[], None],
+        shares: ShareRule,
     ) -> None:
-        """Take the run, the steps between vitals, and what is called after they were taken."""
+        """Take the run, the steps between vitals, what is called after they were taken, and what judges shares."""
         self._run = run
+        self._shares = shares
         self._every = every
         self._vitals_taken = vitals_taken
         self._exchange: Exchange | None = None
@@ -168,11 +172,17 @@ class ReplicaWatch:
         if exchange is None:
             return
         self._taker.optimizer, self._taker.scaler = optimizer, self._run.sites.scalers.get(optimizer)
-        exchange.publish(self._taker.take(step, self.batch, exchange.measures(step), self._tell_facts()))
+        vitals = self._taker.take(step, self.batch, exchange.measures(step), self._tell_facts())
+        exchange.publish(self._with_shares(vitals))
         self.batch = self._first = None
         self._last_step = step
         self.read()
         self._vitals_taken()
+
+    def _with_shares(self, vitals: Vitals) -> Vitals:
+        is_last = vitals.step == AT_THE_END
+        shares = self._shares.tell(vitals.step, self._rank, vitals.parts.get("batch"), is_last)
+        return replace(vitals, details={**vitals.details, SHARES: shares})
 
     def read(self) -> None:
         """Turn comparisons that have arrived into findings; rank 0 alone gets any."""
@@ -216,7 +226,7 @@ class ReplicaWatch:
         assert self._taker is not None
         last_words = None
         if self._last_step:
-            last_words = self._taker.take_last(self._num_steps, self._tell_facts())
+            last_words = self._with_shares(self._taker.take_last(self._num_steps, self._tell_facts()))
         if self._rank != 0:
             exchange.leave(last_words)
             if last_words is not None:
@@ -236,6 +246,9 @@ class ReplicaWatch:
         exchange.leave(last_words)
         end = exchange.compare(AT_THE_END, wait=True, wait_s=LEAVE_S)
         self._judge_steps(end)
+        if end is not None:
+            self._ask_for_shares(end)
+            self._await_answers(exchange)
         self._judge_end(exchange, end)
 
     def _say_what_was_seen(self) -> None:
@@ -295,6 +308,7 @@ class ReplicaWatch:
         if comparison.num_ranks > 1:
             self.num_compared += 1
             self.heard.update(set(range(self._world_size)) - set(comparison.missing))
+        self._ask_for_shares(comparison)
         self._count_same(comparison)
         self._note_buffers(comparison)
         if "parameters" in comparison.differing:
@@ -323,6 +337,11 @@ class ReplicaWatch:
                 self._judged.update(parts)
                 self._ask(replace(comparison, differing={part: comparison.differing[part] for part in parts}))
 
+    def _ask_for_shares(self, comparison: Comparison) -> None:
+        if self._shares.is_due(comparison.step) and not comparison.missing and comparison.num_ranks > 1:
+            every = tuple((rank,) for rank in range(comparison.num_ranks))
+            self._ask(replace(comparison, differing={SHARES: every}))
+
     def _ask(self, comparison: Comparison, use: BufferUse | None = None, at: int | None = None) -> None:
         assert self._exchange is not None
         self._asked.append((comparison, use))
@@ -342,6 +361,8 @@ class ReplicaWatch:
         """Say what the answers to the oldest question tell."""
         asked, use = self._asked.popleft()
         is_last = details.step == AT_THE_END
+        if SHARES in asked.differing:
+            return self._shares.judge(details.differing.get(SHARES, {}), details.ranks, self._world_size)
         if use is not None:
             return self._explain_buffers(use, asked.differing["buffers"], details)
         differing = dict(asked.differing)

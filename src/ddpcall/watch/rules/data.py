@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ddpcall.watch.rules.rule import Rule, make_finding
 from ddpcall.watch.run import Run
-from ddpcall.watch.sensors.loaders import LoaderSensor, Pass
+from ddpcall.watch.sensors.loaders import Pass
 
 ENOUGH = 1024
 """Indices after which a long epoch is judged before it is over."""
@@ -16,6 +16,8 @@ _KEPT = 3
 class OrderRule(Rule):
     """Compares a training epoch's order with that of the one before.
 
+    An epoch whose number the script told again, by a call between the two, is repeated on purpose.
+
     Blind to: an order that alternates; epochs of datasets that are made anew.
     """
 
@@ -24,7 +26,6 @@ class OrderRule(Rule):
         self._run = run
         self._passes: list[Pass] = []
         self._open: list[Pass] = []
-        self.sensor = LoaderSensor(run, self.ended, self.taken)
 
     def taken(self, current: Pass) -> None:
         """Judge an epoch that is long enough; where one begins, those before it that were broken off."""
@@ -56,6 +57,8 @@ class OrderRule(Rule):
     def _compare(self, before: Pass, current: Pass) -> None:
         num = min(len(before.indices), len(current.indices))
         is_told_the_same = current.is_told_epochs and current.epoch == before.epoch is not None
+        if is_told_the_same and current.times_told > before.times_told:
+            return
         if num < (_LEAST_TOLD if is_told_the_same else _LEAST) or before.indices[:num] != current.indices[:num]:
             return
         whole = "" if current.is_over and before.is_over and num == current.num_drawn else "first "

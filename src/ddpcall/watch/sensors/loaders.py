@@ -5,23 +5,57 @@ from __future__ import annotations
 import functools
 import weakref
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any
+from types import FrameType, ModuleType
+from typing import Any, Protocol
 
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_frames, replace_attribute, site_of
+from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_frames, find_call_site, replace_attribute, site_of
 from ddpcall.watch.run import Run
 
 MAX_KEPT = 2**16
 """Indices of a pass that are kept: half a megabyte."""
 _MAX_NAMES = 2000
 _MAX_DEPTH = 6
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a sampler was told that gives each rank a share of the data.
+
+    Attributes:
+        sampler: torch's `DistributedSampler`, or accelerate's `BatchSamplerShard`.
+        of: Its name.
+        num_samples: Samples that are shared out.
+        num_replicas: Into how many shares; where one sampler divides another's share, their product.
+        rank: Which of them this is.
+        order: Seed and epoch of the permutation; None where nothing is shuffled, or it is not known.
+        num_given: Indices in this share; None where that is not known before they are drawn.
+        num_spare: Samples that are given twice so that all shares are of one size, at most.
+        made, told: The line that made the DistributedSampler, and the one that last told it an epoch.
+    """
+
+    sampler: weakref.ref[Any]
+    of: str
+    num_samples: int
+    num_replicas: int
+    rank: int
+    order: tuple[int, int] | None = None
+    num_given: int | None = None
+    num_spare: int = 0
+    made: CallSite = NOWHERE
+    told: CallSite = NOWHERE
 
 
 @dataclass(eq=False)
@@ -35,6 +69,8 @@ class Pass:
         shuffles: Whether the sampler is known to shuffle.
         is_told_epochs: Whether it has a `set_epoch`.
         epoch: The epoch that it was told, None where it knows of none.
+        times_told: How often it was told one.
+        share: What makes it this rank's share of the data; None where nothing known does.
         indices: The first `MAX_KEPT` that the sampler gave.
         num_drawn: How many it gave.
         is_readable: Whether the indices are whole numbers.
@@ -53,6 +89,8 @@ class Pass:
     shuffles: bool
     is_told_epochs: bool
     epoch: int | None
+    times_told: int = 0
+    share: Share | None = None
     indices: array[int] = field(default_factory=lambda: array("q"))
     num_drawn: int = 0
     is_readable: bool = True
@@ -82,6 +120,18 @@ class Pass:
                 self.is_readable = False
 
 
+class PassListener(Protocol):
+    """Hears of passes."""
+
+    def taken(self, current: Pass) -> None:
+        """A batch was taken."""
+        ...
+
+    def ended(self, current: Pass) -> None:
+        """The loader had no more to give."""
+        ...
+
+
 class LoaderSensor:
     """Follows the passes over every `DataLoader`. What a sampler gives is handed on as it is.
 
@@ -93,11 +143,12 @@ class LoaderSensor:
     Source: `_BaseDataLoaderIter` in torch/utils/data/dataloader.py.
     """
 
-    def __init__(self, run: Run, ended: Callable[[Pass], None], taken: Callable[[Pass], None]) -> None:
-        """Take the run, and what hears of a pass that ended and of one of which a batch was taken."""
+    def __init__(self, run: Run, listeners: Sequence[PassListener]) -> None:
+        """Take the run, and who hears of passes."""
         self._run = run
-        self._ended = ended
-        self._taken = taken
+        self._listeners = listeners
+        self._made: weakref.WeakKeyDictionary[Any, CallSite] = weakref.WeakKeyDictionary()
+        self._told: weakref.WeakKeyDictionary[Any, tuple[int, CallSite]] = weakref.WeakKeyDictionary()
         self._passes: weakref.WeakKeyDictionary[Any, tuple[Any, Pass | None]] = weakref.WeakKeyDictionary()
         self._clock = 0
 
@@ -126,13 +177,32 @@ class LoaderSensor:
         with ExitStack() as stack:
             stack.callback(replace_attribute(iterator_class, next_index.__name__, drawing))
             stack.callback(replace_attribute(iterator_class, "__next__", taking))
+            stack.callback(self._follow("__init__", self._note_made))
+            stack.callback(self._follow("set_epoch", self._note_told))
             return stack.pop_all().close
+
+    def _follow(self, name: str, note: Callable[[Any], None]) -> Undo:
+        original = vars(DistributedSampler)[name]
+
+        @functools.wraps(original)
+        def following(sampler: Any, *args: Any, **kwargs: Any) -> None:
+            original(sampler, *args, **kwargs)
+            self._run.contain(note, sampler)
+
+        return replace_attribute(DistributedSampler, name, following)
+
+    def _note_made(self, sampler: Any) -> None:
+        self._made[sampler] = find_call_site()
+
+    def _note_told(self, sampler: Any) -> None:
+        times, _ = self._told.get(sampler, (0, NOWHERE))
+        self._told[sampler] = (times + 1, find_call_site())
 
     def _draw(self, iterator: Any, given: Any) -> None:
         drawn_from = internals.SAMPLER_ITERATOR.of(iterator)  # another one in every pass of persistent workers
         known, current = self._passes.get(iterator, (None, None))
         if known is not drawn_from:
-            current = None if given is None else _begin(iterator)  # an IterableDataset has no indices
+            current = None if given is None else self._begin(iterator)  # an IterableDataset has no indices
             self._passes[iterator] = (drawn_from, current)
         if current is not None:
             current.draw(given)
@@ -149,14 +219,16 @@ class LoaderSensor:
             current.spelling = "" if frame is None else _spell(frame, _find_samplers(iterator))
             current.begun = self._clock
             current.first_step = self._run.steps.preparing()
-        self._taken(current)
+        for listener in self._listeners:
+            listener.taken(current)
 
     def _end(self, iterator: Any) -> None:
         current = self._passes.get(iterator, (None, None))[1]
         if current is not None and not current.is_over:
             self._note_steps(current)
             current.is_over = True
-            self._ended(current)
+            for listener in self._listeners:
+                listener.ended(current)
 
     def _note_steps(self, current: Pass) -> None:
         """Count the steps since this pass's last batch: an evaluation has none."""
@@ -166,17 +238,61 @@ class LoaderSensor:
             current.num_steps = self._run.steps.preparing() - current.first_step
             current.optimizer = self._run.steps.latest
 
+    def _begin(self, iterator: Any) -> Pass | None:
+        samplers = _find_samplers(iterator)
+        source = _reference(internals.LOADER_DATASET.of(iterator)) or _reference(samplers[-1])
+        if source is None:
+            return None
+        told = [sampler for sampler in samplers if hasattr(sampler, "set_epoch")]
+        epochs = [epoch for sampler in told if isinstance(epoch := getattr(sampler, "epoch", None), int)]
+        return Pass(
+            source,
+            type(samplers[-1]).__name__,
+            _shuffles(samplers, told),
+            bool(told),
+            epochs[-1] if epochs else None,
+            sum(
+                self._told[each][0] for each in told if isinstance(each, DistributedSampler) and each in self._told
+            ),
+            self._find_share(samplers),
+        )
 
-def _begin(iterator: Any) -> Pass | None:
-    samplers = _find_samplers(iterator)
-    source = _reference(internals.LOADER_DATASET.of(iterator)) or _reference(samplers[-1])
-    if source is None:
-        return None
-    told = [sampler for sampler in samplers if hasattr(sampler, "set_epoch")]
-    epochs = [epoch for sampler in told if isinstance(epoch := getattr(sampler, "epoch", None), int)]
-    return Pass(
-        source, type(samplers[-1]).__name__, _shuffles(samplers, told), bool(told), epochs[-1] if epochs else None
-    )
+    def _find_share(self, samplers: list[Any]) -> Share | None:
+        """Return the share that the samplers give: torch's own division, or accelerate's of what is inside it."""
+        inner = samplers[-1]
+        if isinstance(inner, WeightedRandomSampler) or getattr(inner, "replacement", False):
+            return None
+        kinds = {f"{type(sampler).__module__}.{type(sampler).__name__}": sampler for sampler in samplers}
+        shard = kinds.get("accelerate.data_loader.BatchSamplerShard")
+        if shard is not None:
+            within = inner.num_replicas if isinstance(inner, DistributedSampler) else 1
+            count, num = shard.num_processes, len(inner) * within
+            spare = count * (shard.batch_size or 1) * shard.even_batches
+            made = self._made.get(inner, NOWHERE)
+            return Share(
+                weakref.ref(shard),
+                "BatchSamplerShard",
+                num,
+                count * within,
+                shard.process_index,
+                num_spare=spare,
+                made=made,
+            )
+        if type(inner).__iter__ is not DistributedSampler.__iter__:
+            return None
+        num = len(inner.dataset)
+        return Share(
+            weakref.ref(inner),
+            "DistributedSampler",
+            num,
+            inner.num_replicas,
+            inner.rank,
+            (inner.seed, inner.epoch) if inner.shuffle else None,
+            inner.num_samples,
+            max(0, inner.total_size - num),
+            self._made.get(inner, NOWHERE),
+            self._told.get(inner, (0, NOWHERE))[1],
+        )
 
 
 def _shuffles(samplers: list[Any], told: list[Any]) -> bool:
@@ -213,11 +329,13 @@ def _spell(frame: FrameType, samplers: list[Any]) -> str:
     names = [*list(frame.f_locals.items())[:_MAX_NAMES], *list(frame.f_globals.items())[:_MAX_NAMES]]
     for name, value in names:
         held = getattr(value, "__dict__", None)
-        inside = held.items() if isinstance(held, dict) and not isinstance(value, type | DataLoader) else ()
+        # Of a module, some values warn when they are looked at.
+        is_left_out = issubclass(type(value), type | DataLoader | ModuleType)
+        inside = held.items() if isinstance(held, dict) and not is_left_out else ()
         for spelling, candidate in ((name, value), *((f"{name}.{key}", each) for key, each in inside)):
             if candidate is told:
                 return spelling
-            if isinstance(candidate, DataLoader):
+            if issubclass(type(candidate), DataLoader):
                 found += _spell_inside(spelling, candidate, told, samplers[0])
     return found[0] if found else ""
 
