@@ -15,7 +15,7 @@ from ddpcall.lab.models import Chain
 from ddpcall.lab.schema import DataConfig, OptimizerConfig, PathConfig, ProbesConfig, TrainConfig, WrapperConfig
 from ddpcall.lab.trial import RankReport, Trial
 from ddpcall.lab.world import Accelerator, open_world
-from ddpcall.probes import replicas
+from ddpcall.probes import collectives, replicas
 from ddpcall.probes.collectives import time_collectives
 from ddpcall.probes.replicas import observe_replicas
 from ddpcall.verdicts import judge_skipped
@@ -269,6 +269,52 @@ def test_a_timed_collective_has_its_operation_and_bytes_and_silence_has_none():
     with time_collectives() as nothing:
         torch.ones(5).add_(1)
     assert nothing == []
+
+
+def begin_what_the_other_rank_is_late_for(waited, late_seconds):
+    """Time an all-reduce that rank 1 joins only once rank 0 waits for its end, or has given up."""
+    store, work, seen = dist.distributed_c10d._get_default_store(), None, []
+
+    def wait(seconds):
+        waited.append(seconds)
+        store.set("waiting", "yes")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "LATE_SECONDS", late_seconds)
+        if dist.get_rank() == 0:
+            patch.setattr(collectives.time, "sleep", wait)
+            with time_collectives() as seen:
+                work = dist.all_reduce(torch.ones(5), async_op=True)
+            still_on = torch.autograd.profiler._is_profiler_enabled
+            store.set("waiting", "yes")
+        else:
+            store.wait(["waiting"])
+            work, still_on = dist.all_reduce(torch.ones(5), async_op=True), False
+        work.wait()
+    return seen, still_on
+
+
+@pytest.mark.ranks(2)
+def test_a_profile_is_not_stopped_before_gloos_thread_wrote_the_end_into_it():
+    """It was: the write went into freed memory, and one run of the truth table in twenty died of it under load."""
+    waited = []
+    seen, still_on = begin_what_the_other_rank_is_late_for(waited, late_seconds=60.0)
+    assert not still_on
+    if dist.get_rank() == 0:
+        assert waited
+        assert [one.operation for one in seen] == ["all_reduce"]
+
+
+@pytest.mark.ranks(2)
+def test_a_profile_goes_on_where_a_collective_does_not_end():
+    seen, still_on = begin_what_the_other_rank_is_late_for([], late_seconds=0.0)
+    assert still_on == (dist.get_rank() == 0)
+    assert seen == []
+    if still_on:
+        while not collectives._wait_for_gloo(0):
+            pass
+        torch.autograd._disable_profiler()
+        torch.autograd.profiler._is_profiler_enabled = False
 
 
 @pytest.mark.ranks(2)

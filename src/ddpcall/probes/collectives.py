@@ -17,6 +17,9 @@ import torch
 from ddpcall import torch_internals as internals
 from ddpcall.evidence import CollectiveEvidence, ReducerEvidence
 
+LATE_SECONDS = 2.0
+POLL_SECONDS = 0.001
+
 
 class CollectivesObserver:
     """Marks the step boundaries in time, and counts the recorded all-reduces between them at the end."""
@@ -105,7 +108,8 @@ def time_collectives() -> Iterator[list[TimedCollective]]:
 
     Yields:
         A list, filled when the body has ended, in the order in which they began; it stays empty where another
-        profile is running, since torch allows one at a time.
+        profile is running, since torch allows one at a time, and where a collective has not ended within
+        `LATE_SECONDS` after the body: then the profile goes on running.
 
     Blind to: which process group a collective ran on; gloo's device beneath it. On CUDA the times are those of
     the host's call, not of the kernels.
@@ -119,15 +123,39 @@ def time_collectives() -> Iterator[list[TimedCollective]]:
     if internals.IS_PROFILER_ENABLED.get(True):
         yield found
         return
+    began_ns = time.time_ns()
     with _quiet_kineto():
         profiling = torch.autograd.profiler.profile(record_shapes=True)
         profiling.__enter__()
     try:
         yield found
     finally:
-        profiling.__exit__(None, None, None)
-        results: Any = profiling.kineto_results
-        found += sorted(_timed_collectives(results.events()), key=lambda collective: collective.begin_ns)
+        if _wait_for_gloo(began_ns):
+            profiling.__exit__(None, None, None)
+            results: Any = profiling.kineto_results
+            found += sorted(_timed_collectives(results.events()), key=lambda collective: collective.begin_ns)
+
+
+def _wait_for_gloo(began_ns: int) -> bool:
+    """Wait until gloo's threads have told the profiler of the end of each collective since then; say whether.
+
+    A backward goes on as soon as a bucket's future is complete; only then does gloo's thread write the end into
+    the profile. Stopping the profile in between frees that memory: a write into it is a crash later on, in any
+    place. The flight recorder retires a collective after the write.
+
+    Source: `ProcessGroupGloo::runLoop`, `AsyncWork::finishWorkGloo`, `Work::finish`; `KinetoThreadLocalState`,
+    whose `onFunctionExit` writes to an event that `RecordQueue::getRecords` freed.
+    """
+    deadline = time.monotonic() + LATE_SECONDS
+    while any(
+        entry["profiling_name"].startswith("gloo:") and not (entry["retired"] or entry["is_p2p"])
+        for entry in _all_entries() or ()
+        if entry["time_created_ns"] >= began_ns
+    ):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
 
 
 def _timed_collectives(events: Iterable[Any]) -> Iterator[TimedCollective]:
@@ -181,9 +209,13 @@ def count_all_reduces(entries: list[dict[str, Any]], marks_ns: list[int]) -> lis
 
 def _recorded_entries() -> list[dict[str, Any]] | None:
     """Read the entries of the default group (name "0" or description "default_pg") from torch's private dump."""
-    dump = internals.DUMP_FLIGHT_RECORDER.get(None)
-    if dump is None:
+    entries = _all_entries()
+    if entries is None:
         return None
-    entries = json.loads(dump()).get("entries", [])
     ours = [entry for entry in entries if entry["process_group"][1] == "default_pg"]
     return sorted(ours, key=lambda entry: entry["record_id"])
+
+
+def _all_entries() -> list[dict[str, Any]] | None:
+    dump = internals.DUMP_FLIGHT_RECORDER.get(None)
+    return None if dump is None else json.loads(dump()).get("entries", [])
