@@ -273,7 +273,9 @@ def test_a_timed_collective_has_its_operation_and_bytes_and_silence_has_none():
 
 def begin_what_the_other_rank_is_late_for(waited, late_seconds):
     """Time an all-reduce that rank 1 joins only once rank 0 waits for its end, or has given up."""
-    store, work, seen = dist.distributed_c10d._get_default_store(), None, []
+    store: Any = dist.distributed_c10d._get_default_store()
+    work: Any = None
+    seen = []
 
     def wait(seconds):
         waited.append(seconds)
