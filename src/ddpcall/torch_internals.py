@@ -530,6 +530,26 @@ FUNCTIONAL_COLLECTIVES = Private(
     "to see gradients that a script reduces by functional collectives",
     "gradients that are reduced by functional collectives would be reported",
 )
+POP_FUNCTION_MODE = Private(
+    "torch.overrides._pop_mode",
+    "to see what a script computes from a gathered tensor",
+    "gathers without a gradient are not found",
+)
+PUSH_FUNCTION_MODE = Private(
+    "torch.overrides._push_mode",
+    "to see what a script computes from a gathered tensor",
+    "gathers without a gradient are not found",
+)
+NUM_FUNCTION_MODES = Private(
+    "torch._C._len_torch_function_stack",
+    "to see what a script computes from a gathered tensor",
+    "gathers without a gradient are not found",
+)
+DEVICE_CONTEXT = Private(
+    "torch.utils._device.DeviceContext",
+    "to leave a default device where it is",
+    "gathers without a gradient are not found",
+)
 DUMP_FLIGHT_RECORDER = Private(
     "torch._C._distributed_c10d._dump_fr_trace_json",
     "to count collectives independently, and to see which one a rank waits in",

@@ -11,7 +11,21 @@ from ddpcall.findings import CATALOGUE, Severity, find_rule, render_page, render
 
 PAGES = Path(__file__).parents[2] / "docs" / "findings"
 CODES = [
-    *("DC101", "DC102", "DC103", "DC104", "DC105", "DC106", "DC107", "DC108", "DC109", "DC110", "DC111", "DC112"),
+    *(
+        "DC101",
+        "DC102",
+        "DC103",
+        "DC104",
+        "DC105",
+        "DC106",
+        "DC107",
+        "DC108",
+        "DC109",
+        "DC110",
+        "DC111",
+        "DC112",
+        "DC113",
+    ),
     *("DC201", "DC202", "DC203", "DC204", "DC205", "DC206", "DC207", "DC208"),
     *("DC301", "DC302", "DC303", "DC304", "DC305", "DC306"),
     *("DC401", "DC402", "DC502", "DC503"),

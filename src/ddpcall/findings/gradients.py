@@ -207,4 +207,26 @@ RULES = (
         "was summed may be for the log alone.",
         links=("https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grads_with_norm_.html",),
     ),
+    Rule(
+        code="DC113",
+        name="gathered-without-gradient",
+        severity=Severity.NOTE,
+        title="A loss uses a gathered tensor, and no gradient flows back through the gather",
+        why="`dist.all_gather` and accelerate's `gather` copy values. What a loss computes from the result "
+        "reaches the other operand alone: of a contrastive loss over all ranks' samples each rank gets a part of "
+        "the gradient, and the model is trained for another loss than one process with the whole batch has.",
+        wrong="dist.all_gather(gathered, features)\nlogits = features @ torch.cat(gathered).T",
+        fix="`gathered = torch.distributed.nn.functional.all_gather(features)`, which has a gradient (newer torch "
+        "names its successor); or put this rank's own part back: `gathered[dist.get_rank()] = features`.",
+        silent_when="The own part is put back; the tensor does not require grad, or is gathered under no_grad "
+        "(queues, teachers, metrics); the result is detached, or reduced to fewer numbers; no backward goes "
+        "through it.",
+        blind_to="Functional collectives, `all_gather_object`, Lightning's `all_gather`, which gathers under "
+        "no_grad unless `sync_grads=True`; compiled code; results that go through an autograd.Function; an own "
+        "part that the loss masks out.",
+        links=(
+            "https://docs.pytorch.org/docs/stable/distributed.html#torch.distributed.all_gather",
+            "https://github.com/KevinMusgrave/pytorch-metric-learning/issues/10",
+        ),
+    ),
 )

@@ -29,6 +29,7 @@ from ddpcall.watch.rules.clipping import ClippingRule
 from ddpcall.watch.rules.compiled import CompiledRule
 from ddpcall.watch.rules.data import OrderRule
 from ddpcall.watch.rules.early_step import EarlyStepRule
+from ddpcall.watch.rules.gathers import GatherRule
 from ddpcall.watch.rules.hooks import HooksRule
 from ddpcall.watch.rules.norms import NormRule
 from ddpcall.watch.rules.own_numbers import OwnNumbers
@@ -102,6 +103,7 @@ class Attachment:
             OwnershipRule(run, numbers),
             clipping := ClippingRule(run),
             norms := NormRule(run),
+            GatherRule(run, gradients.expects_measuring),
             EarlyStepRule(run),
             self._compiled,
             self._sharded,

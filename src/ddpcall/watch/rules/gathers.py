@@ -1,0 +1,46 @@
+"""DC113: a gather that lets no gradient through, in a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ddpcall.watch.rules.rule import Rule, make_finding
+from ddpcall.watch.run import Run
+from ddpcall.watch.sensors.gathers import Gather, GatherSensor
+from ddpcall.watch.sensors.steps import Step
+
+
+class GatherRule(Rule):
+    """Tells, at the step, of gathered tensors in a loss whose own part, this rank's, has no gradient.
+
+    Blind to: a part that the loss masks out, which is told all the same; see `GatherSensor`.
+    """
+
+    def __init__(self, run: Run, is_due: Callable[[], bool]) -> None:
+        """Take the run, and what says whether a step is measured."""
+        self._run = run
+        self.sensor = GatherSensor(run, is_due)
+
+    def before_backward(self) -> None:
+        """Everything that the loss is made of was computed."""
+        self.sensor.stop()
+
+    def before_step(self, step: Step) -> None:
+        """Report what a backward went through."""
+        for gather in self.sensor.take():
+            self._report(gather, step)
+
+    def close(self, in_order: bool) -> None:
+        """Look no further."""
+        self.sensor.stop()
+
+    def _report(self, gather: Gather, step: Step) -> None:
+        used = gather.used
+        where = f"line {used.line}" if used is not None and used.file == gather.site.file else "the loss"
+        shape = " × ".join(map(str, gather.shape)) or "one number"
+        message = (
+            f"The tensor ({shape}) that is gathered from {gather.num_ranks} ranks here requires grad, and the "
+            f"result does not. {where[0].upper()}{where[1:]} computes with it, this rank's own part included: "
+            f"in the backward of optimizer step {step.number} nothing flowed back to it from there."
+        )
+        self._run.book.report(make_finding("DC113", "gathered", gather.site, message, step=step.number))

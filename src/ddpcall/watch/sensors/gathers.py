@@ -1,0 +1,217 @@
+"""Gathers that let no gradient through: what becomes of this rank's own part of the result."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+
+from ddpcall import torch_internals as internals
+from ddpcall.taps import CallSite, find_call_site, find_tensors, in_backward, outside_dynamo
+from ddpcall.watch.run import Run
+from ddpcall.watch.sensors.locate import has_compiled
+
+_MOST_TRIES = 4
+_MOST_CALLS = 20_000
+
+
+@dataclass(eq=False)
+class Gather:
+    """One gather of a tensor that requires grad, whose result does not.
+
+    Attributes:
+        site: The line.
+        shape: Of this rank's tensor.
+        num_ranks: How many ranks' tensors came together.
+        first: Address of this rank's own part of the result.
+        last: Where it ends.
+        storage: Tells whether that memory is the result's still.
+        used: Where the own part, or what was computed from it, met a tensor that requires grad.
+        is_lost: Whether a backward went through that.
+        is_detached: Whether the script itself says that no gradient is to flow back.
+    """
+
+    site: CallSite
+    shape: tuple[int, ...]
+    num_ranks: int
+    first: int
+    last: int
+    storage: StorageWeakRef
+    used: CallSite | None = None
+    is_lost: bool = False
+    is_detached: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Elements of this rank's tensor."""
+        return torch.Size(self.shape).numel()
+
+
+class GatherSensor:
+    """Follows this rank's own part of a gathered tensor until a backward comes or the step ends.
+
+    The own part alone counts: where it is replaced by the tensor itself, nobody uses it. A result under no_grad,
+    of a tensor without grad, that is detached or reduced (a mean for the log) is not followed.
+
+    Args:
+        run: What this rank knows; its collectives are heard.
+        is_due: Says whether the step that is being prepared is measured.
+
+    Blind to: gathers outside measured steps, in compiled code or once anything was compiled; functional
+    collectives, `all_gather_object`; results that go through a `torch.autograd.Function`; Lightning's
+    `all_gather`, which gathers under no_grad.
+    """
+
+    def __init__(self, run: Run, is_due: Callable[[], bool]) -> None:
+        self._contain = run.contain
+        self._is_due = is_due
+        self._tries: dict[CallSite, int] = {}
+        self._follower: _Follower | None = None
+        self._thread = 0
+        self.gathers: list[Gather] = []
+        run.collectives.listeners.append(lambda name, args: run.contain(self._hear, name, args))
+
+    def _hear(self, name: str, args: tuple[Any, ...]) -> None:
+        if name not in ("allgather", internals.ALLGATHER_BASE.name) or not torch.is_grad_enabled():
+            return
+        group, outputs, inputs = args[:3]
+        while isinstance(outputs, list) and len(outputs) == 1 and isinstance(outputs[0], list):
+            outputs = outputs[0]
+        own = inputs[0] if isinstance(inputs, list) else inputs
+        if not (isinstance(own, Tensor) and own.requires_grad) or group.size() == 1 or in_backward():
+            return
+        if not self._is_due() or has_compiled():
+            return
+        site = find_call_site()
+        self._tries[site] = self._tries.get(site, 0) + 1
+        if self._tries[site] <= _MOST_TRIES:
+            size = own.numel() * own.element_size()
+            is_listed = isinstance(outputs, list)
+            result = outputs[group.rank()] if is_listed else outputs
+            first = result.data_ptr() + (0 if is_listed else group.rank() * size)
+            storage = StorageWeakRef(result.untyped_storage())
+            self.gathers.append(Gather(site, tuple(own.shape), group.size(), first, first + size, storage))
+            self._follow()
+
+    def _follow(self) -> None:
+        if self._follower is None:
+            self._follower, self._thread = _Follower(self.gathers, self._contain), threading.get_ident()
+            _put_in(self._follower)
+        self._follower.is_looking = True
+
+    def stop(self) -> None:
+        """Look no further at what is computed; what was used is known until `take`."""
+        follower = self._follower
+        if follower is None:
+            return
+        follower.is_looking = False
+        # `loss.backward()` is a torch function itself, in which the mode is off and comes back afterwards.
+        if not follower.depth and threading.get_ident() == self._thread:
+            _take_out(follower)
+            self._follower = None
+
+    def take(self) -> list[Gather]:
+        """Return the gathers whose results a backward went through, and forget all."""
+        self.stop()
+        lost = [gather for gather in self.gathers if gather.is_lost and not gather.is_detached]
+        self.gathers.clear()
+        return lost
+
+
+class _Follower(TorchFunctionMode):
+    """Sees torch functions that get a gathered part, or what was computed from one.
+
+    Attributes:
+        is_looking: Whether it looks; what it is called with it calls in any case.
+        depth: How many functions it is calling now.
+    """
+
+    def __init__(self, gathers: list[Gather], contain: Callable[..., None]) -> None:
+        super().__init__()
+        self._gathers = gathers
+        self._contain = contain
+        self._derived: dict[int, tuple[weakref.ref[Tensor], Gather]] = {}
+        self._num_calls = 0
+        self.is_looking = True
+        self.depth = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, then look at what it got and gave."""
+        self.depth += 1
+        try:
+            outputs = func(*args, **(kwargs or {}))
+        finally:
+            self.depth -= 1
+        self._num_calls += 1
+        if self.is_looking and self._num_calls <= _MOST_CALLS and not in_backward():
+            self._contain(self._look, func, (args, kwargs), outputs)
+        return outputs
+
+    def _look(self, func: Any, inputs: Any, outputs: Any) -> None:
+        given = [tensor for tensor in find_tensors(inputs, 3) if not tensor.requires_grad]
+        gather = next((found for tensor in given if (found := self._find(tensor)) is not None), None)
+        if gather is None:
+            return
+        if getattr(func, "__name__", "") in ("detach", "detach_"):
+            gather.is_detached = True
+            return
+        for made in find_tensors(outputs, 2):
+            if made.grad_fn is not None and not gather.used:
+                gather.used = find_call_site()
+                made.grad_fn.register_prehook(outside_dynamo(partial(_note_lost, gather)))
+            elif not made.requires_grad and made.is_floating_point() and made.numel() >= gather.numel:
+                self._derived |= {id(made): (weakref.ref(made), gather)} if self._is_of(made, given) else {}
+
+    def _find(self, tensor: Tensor) -> Gather | None:
+        reference, gather = self._derived.get(id(tensor), (None, None))
+        if gather is not None and reference is not None and reference() is tensor:
+            return None if gather.is_detached else gather
+        if tensor.layout is not torch.strided or type(tensor) not in (Tensor, torch.nn.Parameter):
+            return None
+        first, last = tensor.data_ptr(), tensor.data_ptr() + _span(tensor)
+        living = (each for each in self._gathers if not (each.is_detached or each.storage.expired()))
+        return next((each for each in living if first < each.last and each.first < last), None)
+
+    def _is_of(self, made: Tensor, given: list[Tensor]) -> bool:
+        """Say whether a tensor has to do with an own part: of a view of a gather's result its addresses tell."""
+        storages = {t.untyped_storage().data_ptr() for t in given if id(t) not in self._derived}
+        return made.untyped_storage().data_ptr() not in storages or self._find(made) is not None
+
+
+def _span(tensor: Tensor) -> int:
+    """Return the bytes from a tensor's first element to its last."""
+    steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (sum(steps) + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+def _note_lost(gather: Gather, gradients: tuple[Tensor | None, ...]) -> None:
+    gather.is_lost = gather.is_lost or any(gradient is not None for gradient in gradients)
+
+
+def _put_in(mode: TorchFunctionMode) -> None:
+    """Put a mode below all that a script has entered, so that it leaves its own; a default device stays lowest.
+
+    Source: `DeviceContext.__enter__` in torch/utils/_device.py does the same.
+    """
+    pop, push = internals.POP_FUNCTION_MODE.get(), internals.PUSH_FUNCTION_MODE.get()
+    modes = [pop() for _ in range(internals.NUM_FUNCTION_MODES.get()())]
+    lowest = [modes.pop()] if modes and isinstance(modes[-1], internals.DEVICE_CONTEXT.get()) else []
+    for each in (*lowest, mode, *reversed(modes)):
+        push(each)
+
+
+def _take_out(mode: TorchFunctionMode) -> None:
+    """Take a mode out again, wherever it is by now."""
+    pop, push = internals.POP_FUNCTION_MODE.get(), internals.PUSH_FUNCTION_MODE.get()
+    modes = [pop() for _ in range(internals.NUM_FUNCTION_MODES.get()())]
+    for each in reversed(modes):
+        if each is not mode:
+            push(each)
