@@ -96,7 +96,8 @@ class ReducerEvidence:
         armings: Grad-enabled `DDP.forward` that prepared the reducer for a backward.
         arrivals_armed: Gradients that arrived while the reducer expected them.
         arrivals_unarmed: Gradients that arrived while it did not: nobody will reduce them.
-        logged_iteration: DDP's own iteration counter, as last logged; sampled, so it may lag.
+        logged_iteration: DDP's own iteration counter, as last logged; sampled, so it may lag. A trial that was
+            resumed has a new DDP, which counts anew.
         logged_buckets: Buckets in the last logged reduction; None when none was.
     """
 
@@ -354,12 +355,14 @@ class Consequence:
         distance: L2 distance of the parameters from those of the synchronised run (plain DDP, `wrapped(x)`,
             same data and seed), divided by the norm of the latter; None where no such run was made.
         spread: Largest L2 distance between two ranks' parameters, divided by the norm of rank 0's.
+        digest: xxh3_64 of the parameters and buffers after the last step, in hex.
     """
 
     test_loss: tuple[float, ...]
     test_accuracy: tuple[float, ...] | None
     distance: tuple[float, ...] | None
     spread: float
+    digest: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

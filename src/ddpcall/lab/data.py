@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from ddpcall.lab.errors import WrongUse
@@ -89,22 +89,30 @@ def check_batch_size(split: Split, batch_size: int, world_size: int) -> None:
 
 
 def iterate_batches(
-    split: Split, *, batch_size: int, steps: int, rank: int, world_size: int, seed: int, device: torch.device
+    split: Split,
+    *,
+    batch_size: int,
+    steps: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    device: torch.device,
+    first_step: int = 0,
 ) -> Iterator[Batch]:
-    """Yield this rank's batches, `steps` of them, over as many epochs as that takes.
+    """Yield this rank's batches from `first_step` to `steps`, over as many epochs as that takes.
 
-    The sampler gives each rank its own share and is told of every epoch (`set_epoch`).
+    The sampler gives each rank its own share and is told of every epoch (`set_epoch`), so the number of the step
+    says which batch it is. No random number of the model's is drawn: the loader has a generator of its own.
     """
     sampler = DistributedSampler(
         split.train, num_replicas=world_size, rank=rank, shuffle=True, seed=seed, drop_last=True
     )
-    loader = DataLoader(split.train, batch_size=batch_size, sampler=sampler, drop_last=True)
-    epoch = step = 0
+    batches = BatchSampler(sampler, batch_size, drop_last=True)
+    step = first_step
     while step < steps:
+        epoch, skipped = divmod(step, len(batches))
         sampler.set_epoch(epoch)
-        for inputs, targets in loader:
-            if step == steps:
-                return
+        left = list(batches)[skipped : skipped + steps - step]
+        for inputs, targets in DataLoader(split.train, batch_sampler=left, generator=torch.Generator()):
             yield Batch(inputs.to(device), targets.to(device))
             step += 1
-        epoch += 1

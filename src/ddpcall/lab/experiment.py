@@ -13,18 +13,21 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Failure, StepTimeline, to_json
+from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Failure, StepTimeline, from_json, to_json
 from ddpcall.lab import crash
-from ddpcall.lab.console import Progress, print_result, say_left_out, warn
+from ddpcall.lab.checkpoint import Checkpoints
+from ddpcall.lab.console import Progress, print_result, say, say_left_out, warn
 from ddpcall.lab.data import Split, check_batch_size, load_split
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
 from ddpcall.lab.grid import Grid, check_expectations, expand_grid, expected_verdicts, unmet
 from ddpcall.lab.guard import Guard
 from ddpcall.lab.report.command import leave_report
-from ddpcall.lab.run_directory import RunDirectory
+from ddpcall.lab.resume import Earlier, find_earlier
+from ddpcall.lab.run_directory import RunDirectory, json_floats
 from ddpcall.lab.schema import TrainConfig
 from ddpcall.lab.tensorboard import write_events
 from ddpcall.lab.trial import RankReport, Trial, median_step_ms
+from ddpcall.lab.trial_state import RESUMABLE
 from ddpcall.lab.world import (
     Accelerator,
     RankFailed,
@@ -107,6 +110,12 @@ def check_config(config: TrainConfig, world: World) -> Grid:
             raise WrongUse(f"{name}={getattr(config, name)}: write {name}={least} or more")
     if config.trial_timeout_s <= 0:
         raise WrongUse(f"trial_timeout_s={config.trial_timeout_s}: write a number of seconds above 0")
+    checkpoint = config.checkpoint
+    if checkpoint.every < 0 or checkpoint.keep < 1 or checkpoint.resume not in ("auto", "never"):
+        raise WrongUse(
+            f"checkpoint.every={checkpoint.every} checkpoint.keep={checkpoint.keep} checkpoint.resume="
+            f"{checkpoint.resume}: write every=0 or more, keep=1 or more, and resume=auto or never"
+        )
     check_expectations(config)
     grid = expand_grid(config)
     choose_accelerator(config.device, config.backend, world.local_rank, world.local_world_size)
@@ -152,6 +161,7 @@ class _Run:
         )
         self._environment = describe_environment(self._accelerator, world.world_size)
         self._results: list[TrialResult] = []
+        self._lengths: list[dict[str, int]] = []  # rank 0's: bytes of the files of records after each trial
         self._references: dict[str, Tensor | None] = {}
         self._where = "the start"
         self._guard = Guard(world, self._report_hang, self._report_signal)
@@ -179,26 +189,69 @@ class _Run:
     def _run(self) -> int:
         self._split = load_split(self._config.data, self._config.seed)
         check_batch_size(self._split, self._config.data.batch_size, self._world.world_size)
-        if self._world.rank == 0:
-            config_yaml = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self._config)))
-            self._directory.create(config_yaml, dataclasses.asdict(self._environment), self._summary("running"))
-            say_left_out(self._grid.left_out)
+        self._begin()
         with Progress(len(self._grid.cells), enabled=self._world.rank == 0) as progress:
             for index, cell in enumerate(self._grid.cells):
                 progress.begin(cell.label())
-                result = self._run_cell(index, cell)
-                self._results.append(result)
-                if self._world.rank == 0:
-                    self._directory.write_summary(self._summary("running"))
+                if index >= len(self._results):
+                    self._results.append(self._run_cell(index, cell))
+                    self._close_trial(f"trial{index}")
                 progress.finish()
         failed = any(result.unmet for result in self._results)
         if self._world.rank == 0:
+            self._checkpoints(".").remove()
             self._directory.write_summary(self._summary("expectations failed" if failed else "ok"))
             print_result(self._config, self._environment, self._results, self._directory.path)
             leave_report(self._directory.path, self._config.report)
         # A rank that leaves with an exit code makes the launcher stop the others: leave together.
         self._world.collect("finished", True, GATHER_SECONDS)
         return EXIT_FAILED if failed else EXIT_OK
+
+    def _begin(self) -> None:
+        """Start the run directory, or go on with the trials that stand there."""
+        earlier = self._find_earlier()
+        self._results = [restore_result(record) for record in earlier.records]
+        self._lengths = list(earlier.lengths)
+        if self._world.rank != 0:
+            return
+        say_left_out(self._grid.left_out)
+        if earlier.is_there:
+            say(f"resumed: {len(self._results)} of {len(self._grid.cells)} trials are finished and stand")
+        for note in earlier.notes:
+            warn(note)
+        whole = sorted({cell.wrapper for cell in self._grid.cells} - RESUMABLE)
+        if self._config.checkpoint.every and whole:
+            say(f"not saved in mid-trial, since model and optimizer do not hold all of it: {', '.join(whole)}")
+        config_yaml = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self._config)))
+        environment = dataclasses.asdict(self._environment)
+        self._directory.create(config_yaml, environment, self._summary("running"), anew=not earlier.is_there)
+
+    def _find_earlier(self) -> Earlier:
+        """Let rank 0 look into the run directory, and hear what it found.
+
+        Raises:
+            WrongUse: On every rank: the directory holds a run of another configuration.
+        """
+        found: Earlier | WrongUse = Earlier()
+        if self._world.rank == 0 and self._config.checkpoint.resume == "auto":
+            try:
+                found = find_earlier(self._directory, dataclasses.asdict(self._config), self._environment)
+            except WrongUse as error:
+                found = error
+        found = self._world.collect("earlier", found, GATHER_SECONDS)[0]
+        if isinstance(found, WrongUse):
+            raise found
+        return found
+
+    def _close_trial(self, name: str) -> None:
+        """Write down that a trial is finished: from here on it stands."""
+        if self._world.rank == 0:
+            self._lengths.append(self._directory.sizes())
+            self._directory.write_summary(self._summary("running"))
+            self._checkpoints(name).remove()
+
+    def _checkpoints(self, name: str) -> Checkpoints:
+        return Checkpoints(self._directory.path / "checkpoints" / name, self._config.checkpoint.keep)
 
     def _run_cell(self, index: int, cell: Cell) -> TrialResult:
         reference = self._reference(cell)
@@ -228,7 +281,15 @@ class _Run:
     ) -> list[RankReport]:
         assert self._split is not None
         self._where = f"{name} ({cell.label()})"
-        trial = Trial(cell, self._config, self._split, self._world, self._accelerator, observe=observe)
+        trial = Trial(
+            cell,
+            self._config,
+            self._split,
+            self._world,
+            self._accelerator,
+            observe=observe,
+            checkpoints=self._checkpoints(name),
+        )
         with self._guard.limit(self._where, self._config.trial_timeout_s):
             report = trial.run(name, reference)
             # Parameters stay where they are; everything else is small.
@@ -275,6 +336,7 @@ class _Run:
             "environment": dataclasses.asdict(self._environment),
             "num_trials": len(self._grid.cells),
             "left_out": list(self._grid.left_out),
+            "lengths": self._lengths,
             "trials": [summarize(result) for result in self._results],
         }
 
@@ -363,6 +425,23 @@ def merge_reports(
     )
 
 
+def restore_result(record: dict[str, Any]) -> TrialResult:
+    """Return the result of a finished trial from its line in evidence.jsonl.
+
+    Raises:
+        WrongUse: The line is no record of this version's.
+    """
+    try:
+        names = {field.name for field in dataclasses.fields(Evidence)}
+        evidence = from_json(json_floats({name: value for name, value in record.items() if name in names}))
+        verdicts = Verdicts(**record["verdicts"])
+        return TrialResult(evidence, verdicts, record["expected"], unmet(verdicts, record["expected"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WrongUse(
+            f"evidence.jsonl holds a trial of another version: {error}. Choose another run directory"
+        ) from None
+
+
 def is_consequence(failure: Failure) -> bool:
     """Say whether a rank failed because another one did."""
     return any(phrase in failure.message.lower() for phrase in CONSEQUENCES)
@@ -377,6 +456,7 @@ def _consequence(reports: list[RankReport]) -> Consequence:
         test_accuracy=tuple(accuracies) or None,
         distance=tuple(distances) or None,
         spread=max((report.spread or 0.0 for report in reports), default=0.0),
+        digest=tuple(report.digest for report in reports if report.digest is not None),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 SUMMARY_SCHEMA = 1
 SUMMARY = "summary.json"
+RECORDS = ("evidence.jsonl", "steps.jsonl", "timeline.jsonl")
 
 
 def new_run_id() -> str:
@@ -30,8 +31,16 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def create(self, config_yaml: str, environment: dict[str, Any], summary: dict[str, Any]) -> None:
+    def create(
+        self, config_yaml: str, environment: dict[str, Any], summary: dict[str, Any], *, anew: bool = True
+    ) -> None:
         """Start the directory, with a summary whose outcome is `running`.
+
+        Args:
+            config_yaml: The resolved configuration.
+            environment: What it runs on.
+            summary: The first summary.
+            anew: Whether to empty the files of records; if not, they go on.
 
         Raises:
             OSError: The directory cannot be written.
@@ -39,9 +48,24 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._replace("config.yaml", config_yaml)
         self._replace("environment.json", json.dumps(environment, indent=2) + "\n")
-        for name in ("evidence.jsonl", "steps.jsonl", "timeline.jsonl"):
+        for name in RECORDS if anew else ():
             self._replace(name, "")
         self.write_summary(summary)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each file of records; 0 where it is missing."""
+        paths = {name: self.path / name for name in RECORDS}
+        return {name: path.stat().st_size if path.is_file() else 0 for name, path in paths.items()}
+
+    def truncate(self, lengths: dict[str, int]) -> None:
+        """Cut off what stands in the files of records beyond these bytes.
+
+        Raises:
+            OSError: A file cannot be written.
+        """
+        for name, length in lengths.items():
+            with (self.path / name).open("ab") as file:
+                file.truncate(length)
 
     def append(self, name: str, records: list[dict[str, Any]]) -> None:
         """Append records to a JSONL file, one line each."""
@@ -71,6 +95,15 @@ class RunDirectory:
         temporary = self.path / f".{name}.{os.getpid()}"
         temporary.write_text(text)
         temporary.replace(self.path / name)
+
+
+def json_floats(value: Any) -> Any:
+    """Return the value with the words that `json_safe` wrote as numbers again."""
+    if value in ("inf", "-inf", "nan"):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: json_floats(item) for key, item in value.items()}
+    return [json_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def json_safe(value: Any) -> Any:

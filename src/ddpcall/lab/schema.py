@@ -121,6 +121,22 @@ class ProbesConfig:
 
 
 @dataclass(kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming (docs/checkpoints.md).
+
+    Attributes:
+        every: Save the trial that runs after every so many steps; 0: never.
+        resume: `auto` goes on with what the run directory holds: finished trials stand, and the one that was cut
+            goes on from its newest checkpoint that is whole. `never` begins anew.
+        keep: How many checkpoints of the trial that runs are kept.
+    """
+
+    every: int = 0
+    resume: str = "never"
+    keep: int = 2
+
+
+@dataclass(kw_only=True)
 class ExpectationConfig:
     """What the verdicts of the cells that match should be; null matches any cell, or expects nothing.
 
@@ -166,6 +182,7 @@ class TrainConfig:
         trial_timeout_s: A trial that takes longer, in seconds, is cut and reported with every rank's stack.
         tensorboard: Whether to write TensorBoard events.
         report: Whether to write report.html at the end.
+        checkpoint: Whether and how trials are saved and resumed.
     """
 
     name: str = "train"
@@ -185,6 +202,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     probes: ProbesConfig = field(default_factory=ProbesConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     expect: list[ExpectationConfig] = field(default_factory=list)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ def write_events(directory: Path, evidence: Evidence, reports: list[RankReport])
 
     cell = evidence.cell
     name = "-".join([cell.model.rsplit(".", 1)[-1], cell.wrapper, cell.path, cell.window, cell.hooks, cell.mode])
+    shutil.rmtree(directory / name, ignore_errors=True)  # left by an attempt that was cut before the trial stood
     with SummaryWriter(str(directory / name)) as writer:
         for rank, report in enumerate(reports):
             for step, loss in enumerate(report.losses):

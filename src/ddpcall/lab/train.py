@@ -6,8 +6,9 @@ import contextlib
 import io
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -34,10 +35,10 @@ def main() -> None:
         sys.path.insert(0, os.getcwd())  # so that model._target_=my.module.MyNet finds the user's module
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     exit_codes: list[int] = []
-    run_id, world = _agree_on_run_id(rank, world_size)
+    run_ids, world = _agree_on_run_id(rank, world_size)
     try:
         _refuse_multirun(rank, world_size)
-        OmegaConf.register_new_resolver("run_id", lambda: run_id, replace=True)
+        OmegaConf.register_new_resolver("run_id", lambda resume="never": run_ids[resume], replace=True)
         OmegaConf.register_new_resolver("on_rank_0", lambda text: text if rank == 0 else None, replace=True)
         _compose_and_run(rank, exit_codes)
         code = max(exit_codes, default=EXIT_OK)
@@ -146,13 +147,15 @@ def _run_on_missing_ranks(config: TrainConfig, directory: Path, started: int) ->
         return EXIT_FAILED
 
 
-def _agree_on_run_id(rank: int, world_size: int) -> tuple[str, World | None]:
+def _agree_on_run_id(rank: int, world_size: int) -> tuple[dict[str, str], World | None]:
     """Return one id for all ranks, agreed on before Hydra composes: two clocks would make two directories.
 
-    The world it was agreed in comes with it; None where there is one rank, or nothing to run.
+    Returns:
+        By `checkpoint.resume`: `never`, an id of this attempt's own; `auto`, one for all attempts of a launch. The
+        world they were agreed on in; None where there is one rank, or nothing to run.
     """
     if world_size == 1 or any(argument in _LOOKING_ONLY for argument in sys.argv[1:]):
-        return new_run_id(), None
+        return defaultdict(new_run_id), None
     from ddpcall.lab.errors import WrongUse
     from ddpcall.lab.world import open_world
 
@@ -162,8 +165,11 @@ def _agree_on_run_id(rank: int, world_size: int) -> tuple[str, World | None]:
         if rank == 0:
             _complain(str(error))
         sys.exit(EXIT_WRONG_USE)
-    assert world.store is not None
-    return world.store.compare_set("run_id", "", new_run_id()).decode(), world
+    of_attempt: Any = world.store
+    stores = {"never": of_attempt, "auto": of_attempt.underlying_store}
+    return {
+        resume: store.compare_set("ddpcall/run_id", "", new_run_id()).decode() for resume, store in stores.items()
+    }, world
 
 
 def _complain(message: str) -> None:

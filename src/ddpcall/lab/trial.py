@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 import traceback
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +27,22 @@ from ddpcall.evidence import (
     ReplicaEvidence,
     StepTimeline,
 )
+from ddpcall.lab.checkpoint import Checkpoints
 from ddpcall.lab.console import warn
 from ddpcall.lab.data import Split, iterate_batches
 from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.held_out import Examiner
 from ddpcall.lab.models import build_model, default_loss
 from ddpcall.lab.schema import OptimizerConfig, TrainConfig
+from ddpcall.lab.trial_state import (
+    is_resumable,
+    put_random_state,
+    put_tensors,
+    take_random_state,
+    take_settings,
+    take_tensors,
+    unpack_timeline,
+)
 from ddpcall.lab.world import Accelerator, World, process_group
 from ddpcall.mixing import RankSketches
 from ddpcall.paths import (
@@ -50,11 +61,13 @@ from ddpcall.probes.collectives import CollectivesObserver, observe_collectives
 from ddpcall.probes.compiled import CompiledObserver, observe_compiled
 from ddpcall.probes.gradients import GradientsObserver, observe_gradients
 from ddpcall.probes.hooks import HooksObserver, observe_hooks
-from ddpcall.probes.mixing import MixingObserver, observe_mixing
+from ddpcall.probes.kept import Kept
+from ddpcall.probes.mixing import NUM_MEASURED, MixingObserver, observe_mixing
 from ddpcall.probes.modes import ModesObserver, observe_modes
 from ddpcall.probes.reducer import ReducerObserver, observe_reducer
 from ddpcall.probes.replicas import ReplicasObserver, observe_replicas
 from ddpcall.probes.timeline import Counters, TimelineObserver, observe_timeline
+from ddpcall.replicas import digest_state
 from ddpcall.shards import gather_state, is_sharded, local_state
 from ddpcall.taps import SpanLog
 from ddpcall.torch_internals import TorchNameMissing
@@ -94,6 +107,8 @@ class RankReport:
         test_accuracy: Share classified correctly; None for regression.
         spread: L2 distance of this rank's parameters from rank 0's, relative to the norm of the latter.
         distance: L2 distance from the synchronised run's parameters, relative to the norm of the latter.
+        digest: xxh3_64 of this rank's parameters and buffers at the end, in hex.
+        resumed_at: Steps that were finished when it was resumed; None where it was not.
     """
 
     failure: Failure | None = None
@@ -115,6 +130,8 @@ class RankReport:
     test_accuracy: float | None = None
     spread: float | None = None
     distance: float | None = None
+    digest: str | None = None
+    resumed_at: int | None = None
 
 
 @dataclass
@@ -142,6 +159,7 @@ class Trial:
         accelerator: Accelerator,
         *,
         observe: bool,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.cell = cell
         self._config = config
@@ -149,6 +167,7 @@ class Trial:
         self._world = world
         self._accelerator = accelerator
         self._observe = observe
+        self._checkpoints = checkpoints
         self._wrapper = Wrapper(cell.wrapper)
         self._path = CallPath(cell.path)
         self._mode = Mode(cell.mode)
@@ -206,11 +225,15 @@ class Trial:
             optimizer = build_optimizer(parameters.values(), self._config.optimizer)
             if self._mode is Mode.SEEDED_BY_RANK:
                 torch.manual_seed(self._config.seed + self._world.rank)
+            if not is_resumable(self._wrapper, subject.inner):
+                self._checkpoints = None
+            rest = self._resume(subject, optimizer, probe_group)
             with ExitStack() as stack:
                 self._enter_probes(stack, subject, optimizer, probe_group)
+                self._put_rest(rest)
                 try:
                     with subject.session():
-                        self._train(subject, parameters, subject.prepare_optimizer(optimizer))
+                        self._train(subject, parameters, optimizer, probe_group)
                     self._close_missing_steps()
                 finally:
                     self._take_local_evidence()
@@ -218,6 +241,7 @@ class Trial:
                 state = gather_state(subject, parameters)
                 flat = torch.cat([state[name].reshape(-1).float() for name in parameters])
                 self._compare_parameters(flat, probe_group, reference)
+                self.report.digest = digest_state(state)
                 score = self._examiner.examine(state)
                 self.report.test_loss, self.report.test_accuracy = score.loss, score.accuracy
                 self._take_modes_evidence()
@@ -290,7 +314,7 @@ class Trial:
                 if self._world.rank == 0:
                     warn(f"the verdict mixing of {self._wrapper} is none: {error}")
         self._enter_hooks_probe(stack, subject)
-        if self._config.probes.timeline:
+        if self._config.probes.timeline and self.report.resumed_at is None:  # else that step is over
             self._enter_timeline_probe(stack, subject)
         probes.collectives.begin_steps()
 
@@ -319,10 +343,8 @@ class Trial:
             observe_timeline(subject, counters, log=self._span_log, measured_step=measured)
         )
 
-    def _train(
-        self, subject: Subject, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> None:
-        batches = iterate_batches(
+    def _batches(self, first_step: int) -> Iterator[Batch]:
+        return iterate_batches(
             self._split,
             batch_size=self._config.data.batch_size,
             steps=self._num_own_steps(),
@@ -330,8 +352,20 @@ class Trial:
             world_size=self._world.world_size,
             seed=self._config.seed,
             device=self._accelerator.device,
+            first_step=first_step,
         )
-        for self._step, batch in enumerate(batches):
+
+    def _train(
+        self,
+        subject: Subject,
+        parameters: dict[str, nn.Parameter],
+        bare_optimizer: torch.optim.Optimizer,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        optimizer = subject.prepare_optimizer(bare_optimizer)
+        first_step = self.report.resumed_at or 0
+        batches = self._batches(first_step)
+        for self._step, batch in enumerate(batches, first_step):
             began = time.perf_counter()
             if self._step == 1 and self._probes.hooks is not None and self.cell.hooks == "late":
                 self._probes.hooks.register()
@@ -342,6 +376,85 @@ class Trial:
             self.report.accuracies.append(self._test_accuracy(subject, parameters))
             if self._probes.hooks is not None and self._step + 1 == self._hook_steps():
                 self._probes.hooks.retire()
+            if self._is_save_due(self._step + 1):
+                self._save(self._step + 1, subject, bare_optimizer, group)
+
+    def _is_save_due(self, done: int) -> bool:
+        """Say whether to save after so many steps: not before the timeline is kept, nor in the measured steps.
+
+        A run that nobody observes is saved at its end too: others are compared with it.
+        """
+        every = self._config.checkpoint.every
+        if self._checkpoints is None or every == 0:
+            return False
+        if not self._observe and done == self._config.steps:
+            return True
+        return done % every == 0 and WARM_UP_STEPS < done <= self._config.steps - NUM_MEASURED
+
+    def _save(
+        self, done: int, subject: Subject, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None
+    ) -> None:
+        assert self._checkpoints is not None
+        report = self.report
+        timeline = report.timeline if self._probes.timeline is None else self._probes.timeline.latest
+        rest = {
+            "optimizer": take_settings(optimizer),
+            "random": take_random_state(self._accelerator.device),
+            "report": {"losses": report.losses, "step_ms": report.step_ms, "accuracies": report.accuracies},
+            "timeline": None if timeline is None else dataclasses.asdict(timeline),
+            "probes": {name: probe.state_dict() for name, probe in self._kept_probes()},
+        }
+        failure = self._checkpoints.save(done, take_tensors(subject.inner, optimizer), rest, group)
+        if failure and self._world.rank == 0:
+            warn(
+                f"no checkpoint of step {done}: {failure}\nThe training goes on; the checkpoint before it stands."
+            )
+
+    def _kept_probes(self) -> list[tuple[str, Kept]]:
+        return [(name, probe) for name, probe in vars(self._probes).items() if isinstance(probe, Kept)]
+
+    def _resume(
+        self, subject: Subject, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None
+    ) -> dict[str, Any] | None:
+        """Give the newest checkpoint that is whole to model and optimizer; return the rest of it."""
+        if self._checkpoints is None or self._config.checkpoint.resume != "auto":
+            return None
+        saved, refused = self._checkpoints.load_newest(group)
+        for message in refused if self._world.rank == 0 else ():
+            warn(f"refused: {message}")
+        if saved is None:
+            return None
+        # DDP lays its buckets anew after its first backward, which changes how sums over ranks are rounded.
+        self._compute_gradients(subject, next(self._batches(0)))
+        optimizer.zero_grad()
+        with self._refuse_foreign():
+            put_tensors(subject.inner, optimizer, saved.tensors, saved.rest["optimizer"])
+        self.report.resumed_at = saved.step
+        return saved.rest
+
+    def _put_rest(self, rest: dict[str, Any] | None) -> None:
+        """Give the rest of a checkpoint to the probes, the report and the random generators."""
+        if rest is None:
+            return
+        with self._refuse_foreign():
+            for name, probe in self._kept_probes():
+                probe.load_state_dict(rest["probes"][name])
+            for name in ("losses", "step_ms", "accuracies"):
+                setattr(self.report, name, rest["report"][name])
+            self.report.timeline = unpack_timeline(rest["timeline"])
+            put_random_state(rest["random"], self._accelerator.device)
+
+    @contextmanager
+    def _refuse_foreign(self) -> Iterator[None]:
+        """Tell a whole checkpoint that fits no trial like this one from a trial that raises."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            assert self._checkpoints is not None
+            raise WrongUse(
+                f"{self._checkpoints.path} holds a checkpoint of another trial, or of another version "
+                f"({type(error).__name__}: {error}). Remove it to begin the trial anew"
+            ) from None
 
     def _num_own_steps(self) -> int:
         """Return how many batches this rank has."""
@@ -368,6 +481,15 @@ class Trial:
         if self._probes.mixing is not None:
             self._probes.mixing.begin_step(self._step)
         optimizer.zero_grad()
+        losses = self._compute_gradients(subject, batch)
+        if self._observe:
+            self._observe_backward(batch)
+        with self._span("optimizer"):
+            optimizer.step()
+        self._end_step()
+        return sum(loss.item() for loss in losses)
+
+    def _compute_gradients(self, subject: Subject, batch: Batch) -> list[Tensor]:
         parts = split_batch(self._window, batch)
         losses = []
         for window, part in parts:
@@ -378,12 +500,7 @@ class Trial:
                 with enter_backward_window(window, subject.wrapped), self._span("backward"):
                     loss.backward()
             losses.append(loss.detach())
-        if self._observe:
-            self._observe_backward(batch)
-        with self._span("optimizer"):
-            optimizer.step()
-        self._end_step()
-        return sum(loss.item() for loss in losses)
+        return losses
 
     def _end_step(self) -> None:
         if self._probes.mixing is not None:

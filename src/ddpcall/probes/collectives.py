@@ -16,15 +16,19 @@ import torch
 
 from ddpcall import torch_internals as internals
 from ddpcall.evidence import CollectiveEvidence, ReducerEvidence
+from ddpcall.probes.kept import Kept
 
 LATE_SECONDS = 2.0
 POLL_SECONDS = 0.001
 
 
-class CollectivesObserver:
+class CollectivesObserver(Kept):
     """Marks the step boundaries in time, and counts the recorded all-reduces between them at the end."""
 
+    kept = ("_counts",)
+
     def __init__(self) -> None:
+        self._counts: list[int | None] = []
         self._marks_ns = [time.time_ns()]
         self._entries: list[dict[str, Any]] | None = None
 
@@ -35,6 +39,13 @@ class CollectivesObserver:
     def begin_steps(self) -> None:
         """Forget what was recorded so far, such as the collectives of the DDP constructor."""
         self._marks_ns = [time.time_ns()]
+
+    def flush(self) -> None:
+        """Count the steps closed so far: another process cannot ask this one's recorder."""
+        entries = _recorded_entries()
+        if entries:
+            self._counts += count_all_reduces(entries, self._marks_ns)
+            self._marks_ns = self._marks_ns[-1:]
 
     def read_recorder(self) -> None:
         """Read the flight recorder, while the process group is alive."""
@@ -48,7 +59,7 @@ class CollectivesObserver:
         """
         if self._entries is None or not self._entries:
             return None
-        counts = count_all_reduces(self._entries, self._marks_ns)
+        counts = self._counts + count_all_reduces(self._entries, self._marks_ns)
         if reducer is None:
             return CollectiveEvidence(all_reduces=tuple(counts), agrees=None)
         pairs = zip(counts, reducer.arrivals_armed, strict=True)

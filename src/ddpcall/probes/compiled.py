@@ -10,11 +10,14 @@ import torch
 
 from ddpcall import torch_internals as internals
 from ddpcall.evidence import CompiledEvidence
+from ddpcall.probes.kept import Kept
 from ddpcall.taps import SpanLog
 
 
-class CompiledObserver:
+class CompiledObserver(Kept):
     """Hands out a compile backend that counts the graphs it made and each time one ran."""
+
+    kept = ("_calls_compiled", "_calls_eager")  # a trial that compiles is not resumed: its frames are counted anew
 
     def __init__(self, requested: bool, backend: str, log: SpanLog) -> None:
         self.requested = requested

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ddpcall.evidence import GradientEvidence
 from ddpcall.paths import Batch
+from ddpcall.probes.kept import Kept
 from ddpcall.replicas import differs_between_ranks, digest_tensors, gather_over_ranks
 from ddpcall.shards import local_part
 
@@ -18,8 +19,13 @@ from ddpcall.shards import local_part
 BUFFER_BYTES = 32 * 2**20
 
 
-class GradientsObserver:
+class GradientsObserver(Kept):
     """Keeps each step's gradients and compares them across ranks once the buffer is full."""
+
+    kept = (
+        "_with_shards", "_sizes", "_names", "_took_part", "_batches", "_max_difference", "_max_magnitude",
+        "_parameters", "_without_gradient",
+    )  # fmt: skip
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None, sharded: Collection[str]) -> None:
         self._all = dict(model.named_parameters())

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ddpcall.evidence import HookCount
+from ddpcall.probes.kept import Kept
 from ddpcall.taps import (
     HOOK_DICTS,
     SpanLog,
@@ -58,7 +61,7 @@ class _Witness:
         )
 
 
-class HooksObserver:
+class HooksObserver(Kept):
     """Counts the forwards of every module of a subject from the start, and hooks once `register` was called."""
 
     def __init__(
@@ -95,6 +98,29 @@ class HooksObserver:
         """Take all hooks and counters off the subject; the counts stay as they are."""
         self._final = self.evidence()
         self._stack.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts so far."""
+        return {
+            "final": None if self._final is None else [dataclasses.asdict(count) for count in self._final],
+            "runs": [{kind: int(runs) for kind, runs in watched.runs.items()} for watched in self._watched],
+            "witnesses": [(int(witness.fired), witness.runs_before) for witness in self._witnesses],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with counts of another process: registered, or retired, as the hooks were there."""
+        if state["final"] is not None:
+            self._final = tuple(HookCount(**values) for values in state["final"])
+            self._stack.close()
+            return
+        if state["witnesses"] and not self._witnesses:
+            self.register()
+        for watched, counts in zip(self._watched, state["runs"], strict=True):
+            for kind, count in counts.items():
+                watched.runs[kind].fill_(count)
+        for index, (fired, runs_before) in enumerate(state["witnesses"]):
+            self._witnesses[index].fired.fill_(fired)
+            self._witnesses[index] = dataclasses.replace(self._witnesses[index], runs_before=runs_before)
 
     def evidence(self) -> tuple[HookCount, ...]:
         """Return the counts so far, one record for each role, module and kind."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ddpcall import torch_internals as internals
 from ddpcall.evidence import ModesEvidence
+from ddpcall.probes.kept import Kept
 from ddpcall.replicas import gather_over_ranks
 from ddpcall.shards import local_part
 from ddpcall.taps import wrap_method
@@ -22,8 +23,13 @@ _LAYERS = (nn.Linear, internals.CONV_ND.get(nn.Conv2d))  # what autocast runs in
 ZERO_BEFORE, DROPPED, KEPT = 0, 1, 2
 
 
-class ModesObserver:
+class ModesObserver(Kept):
     """Notes each step on its own rank; compares the ranks at the end."""
+
+    kept = (
+        "_masks", "_kept", "_flags", "_statistics", "_tracked", "_mean_norms", "_var_norms", "_dtypes",
+        "_result_dtype",
+    )  # fmt: skip
 
     def __init__(self, subject: Subject, group: dist.ProcessGroup | None) -> None:
         self._subject = subject

@@ -8,12 +8,15 @@ from typing import Any
 
 from ddpcall import torch_internals as internals
 from ddpcall.evidence import ReducerEvidence
+from ddpcall.probes.kept import Kept
 from ddpcall.taps import ReducerLog, tap_gradient_arrivals, tap_lazy_reducer, tap_reducer
 from ddpcall.wrappers import Subject, find_reducers, replicate_state
 
 
-class ReducerObserver:
+class ReducerObserver(Kept):
     """Counts by step; call `end_step()` after every backward."""
+
+    kept = ("_steps",)
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject

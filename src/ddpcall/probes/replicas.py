@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpcall.evidence import ReplicaEvidence
+from ddpcall.probes.kept import Kept
 from ddpcall.replicas import differs_between_ranks, digest_state, digest_tensors, gather_over_ranks
 from ddpcall.shards import local_part
 from ddpcall.taps import is_lazy
@@ -19,8 +20,10 @@ from ddpcall.taps import is_lazy
 BUFFER_BYTES = 32 * 2**20
 
 
-class ReplicasObserver:
+class ReplicasObserver(Kept):
     """Keeps one digest per parameter, buffer and step; compares them all at the end, in one collective."""
+
+    kept = ("_parameters", "_buffers", "_distances", "initial_digest")
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None, sharded: Collection[str]) -> None:
         self._model = model
