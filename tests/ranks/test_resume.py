@@ -15,8 +15,9 @@ from ddpcall.evidence import Cell, Evidence
 from ddpcall.lab.checkpoint import Checkpoints
 from ddpcall.lab.data import load_split
 from ddpcall.lab.experiment import describe_environment, merge_reports
+from ddpcall.lab.rank_report import RankReport
 from ddpcall.lab.schema import CheckpointConfig, DataConfig, OptimizerConfig, ProbesConfig, TrainConfig
-from ddpcall.lab.trial import RankReport, Trial
+from ddpcall.lab.trial import Trial
 from ddpcall.lab.trial_state import RESUMABLE
 from ddpcall.lab.world import Accelerator, open_world
 from tests.ranks.lab_process import ROOT, SCRIPT, clean_environment, torchrun

@@ -12,8 +12,9 @@ from ddpcall.evidence import Cell
 from ddpcall.lab import held_out
 from ddpcall.lab.data import load_split
 from ddpcall.lab.models import Chain
+from ddpcall.lab.rank_report import RankReport
 from ddpcall.lab.schema import DataConfig, OptimizerConfig, PathConfig, ProbesConfig, TrainConfig, WrapperConfig
-from ddpcall.lab.trial import RankReport, Trial
+from ddpcall.lab.trial import Trial
 from ddpcall.lab.world import Accelerator, open_world
 from ddpcall.probes import collectives, replicas
 from ddpcall.probes.collectives import time_collectives

@@ -21,12 +21,13 @@ from ddpcall.lab.data import Split, check_batch_size, load_split
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
 from ddpcall.lab.grid import Grid, check_expectations, expand_grid, expected_verdicts, unmet
 from ddpcall.lab.guard import Guard
+from ddpcall.lab.rank_report import RankReport, median_step_ms
 from ddpcall.lab.report.command import leave_report
 from ddpcall.lab.resume import Earlier, find_earlier
 from ddpcall.lab.run_directory import RunDirectory, json_floats
 from ddpcall.lab.schema import TrainConfig
 from ddpcall.lab.tensorboard import write_events
-from ddpcall.lab.trial import RankReport, Trial, median_step_ms
+from ddpcall.lab.trial import Trial
 from ddpcall.lab.trial_state import RESUMABLE
 from ddpcall.lab.world import (
     Accelerator,

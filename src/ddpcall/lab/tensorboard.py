@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpcall.evidence import Evidence
-from ddpcall.lab.trial import RankReport
+from ddpcall.lab.rank_report import RankReport
 
 
 def write_events(directory: Path, evidence: Evidence, reports: list[RankReport]) -> None:

@@ -24,7 +24,7 @@ class GradientsObserver(Kept):
 
     kept = (
         "_with_shards", "_sizes", "_names", "_took_part", "_batches", "_max_difference", "_max_magnitude",
-        "_parameters", "_without_gradient",
+        "_differing", "_without_gradient",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None, sharded: Collection[str]) -> None:
@@ -39,7 +39,7 @@ class GradientsObserver(Kept):
         self._batches: list[Tensor] = []
         self._max_difference: list[float] = []
         self._max_magnitude: list[float] = []
-        self._parameters: dict[str, float] = {}
+        self._differing: dict[str, float] = {}
         self._without_gradient: list[str] = []
 
     def end_step(self, batch: Batch | None) -> None:
@@ -85,7 +85,7 @@ class GradientsObserver(Kept):
         worst = [part.max().item() if part.numel() else 0.0 for part in parts]
         for name, value in zip(self._names, worst, strict=True):
             if value > 0:
-                self._parameters[name] = max(value, self._parameters.get(name, 0.0))
+                self._differing[name] = max(value, self._differing.get(name, 0.0))
 
     def _max_over_ranks(self, values: Tensor) -> Tensor:
         absent = ~torch.tensor(self._took_part[-len(values) :])
@@ -104,7 +104,7 @@ class GradientsObserver(Kept):
         return GradientEvidence(
             max_difference=tuple(self._max_difference),
             max_magnitude=tuple(self._max_magnitude),
-            parameters=dict(self._parameters),
+            parameters=dict(self._differing),
             with_gradient=self.with_gradient(),
             without_gradient=tuple(self._without_gradient),
             batches_differ=batches_differ,

@@ -23,14 +23,14 @@ BUFFER_BYTES = 32 * 2**20
 class ReplicasObserver(Kept):
     """Keeps one digest per parameter, buffer and step; compares them all at the end, in one collective."""
 
-    kept = ("_parameters", "_buffers", "_distances", "initial_digest")
+    kept = ("_of_parameters", "_of_buffers", "_distances", "initial_digest")
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None, sharded: Collection[str]) -> None:
         self._model = model
         self._group = group
         self._replicated = {name: p for name, p in model.named_parameters() if name not in sharded}
-        self._parameters: list[Tensor] = []
-        self._buffers: list[Tensor] = []
+        self._of_parameters: list[Tensor] = []
+        self._of_buffers: list[Tensor] = []
         self._trained = [p for p in self._replicated.values() if p.requires_grad]
         self._tells_distance = bool(self._trained) and not any(
             name in sharded for name, _ in model.named_parameters()
@@ -42,8 +42,8 @@ class ReplicasObserver(Kept):
 
     def end_step(self) -> None:
         """Take the digests; call it after the optimizer stepped."""
-        self._parameters.append(digest_tensors(local_part(tensor) for tensor in self._replicated.values()))
-        self._buffers.append(digest_tensors(self._model.buffers()))
+        self._of_parameters.append(digest_tensors(local_part(tensor) for tensor in self._replicated.values()))
+        self._of_buffers.append(digest_tensors(self._model.buffers()))
         if self._tells_distance and not any(is_lazy(parameter) for parameter in self._trained):
             self._flat.append(_flatten(self._trained))
             if sum(flat.numel() * flat.element_size() for flat in self._flat) >= BUFFER_BYTES:
@@ -58,7 +58,7 @@ class ReplicasObserver(Kept):
         """
         if not self._flat:
             return
-        digests = torch.stack(self._parameters[-len(self._flat) :])
+        digests = torch.stack(self._of_parameters[-len(self._flat) :])
         differ = differs_between_ranks(gather_over_ranks(digests, self._group)).any(dim=1)
         distances = torch.zeros(len(differ), dtype=torch.float64)
         if differ.any():
@@ -83,8 +83,8 @@ class ReplicasObserver(Kept):
         """Return the comparison. A collective: every rank must call it."""
         parameter_names = list(self._replicated)
         buffer_names = [name for name, _ in self._model.named_buffers()]
-        first_parameters, parameters = self._compare(self._parameters, parameter_names)
-        first_buffers, buffers = self._compare(self._buffers, buffer_names)
+        first_parameters, parameters = self._compare(self._of_parameters, parameter_names)
+        first_buffers, buffers = self._compare(self._of_buffers, buffer_names)
         return ReplicaEvidence(
             first_step_parameters=first_parameters,
             first_step_buffers=first_buffers,
