@@ -27,7 +27,7 @@ STEPS, EVERY, CUT = 10, 4, 7
 # Spelled out, so that a wrapper that joins them meets a test.
 WRAPPERS = (
     "none", "ddp", "ddp_find_unused", "ddp_bucket_view", "ddp_comm_hook", "ddp_local_buffers", "ddp_summed",
-    "replicate", "accelerate", "fabric",
+    "replicate", "accelerate",
 )  # fmt: skip
 
 
