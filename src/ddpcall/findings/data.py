@@ -51,4 +51,25 @@ RULES = (
             "https://github.com/NVlabs/LongLive/issues/71",
         ),
     ),
+    Rule(
+        code="DC404",
+        name="same-random-numbers",
+        severity=Severity.NOTE,
+        title="Every rank draws the same random numbers for batches that differ",
+        why="The same seed on every rank gives the same noise, diffusion time steps or masks: all ranks' batches "
+        "together have as many different ones as one rank's, and the gradient is noisier than it should be.",
+        wrong="set_seed(42)  # on every rank\nnoise = torch.randn_like(images)",
+        fix="`torch.manual_seed(seed + rank)` on every rank, after the model was built.",
+        silent_when="The ranks' generators are in different states; all ranks have the same batch (tensor "
+        "parallelism); what is drawn is sent to the other ranks, or is not for the samples of a batch (noise on "
+        "weights, which must be the same everywhere); no loader gives the batches; a generator is passed; the "
+        "draws are `torch.randperm`'s. Dropout is DC207.",
+        blind_to="Python's and numpy's generators; draws in a loader's workers, and all draws where anything is "
+        "compiled; models that neither DDP nor replicate wraps; what is not drawn in optimizer steps 2, 4, 8 or "
+        "16; draws that do not begin with the batch's dimension.",
+        links=(
+            "https://github.com/Robbyant/lingbot-vla-v2/issues/41",
+            "https://docs.pytorch.org/docs/stable/generated/torch.manual_seed.html",
+        ),
+    ),
 )

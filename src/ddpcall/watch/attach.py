@@ -28,6 +28,7 @@ from ddpcall.watch.output.watched import BY_HAND, Watched, WatchedModel
 from ddpcall.watch.rules.clipping import ClippingRule
 from ddpcall.watch.rules.compiled import CompiledRule
 from ddpcall.watch.rules.data import OrderRule
+from ddpcall.watch.rules.draws import DrawRule
 from ddpcall.watch.rules.early_step import EarlyStepRule
 from ddpcall.watch.rules.gathers import GatherRule
 from ddpcall.watch.rules.hooks import HooksRule
@@ -91,8 +92,8 @@ class Attachment:
         self._compiled = CompiledRule(run, self._hooks.sensor.tap)
         self._sharded = ShardedRule(run)
         self._precision = PrecisionRule(run)
-        order, shares = OrderRule(run), ShareRule(run)
-        self._replicas = ReplicaWatch(run, every, vitals_taken, shares)
+        order, shares, draws = OrderRule(run), ShareRule(run), DrawRule(run, lambda: self._compiled.sensor.is_used)
+        self._replicas = ReplicaWatch(run, every, vitals_taken, shares, draws)
         numbers = OwnNumbers(run, gradients, lambda: not mixing.trouble and gradients.is_compared())
         unreduced = UnreducedRule(run, numbers)
         # In the order in which they are asked about a step, and about the end.
@@ -132,7 +133,7 @@ class Attachment:
             ("losses", losses.attach),
             ("hooks of modules", self._hooks.sensor.attach),
             ("torch.compile", self._compiled.sensor.attach),
-            ("data loaders", LoaderSensor(run, (order, shares)).attach),
+            ("data loaders", LoaderSensor(run, (order, shares), draws.sensor.taking).attach),
             (
                 "load_state_dict, train and eval, optimizers and schedulers",
                 partial(run.sites.attach, gradients.add),

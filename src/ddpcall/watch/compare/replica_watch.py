@@ -14,10 +14,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import NOWHERE, CallSite, find_call_site
+from ddpcall.taps import NOWHERE, CallSite, find_call_site, find_tensors
 from ddpcall.watch.compare.drift import Drift, largest, read_drift
 from ddpcall.watch.compare.exchange import Comparison, DetailsComparison, Exchange, find_store
 from ddpcall.watch.compare.vitals import AT_THE_END, LOSS_SCALE, Facts, Vitals, VitalsTaker
+from ddpcall.watch.rules.draws import DrawRule
 from ddpcall.watch.rules.replicas import Divergence, diagnose_divergence
 from ddpcall.watch.rules.shares import PART as SHARES
 from ddpcall.watch.rules.shares import ShareRule
@@ -68,10 +69,12 @@ class ReplicaWatch:
         every: int,
         vitals_taken: Callable[[], None],
         shares: ShareRule,
+        draws: DrawRule,
     ) -> None:
-        """Take the run, the steps between vitals, what is called after they were taken, and what judges shares."""
+        """Take the run, the steps between vitals, what is called after they were taken, and who judges data."""
         self._run = run
         self._shares = shares
+        self._draws = draws
         self._every = every
         self._vitals_taken = vitals_taken
         self._exchange: Exchange | None = None
@@ -174,9 +177,14 @@ class ReplicaWatch:
         self._taker.optimizer, self._taker.scaler = optimizer, self._run.sites.scalers.get(optimizer)
         vitals = self._taker.take(step, self.batch, exchange.measures(step), self._tell_facts())
         exchange.publish(self._with_shares(vitals))
+        batch = self.batch
         self.batch = self._first = None
         self._last_step = step
         self.read()
+        if self._rank == 0:
+            sizes = {tensor.shape[0] for tensor in find_tensors(batch) if tensor.dim()}
+            shapes, device = self._taker.parameter_shapes(), self._taker.device_type()
+            self._draws.stepped(step, sizes, shapes, device, self.is_due(step + 1))
         self._vitals_taken()
 
     def _with_shares(self, vitals: Vitals) -> Vitals:
@@ -482,6 +490,8 @@ class ReplicaWatch:
         self._same_batch = self._same_batch + 1 if "batch" in comparison.same else 0
         drops = self._models is not None and any(map(_drops, self._models.modules()))
         self._same_rng = self._same_rng + 1 if "rng" in comparison.same and drops else 0
+        is_alike = "rng" in comparison.same and "batch" in comparison.unlike and not drops
+        self._draws.compared(comparison.step, comparison.num_ranks, is_alike)
         for count, part in ((self._same_batch, "batch"), (self._same_rng, "rng")):
             if count == _UNHARMFUL_STEPS and part not in self._judged:
                 self._judged.add(part)

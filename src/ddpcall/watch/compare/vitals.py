@@ -160,7 +160,7 @@ class VitalsTaker:
             "buffers": structure.buffers.digest() if structure.num_buffers else None,
             "modes": structure.digest_modes(flags),
             "optimizer": _digest_details(settings) if self.optimizer else None,
-            "rng": self._digest_torch_generator(structure),
+            "rng": self._digest_torch_generator(),
             "batch": _digest_details(self._batch) if self._batch else None,
         }
         known = {part: digest for part, digest in parts.items() if digest is not None}
@@ -223,8 +223,16 @@ class VitalsTaker:
                 return dict(self._batch)
         raise ValueError(f"vitals have no part {part!r}; the parts are {', '.join(PARTS)}")
 
-    def _digest_torch_generator(self, structure: _Structure) -> int:
-        on_cuda = any(parameter.is_cuda for parameter in structure.first_parameters)
+    def parameter_shapes(self) -> set[tuple[int, ...]]:
+        """Return the shapes of all parameters."""
+        return {tuple(each.shape) for each in self._current_structure().named_parameters.values()}
+
+    def device_type(self) -> str:
+        """Return the type of the device whose generator is looked at."""
+        return "cuda" if any(p.is_cuda for p in self._current_structure().first_parameters) else "cpu"
+
+    def _digest_torch_generator(self) -> int:
+        on_cuda = self.device_type() == "cuda"
         return digest_tensor(torch.cuda.get_rng_state() if on_cuda else torch.get_rng_state())
 
     def _settings(self, structure: _Structure) -> Details:

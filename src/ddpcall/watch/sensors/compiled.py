@@ -78,6 +78,7 @@ class CompiledSensor:
     Attributes:
         roots: What was compiled.
         late: Hooks that were registered after the first compiled call, and are not judged yet.
+        is_used: Whether anything was compiled, functions too.
 
     Blind to: eager parts after a graph break; compiled functions that are no modules.
     """
@@ -101,6 +102,7 @@ class CompiledSensor:
         self._ran_eagerly = ran_eagerly
         self.roots: list[CompiledRoot] = []
         self.late: list[LateHook] = []
+        self.is_used = False
         self._of_module: weakref.WeakKeyDictionary[nn.Module, CompiledRoot] = weakref.WeakKeyDictionary()
         self._busy = False
         self._tap = ForwardTap(self._observe, lambda: self._busy)
@@ -113,6 +115,7 @@ class CompiledSensor:
 
         @functools.wraps(compile_)
         def compiling(model: Any = None, **kwargs: Any) -> Any:
+            self.is_used = True
             if not isinstance(model, nn.Module):
                 return compile_(model, **kwargs) if model is not None else compile_(**kwargs)
             with suspend_forward_taps(model):  # torch looks at where forward is defined
@@ -123,6 +126,7 @@ class CompiledSensor:
 
         @functools.wraps(in_place)
         def compile_in_place(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+            self.is_used = True
             in_place(module, *args, **kwargs)
             self._adopt_in_place(module)
 

@@ -143,10 +143,13 @@ class LoaderSensor:
     Source: `_BaseDataLoaderIter` in torch/utils/data/dataloader.py.
     """
 
-    def __init__(self, run: Run, listeners: Sequence[PassListener]) -> None:
-        """Take the run, and who hears of passes."""
+    def __init__(
+        self, run: Run, listeners: Sequence[PassListener], taking: Callable[[], None] = lambda: None
+    ) -> None:
+        """Take the run, who hears of passes, and what is called before any batch is taken."""
         self._run = run
         self._listeners = listeners
+        self._taking = taking
         self._made: weakref.WeakKeyDictionary[Any, CallSite] = weakref.WeakKeyDictionary()
         self._told: weakref.WeakKeyDictionary[Any, tuple[int, CallSite]] = weakref.WeakKeyDictionary()
         self._passes: weakref.WeakKeyDictionary[Any, tuple[Any, Pass | None]] = weakref.WeakKeyDictionary()
@@ -166,6 +169,7 @@ class LoaderSensor:
 
         @functools.wraps(take)
         def taking(iterator: Any) -> Any:
+            self._taking()
             try:
                 batch = take(iterator)
             except StopIteration:

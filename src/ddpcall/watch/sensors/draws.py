@@ -1,0 +1,105 @@
+"""Random numbers that the script draws from torch's default generators, for one step at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpcall.taps import CallSite, Undo, find_call_site, find_tensors, replace_attribute
+from ddpcall.watch.run import Run
+
+# A permutation of one's own data does no harm where it is the same on all ranks: torch.randperm is left out.
+_FUNCTIONS = (
+    *("rand", "randn", "randint", "rand_like", "randn_like", "randint_like"),
+    *("normal", "bernoulli", "multinomial", "poisson"),
+)
+_METHODS = ("normal_", "uniform_", "bernoulli_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_")
+_MOST = 256
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One call that drew random numbers.
+
+    Attributes:
+        site: The line.
+        shape: What it gave.
+        device: The device's type, which has a generator of its own.
+        address: Of the storage that they were put in.
+    """
+
+    site: CallSite
+    shape: tuple[int, ...]
+    device: str
+    address: int
+
+
+class DrawSensor:
+    """Stands around torch's random functions while it is `open`, and hears of draws from when a batch is taken.
+
+    Blind to: draws in compiled code, in other threads, by Python's and numpy's generators; `torch.randperm`;
+    functions that were imported by name before it opened.
+    """
+
+    def __init__(self, run: Run) -> None:
+        """Take the run; what is sent to other ranks is no draw of this rank's own."""
+        self._run = run
+        self._undo: Undo | None = None
+        self._draws: list[Draw] = []
+        self._has_batch = False
+        run.collectives.listeners.append(self._forget_sent)
+        run.keep(self._close)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether draws are heard of now."""
+        return self._undo is not None
+
+    def open(self) -> None:
+        """Hear of draws from the next batch on."""
+        with ExitStack() as stack:
+            for owner, names in ((torch, _FUNCTIONS), (Tensor, _METHODS)):
+                for name in names:
+                    stack.callback(replace_attribute(owner, name, self._noting(getattr(owner, name))))
+            self._undo = stack.pop_all().close
+
+    def close(self) -> list[Draw]:
+        """Return what was drawn since the first batch that was taken; torch is left as it was."""
+        self._close()
+        draws, self._draws, self._has_batch = self._draws, [], False
+        return draws
+
+    def _close(self) -> None:
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
+
+    def taking(self) -> None:
+        """A batch is about to be taken: what was drawn before the first of a step is not for it."""
+        self._has_batch = self.is_open
+
+    def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def drawing(*args: Any, **kwargs: Any) -> Any:
+            drawn = original(*args, **kwargs)
+            if self._has_batch and not torch.compiler.is_compiling() and kwargs.get("generator") is None:
+                self._run.contain(self._note, drawn)
+            return drawn
+
+        return drawing
+
+    def _note(self, drawn: Any) -> None:
+        if type(drawn) is Tensor and len(self._draws) < _MOST:
+            address = drawn.untyped_storage().data_ptr()
+            self._draws.append(Draw(find_call_site(), tuple(drawn.shape), drawn.device.type, address))
+
+    def _forget_sent(self, name: str, args: tuple[Any, ...]) -> None:
+        if self._draws:
+            sent = {tensor.untyped_storage().data_ptr() for value in args for tensor in find_tensors(value, 3)}
+            self._draws = [draw for draw in self._draws if draw.address not in sent]
