@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 WORKERS ?= 2
 IN_DOCS := replicate_bypass compile_bypass hooks_bypass sharded_bypass precision_bypass batchnorm_modes \
-  sync_batchnorm dropout_modes mode_mismatch jit_hooks checkpointing
+  sync_batchnorm dropout_modes mode_mismatch jit_hooks checkpointing same_as_one_process
 
 IN_LESSONS := hooks_bypass forward_bypass arming replicas_parting batchnorm_dropout compiled_calls sharded_calls \
   accelerate_unwrap mode_mismatch mixing_matrix

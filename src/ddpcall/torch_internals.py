@@ -504,6 +504,12 @@ UPDATE_DEFAULT_PG = Private(
     "not compared with one process",
     ("watch", "compare"),
 )
+CLEAR_SHARDING_CACHE = Private(
+    "torch.distributed.tensor.debug._clear_sharding_prop_cache",
+    "to make DTensor forget the process group of an earlier comparison",
+    "a tensor-parallel model is compared with one process once in a process, not again",
+    ("compare",),
+)
 WORLD = Private(
     "torch.distributed.distributed_c10d._world",
     "to know whether a test made process groups of its own",

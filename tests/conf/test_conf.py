@@ -1,12 +1,17 @@
 """Every file of the configuration tree composes into the typed schema."""
 
+import re
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from ddpcall.compare import CAUSES
+from ddpcall.lab.comparisons import check_comparisons
+from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.grid import check_expectations, expand_grid, expected_verdicts
+from ddpcall.lab.one_process_cases import CASES
 from ddpcall.lab.schema import TrainConfig, register_schema
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -36,9 +41,42 @@ def test_every_option_of_every_group_composes_and_makes_a_grid(group, option):
 def test_every_experiment_states_an_expectation_for_each_of_its_cells(name):
     config = compose_typed(f"experiment={name}")
     assert config.name == name
+    if config.one_process:
+        check_comparisons(config)  # each of them names what it expects
+        return
     check_expectations(config)
     for cell in expand_grid(config).cells:
         assert {"gradients", "mixing"} <= set(expected_verdicts(cell, config.expect)), cell.label()
+
+
+def test_each_comparison_with_one_process_stands_beside_one_that_is_the_same():
+    expected: dict[str, set[str]] = {}
+    for entry in compose_typed("experiment=same_as_one_process").one_process:
+        expected.setdefault(entry.case, set()).add(entry.expect)
+    assert set(expected) == set(CASES)
+    assert {cause for causes in expected.values() for cause in causes} == set(CAUSES)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("one_process=[{case: sun, expect: same}]", "case 'sun' is unknown; write one of: mean, sum, "),
+        ("one_process=[{case: sum, expect: doubled}]", "sum: expect: 'doubled' is unknown; write one of: same"),
+        ("one_process=[{case: sum, wrapper: dpp, expect: same}]", "wrapper 'dpp' is unknown; write one of: none"),
+        (
+            "one_process=[{case: norm_in_plan, wrapper: ddp, expect: same}]",
+            "wraps its model itself: leave wrapper",
+        ),
+        ("ranks=1", "one rank is one process; write ranks=2"),
+        ("device=cuda", "run on the CPU; write device=cpu"),
+        ("grid.path=[call]", "take grid and expect out"),
+        ("checkpoint.every=5", "neither saved nor resumed: leave checkpoint out"),
+    ],
+)
+def test_comparisons_that_cannot_work_are_refused_with_what_to_write(override, message):
+    config = compose_typed("experiment=same_as_one_process", override)
+    with pytest.raises(WrongUse, match=re.escape(message)):
+        check_comparisons(config)
 
 
 def test_the_experiments_the_readme_speaks_of_are_there():

@@ -177,6 +177,42 @@ def make_run(
     return directory
 
 
+def make_comparisons(**found: str) -> dict[str, Any]:
+    """Return what summary.json says of comparisons with one process; each expects what is given here.
+
+    Args:
+        found: By case: what is found instead.
+    """
+    cases = {
+        "mean": "same",
+        "token_means": "weighted",
+        "gather_without_gradient": "loss",
+        "norm": "some_parameters",
+    }
+    comparisons = [
+        {
+            "case": case,
+            "wrapper": "ddp",
+            "about": f"a step that takes the {case}",
+            "expected": expected,
+            "found": found.get(case, expected),
+            "message": "Ranks were weighted 0.50 and 0.50; the whole batch weights them 0.90 and 0.10. " * 3
+            + "\nW",
+            "comparison": {"scale": None},
+            "expectation_met": found.get(case, expected) == expected,
+        }
+        for case, expected in cases.items()
+    ]
+    return {
+        "experiment": "same_as_one_process",
+        "question": "Do two ranks compute what one process would?",
+        "outcome": "expectations failed" if found else "ok",
+        "comparisons": comparisons,
+        "num_comparisons": len(cases),
+        "trials": [],
+    }
+
+
 def _result(
     cell: Cell,
     environment: Environment,

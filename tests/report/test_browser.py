@@ -12,7 +12,15 @@ from ddpcall.lab.report.load import load
 from ddpcall.lab.report.page import render_page
 from ddpcall.lab.report.view import build_view
 from tests.report.chromium import CHROMIUM, DRIVER, MISSING, set_view, start_chromium
-from tests.report.made import PATHS, make_finding, make_findings, make_mixing, make_run, make_watched
+from tests.report.made import (
+    PATHS,
+    make_comparisons,
+    make_finding,
+    make_findings,
+    make_mixing,
+    make_run,
+    make_watched,
+)
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'ddpcall[dev]'")
 from selenium.webdriver.common.by import By  # noqa: E402
@@ -110,6 +118,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
         "mixing": (make_run(root / "mixing", mixings=mixings),),
         "grid": (make_run(root / "grid", grid),),
         "pair": (run, make_run(root / "other")),
+        "comparisons": (make_run(root / "comparisons", (), **make_comparisons()),),
         "watch": (findings,),
         "unwatched": (make_findings(root / "unwatched.json", watched=make_watched(0)),),
     }
@@ -118,7 +127,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     return {name: write_page(root / f"page-{name}", *those) for name, those in paths.items()}
 
 
-NAMES = ("run", "grid", "pair", "watch", "unwatched", "mixing")
+NAMES = ("run", "grid", "pair", "comparisons", "watch", "unwatched", "mixing")
 
 
 def test_what_the_browser_logs_is_seen_here(browser, tmp_path):

@@ -26,6 +26,11 @@ COARSE = 0.01
 """Where the tolerance is larger, a difference just above it may come from one just below it elsewhere."""
 
 _IN_FLOAT32 = " Repeat the comparison in float32, where more can be told."
+_16_BITS = 2**-7
+_AS_16_BITS = (
+    " Rounding to 16 bits changes as much: look for a communication hook, or another precision in which the ranks "
+    "reduce."
+)
 _SURE_WEIGHTS = 0.02
 _NOT_A_MEAN = {"local", "partly_local", "late", "groups", "dropped", "different", "thrown_away", "unaccounted"}
 
@@ -162,7 +167,13 @@ class StepJudge:
                 "is left out already, except in recurrent layers).",
             )
         if first.name is not None:
-            return self._say("module", first.sentence, where=first.name or "the model itself")
+            told = first.sentence
+            if self._ranks.eps != self._reference.eps:
+                told += (
+                    f" Its ranks compute to {self._ranks.eps:.1e} of a number, one process to "
+                    f"{self._reference.eps:.1e}: this is another precision."
+                )
+            return self._say("module", told, where=first.name or "the model itself")
         if (scale := self._fit_scale()) is not None:
             return self._explain_scale(scale, mixing)
         weights = None
@@ -193,9 +204,9 @@ class StepJudge:
         told = first.sentence or "the modules compute the same for every sample"
         return self._say(
             "unexplained",
-            f"All gradients differ, by up to {self._largest(off):.1%} of their size, and it cannot be told why: "
-            f"no one ratio and no weights of the ranks explain it; {told[:1].lower()}{told[1:].rstrip('.')}."
-            f"{self._tell_first_backward()}",
+            f"All gradients differ, by up to {self._largest(off):.2g} times their size, and it cannot be told "
+            f"why: no one ratio and no weights of the ranks explain it; {told[:1].lower()}{told[1:].rstrip('.')}."
+            f"{self._tell_first_backward()}{_AS_16_BITS if self._largest(off) < _16_BITS else ''}",
             where=off[0],
         )
 

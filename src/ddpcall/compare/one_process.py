@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -36,6 +37,8 @@ def world_of(ranks: Sequence[int], timeout_s: float) -> Iterator[None]:
     finally:
         replace(everybody)
         dist.destroy_process_group(group)  # pyright: ignore[reportArgumentType]
+        if "torch.distributed.tensor" in sys.modules:  # its caches name the group by which a mesh was made
+            internals.CLEAR_SHARDING_CACHE.get(lambda: None)()
 
 
 @contextmanager

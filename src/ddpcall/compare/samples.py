@@ -18,6 +18,8 @@ from ddpcall.taps import Undo, find_tensors, in_backward, outside_dynamo, remove
 NUM_NUMBERS = 8
 """Numbers that stand for one module's output for one sample."""
 
+VARIES = -1
+
 Place = tuple[str, int]
 """A module's name, and the number of its call within one forward of the model."""
 
@@ -30,11 +32,17 @@ class SampleOutputs:
         samples: Digests of the input rows, in the order in which the model was given them.
         outputs: By module, in forward order: shape (samples, NUM_NUMBERS), float64; nan where it was not called.
         kinds: By module: the name of its class.
+        widths: By module: elements of its output for a sample; `VARIES` where calls or ranks differ in that.
     """
 
     samples: list[int] = field(default_factory=list)
     outputs: dict[Place, np.ndarray] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
+
+    def note_width(self, name: str, width: int) -> None:
+        """Remember how many elements a module's output has for a sample."""
+        self.widths[name] = width if self.widths.get(name, width) == width else VARIES
 
     def by_sample(self) -> dict[tuple[int, int], int]:
         """Return where each sample lies; equal samples are numbered."""
@@ -51,6 +59,8 @@ def join_outputs(parts: Sequence[SampleOutputs]) -> SampleOutputs:
     joined = SampleOutputs([sample for part in parts for sample in part.samples])
     for part in parts:
         joined.kinds |= part.kinds
+        for name, width in part.widths.items():
+            joined.note_width(name, width)
         for place in part.outputs:
             joined.outputs.setdefault(place, np.empty(0))
     for place in joined.outputs:
@@ -125,6 +135,7 @@ class SampleRecorder:
                 if not hasattr(tensor, "placements"):
                     self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
                     self.recorded.kinds[name] = type(module).__name__
+                    self.recorded.note_width(name, tensor[0].numel())
                     self._keep((name, call), sketch_rows(tensor))
                 return
 

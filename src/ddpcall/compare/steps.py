@@ -19,7 +19,7 @@ from ddpcall.compare.samples import NUM_NUMBERS, SampleOutputs, SampleRecorder, 
 from ddpcall.compare.step_mode import StepMode
 from ddpcall.mixing import MixingCollector, RankSketches
 from ddpcall.mixing.parameters import gather_parameters
-from ddpcall.mixing.shards import find_places
+from ddpcall.mixing.shards import find_places, is_flattened
 
 # Two roundings to the nearest number, each even over one unit in the last place: 0.41 units, and units of numbers
 # between two powers of two are 0.75 eps in the mean.
@@ -57,6 +57,7 @@ class StepRecord:
         """Return the record as bytes that hold nothing but numbers and text."""
         plain = {name: getattr(self, name) for name in ("loss", "num_targets", "num_dropouts", "eps")}
         plain["places"], plain["kinds"] = list(self.outputs.outputs), self.outputs.kinds
+        plain["widths"] = self.outputs.widths
         outputs = np.array(list(self.outputs.outputs.values()) or np.empty((0, 0, NUM_NUMBERS)))
         stream = io.BytesIO()
         np.savez(
@@ -76,6 +77,7 @@ class StepRecord:
             self.outputs.samples,
             {(clean(name), call): rows for (name, call), rows in self.outputs.outputs.items()},
             {clean(name): kind for name, kind in self.outputs.kinds.items()},
+            {clean(name): width for name, width in self.outputs.widths.items()},
         )
         names = tuple(clean(name) for name in self.sketches.names)
         return replace(self, sketches=replace(self.sketches, names=names), outputs=outputs)
@@ -87,7 +89,9 @@ class StepRecord:
             plain = json.loads(arrays["plain"].tobytes())
             places = [(name, call) for name, call in plain.pop("places")]
             outputs = dict(zip(places, arrays["outputs"], strict=True))
-            samples = SampleOutputs(arrays["samples"].tolist(), outputs, plain.pop("kinds"))
+            samples = SampleOutputs(
+                arrays["samples"].tolist(), outputs, plain.pop("kinds"), plain.pop("widths", {})
+            )
             sketches = RankSketches.from_bytes(arrays["sketches"].tobytes())
             return StepRecord(
                 sketches=sketches, updates=arrays["updates"], rounding=arrays["rounding"], outputs=samples, **plain
@@ -166,7 +170,7 @@ def measure_rounding(weights: Any) -> float:
 def choose_named(trained: nn.Module, inner: nn.Module, optimizers: Sequence[Optimizer]) -> nn.Module:
     """Return the module whose parameters have the names that the user knows: FSDP1 replaces those of the inner."""
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    return inner if held & {id(parameter) for parameter in inner.parameters()} else trained
+    return inner if held & {id(p) for p in inner.parameters()} and not is_flattened(trained) else trained
 
 
 def _to_number(loss: Any) -> float:
@@ -251,7 +255,7 @@ def join_rows(sketches: Sequence[RankSketches], rows: Sequence[np.ndarray]) -> d
     for name in sketches[0].names:
         at = [one.names.index(name) for one in sketches]
         parts = [
-            one.used_parts[place] or (rank,) for rank, (one, place) in enumerate(zip(sketches, at, strict=True))
+            one.weight_parts[place] or (rank,) for rank, (one, place) in enumerate(zip(sketches, at, strict=True))
         ]
         joined[name] = np.stack([sum(rows[part][at[part]] for part in own) for own in parts])
     return joined

@@ -57,8 +57,8 @@ class Run:
 
     @property
     def trials(self) -> Trials:
-        """The finished trials."""
-        return self.summary.get("trials", [])
+        """The finished trials, or comparisons with one process."""
+        return self.summary.get("trials") or self.summary.get("comparisons", [])
 
 
 def parse_predictions(lesson: Lesson, answers: Sequence[str]) -> list[str]:
@@ -159,10 +159,15 @@ def judge_run(run: Run) -> int:
 
 def list_contradictions(run: Run) -> list[str]:
     """Return what was measured otherwise than the experiment expects, in words."""
-    return [
+    unmet = [
         f"{trial['wrapper']} × {trial['path']}: {name} is {words['measured']}, expected {words['expected']}"
-        for trial in run.trials
+        for trial in run.summary.get("trials", [])
         for name, words in trial["unmet"].items()
+    ]
+    return unmet + [
+        f"{one['case']} × {one['wrapper']}: {one['found']}, expected {one['expected']}"
+        for one in run.summary.get("comparisons", [])
+        if not one["expectation_met"]
     ]
 
 

@@ -11,14 +11,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich import progress as rich_progress
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from ddpcall.evidence import Environment, Evidence
-from ddpcall.lab.result_table import MATRIX_LEGEND, build_matrix, build_tables, is_matrix
+from ddpcall.lab.report.words import find_tone
+from ddpcall.lab.result_table import COLORS, MATRIX_LEGEND, build_matrix, build_tables, is_matrix
 from ddpcall.verdicts import explain_crash, skipped_kinds
 
 if TYPE_CHECKING:
+    from ddpcall.lab.comparisons import ComparisonResult
     from ddpcall.lab.experiment import TrialResult
     from ddpcall.lab.schema import TrainConfig
 
@@ -195,3 +199,42 @@ def _conclusion(results: list[TrialResult]) -> str:
     if failed:
         return f"[bold red]{failed} of {len(results)} cells are not as expected[/]"
     return f"[green]{stated} of {len(results)} cells have expectations, and all hold[/]"
+
+
+def print_comparisons(
+    config: TrainConfig, environment: Environment, results: list[ComparisonResult], directory: Path
+) -> None:
+    """Print the comparisons with one process and what each says; keep a copy as table.txt."""
+    with (directory / TABLE).open("w") as file:
+        show_comparisons(Console(file=file, width=UNLIMITED), config, environment, results)
+    console = open_console()
+    show_comparisons(console, config, environment, results)
+    console.print(f"evidence: {escape(shorten_path(directory))}", highlight=False, soft_wrap=True)
+
+
+def show_comparisons(
+    console: Console, config: TrainConfig, environment: Environment, results: list[ComparisonResult]
+) -> None:
+    """Show a table of comparisons, and below it what each says that found a difference."""
+    table = Table(title=_title(config), caption=_measured_on(config, environment), title_justify="left")
+    table.box, table.pad_edge, table.show_edge = SIMPLE_HEAD, False, False
+    for column in ("case × wrapper", "expected", "found", "as expected"):
+        table.add_column(column, overflow="fold")
+    for result in results:
+        table.add_row(
+            f"{result.case} × {result.wrapper}",
+            result.expected,
+            f"[{COLORS.get(find_tone('one_process', result.found), 'dim')}]{result.found}[/]",
+            "yes" if result.is_met else "[bold red]NO[/]",
+        )
+    console.print(table)
+    for result in results:
+        if result.found != "same" or not result.is_met:
+            said, _, _ = result.message.partition("\n")  # a matrix may follow
+            mark = "" if result.is_met else f"[bold red]not as expected[/] ({result.expected}) "
+            label = f"[bold]{result.case} × {result.wrapper}[/], {result.about}"
+            console.print(f"{mark}{label}: {escape(said)}", highlight=False)
+    failed = [result for result in results if not result.is_met]
+    told = f"{len(failed)} of {_plural(len(results), 'comparison')} not as expected"
+    conclusion = f"all {_plural(len(results), 'comparison')} are as expected"
+    console.print(f"[bold red]{told}[/]" if failed else f"[green]{conclusion}[/]", highlight=False)

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Failure, StepTimeline, from_json, to_json
-from ddpcall.lab import crash
 from ddpcall.lab.checkpoint import Checkpoints
+from ddpcall.lab.comparisons import ComparisonsRun, check_comparisons
 from ddpcall.lab.console import Progress, print_result, say, say_left_out, warn
-from ddpcall.lab.data import Split, check_batch_size, load_split
-from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
+from ddpcall.lab.data import check_batch_size, load_split
+from ddpcall.lab.errors import EXIT_WRONG_USE, WrongUse
 from ddpcall.lab.grid import Grid, check_expectations, expand_grid, expected_verdicts, unmet
-from ddpcall.lab.guard import Guard
+from ddpcall.lab.guarded_run import GATHER_SECONDS, GuardedRun
 from ddpcall.lab.rank_report import RankReport, median_step_ms
-from ddpcall.lab.report.command import leave_report
 from ddpcall.lab.resume import Earlier, find_earlier
 from ddpcall.lab.run_directory import RunDirectory, json_floats
 from ddpcall.lab.schema import TrainConfig
@@ -30,7 +25,6 @@ from ddpcall.lab.tensorboard import write_events
 from ddpcall.lab.trial import Trial
 from ddpcall.lab.trial_state import RESUMABLE
 from ddpcall.lab.world import (
-    Accelerator,
     RankFailed,
     RankLost,
     World,
@@ -51,7 +45,6 @@ MODES_BY_STEP = (
 )
 # What a rank raises because another one failed first.
 CONSEQUENCES = ("connection reset", "connection closed", "closed by peer", "timed out", "timeout", "broken pipe")
-GATHER_SECONDS = 30.0
 # How long a rank whose trial raised waits for the others, which should have raised alike.
 AFTER_FAILURE_SECONDS = 10.0
 
@@ -91,8 +84,8 @@ def run_experiment(config: TrainConfig, run_directory: Path) -> int:
     try:
         world = open_world()
         _agree_on_config(config, world)
-        grid = check_config(config, world)
-        run = _Run(config, grid, world, RunDirectory(run_directory))
+        check_config(config, world)
+        run = _make_run(config, world, RunDirectory(run_directory))
     except WrongUse as error:
         if world.rank == 0:
             warn(str(error))
@@ -100,7 +93,13 @@ def run_experiment(config: TrainConfig, run_directory: Path) -> int:
     return run.run_guarded()
 
 
-def check_config(config: TrainConfig, world: World) -> Grid:
+def _make_run(config: TrainConfig, world: World, directory: RunDirectory) -> GuardedRun:
+    if config.one_process:
+        return ComparisonsRun(config, world, directory)
+    return _TrialsRun(config, expand_grid(config), world, directory)
+
+
+def check_config(config: TrainConfig, world: World) -> None:
     """Refuse what cannot work before anything starts.
 
     Raises:
@@ -117,10 +116,12 @@ def check_config(config: TrainConfig, world: World) -> Grid:
             f"checkpoint.every={checkpoint.every} checkpoint.keep={checkpoint.keep} checkpoint.resume="
             f"{checkpoint.resume}: write every=0 or more, keep=1 or more, and resume=auto or never"
         )
-    check_expectations(config)
-    grid = expand_grid(config)
     choose_accelerator(config.device, config.backend, world.local_rank, world.local_world_size)
-    return grid
+    if config.one_process:
+        check_comparisons(config)
+    else:
+        check_expectations(config)
+        expand_grid(config)
 
 
 def _agree_on_config(config: TrainConfig, world: World) -> None:
@@ -149,48 +150,20 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.removesuffix("."): value}
 
 
-class _Run:
-    """The run in progress on one rank; rank 0 also writes."""
+class _TrialsRun(GuardedRun):
+    """A grid of trials."""
 
     def __init__(self, config: TrainConfig, grid: Grid, world: World, directory: RunDirectory) -> None:
-        self._config = config
+        accelerator = choose_accelerator(config.device, config.backend, world.local_rank, world.local_world_size)
+        super().__init__(config, world, directory, accelerator)
         self._grid = grid
-        self._world = world
-        self._directory = directory
-        self._accelerator = choose_accelerator(
-            config.device, config.backend, world.local_rank, world.local_world_size
-        )
-        self._environment = describe_environment(self._accelerator, world.world_size)
         self._results: list[TrialResult] = []
         self._lengths: list[dict[str, int]] = []  # rank 0's: bytes of the files of records after each trial
         self._references: dict[str, Tensor | None] = {}
-        self._where = "the start"
-        self._guard = Guard(world, self._report_hang, self._report_signal)
-        self._split: Split | None = None
+        self._split = load_split(config.data, config.seed)
+        check_batch_size(self._split, config.data.batch_size, world.world_size)
 
-    def run_guarded(self) -> int:
-        """Run, and whatever happens leave a summary that says how it ended."""
-        try:
-            with crash.keep_stack_of_crash(self._directory.path, self._world.rank), self._guard.watch():
-                return self._run()
-        except WrongUse as error:
-            self._close_failed("wrong use", str(error), None)
-            if self._world.rank == 0:
-                warn(str(error))
-            return EXIT_WRONG_USE
-        except RankLost as error:
-            self._close_lost(error)
-            self._world.end()
-            raise SystemExit(EXIT_FAILED) from None
-        except Exception as error:
-            self._close_failed("failed", f"{type(error).__name__}: {error}", self._world.rank)
-            self._world.end()
-            raise
-
-    def _run(self) -> int:
-        self._split = load_split(self._config.data, self._config.seed)
-        check_batch_size(self._split, self._config.data.batch_size, self._world.world_size)
-        self._begin()
+    def _measure(self) -> None:
         with Progress(len(self._grid.cells), enabled=self._world.rank == 0) as progress:
             for index, cell in enumerate(self._grid.cells):
                 progress.begin(cell.label())
@@ -198,15 +171,22 @@ class _Run:
                     self._results.append(self._run_cell(index, cell))
                     self._close_trial(f"trial{index}")
                 progress.finish()
-        failed = any(result.unmet for result in self._results)
         if self._world.rank == 0:
             self._checkpoints(".").remove()
-            self._directory.write_summary(self._summary("expectations failed" if failed else "ok"))
-            print_result(self._config, self._environment, self._results, self._directory.path)
-            leave_report(self._directory.path, self._config.report)
-        # A rank that leaves with an exit code makes the launcher stop the others: leave together.
-        self._world.collect("finished", True, GATHER_SECONDS)
-        return EXIT_FAILED if failed else EXIT_OK
+
+    def _has_failed(self) -> bool:
+        return any(result.unmet for result in self._results)
+
+    def _print(self) -> None:
+        print_result(self._config, self._environment, self._results, self._directory.path)
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "num_trials": len(self._grid.cells),
+            "left_out": list(self._grid.left_out),
+            "lengths": self._lengths,
+            "trials": [summarize(result) for result in self._results],
+        }
 
     def _begin(self) -> None:
         """Start the run directory, or go on with the trials that stand there."""
@@ -223,9 +203,7 @@ class _Run:
         whole = sorted({cell.wrapper for cell in self._grid.cells} - RESUMABLE)
         if self._config.checkpoint.every and whole:
             say(f"not saved in mid-trial, since model and optimizer do not hold all of it: {', '.join(whole)}")
-        config_yaml = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self._config)))
-        environment = dataclasses.asdict(self._environment)
-        self._directory.create(config_yaml, environment, self._summary("running"), anew=not earlier.is_there)
+        self._create_directory(anew=not earlier.is_there)
 
     def _find_earlier(self) -> Earlier:
         """Let rank 0 look into the run directory, and hear what it found.
@@ -280,7 +258,6 @@ class _Run:
     def _run_trial(
         self, name: str, cell: Cell, *, observe: bool, reference: Tensor | None = None
     ) -> list[RankReport]:
-        assert self._split is not None
         self._where = f"{name} ({cell.label()})"
         trial = Trial(
             cell,
@@ -326,75 +303,6 @@ class _Run:
         self._directory.append("timeline.jsonl", timeline_records(cell, reports))
         if self._config.tensorboard:
             write_events(self._directory.path / "tensorboard", result.evidence, reports)
-
-    def _summary(self, outcome: str) -> dict[str, Any]:
-        return {
-            "experiment": self._config.name,
-            "question": self._config.question,
-            "outcome": outcome,
-            "reason": None,
-            "first_failing_rank": None,
-            "environment": dataclasses.asdict(self._environment),
-            "num_trials": len(self._grid.cells),
-            "left_out": list(self._grid.left_out),
-            "lengths": self._lengths,
-            "trials": [summarize(result) for result in self._results],
-        }
-
-    def _close_failed(self, outcome: str, reason: str, first_failing_rank: int | None, **more: Any) -> None:
-        if self._world.claim("summary_closer"):
-            self._directory.fail(outcome, f"{self._where}: {reason}", first_failing_rank, **more)
-            if outcome != "wrong use":
-                leave_report(self._directory.path, self._config.report)
-            if outcome != "wrong use":
-                warn(f"{outcome}: {self._where}: {reason}\nWhat was measured before is in {self._directory.path}")
-
-    def _close_lost(self, error: RankLost) -> None:
-        """Close a run that lost ranks, with the stack of each that crashed and of those that saw it."""
-        directory, world = self._directory.path, self._world
-        crashed = {rank: crash.read_stack_of_crash(directory, rank) for rank in error.ranks}
-        reason = str(error)
-        for rank, stack in crashed.items():
-            if stack:
-                reason += f"\nrank {rank} crashed here ({crash.FOLDER}/rank{rank}.txt):\n{stack.rstrip()}"
-        others = {r: world.read("stacks", r) for r in range(world.world_size) if world.has("stacks", r)}
-        crash.remove_empty(directory, *range(world.world_size))
-        self._close_failed("rank lost", reason, error.ranks[0], stacks={**others, **crashed})
-
-    def _report_signal(self, signal_name: str, missing: list[int]) -> None:
-        """Tell a rank that died (the launcher then stops the others) from a run that somebody stopped."""
-        if missing:
-            self._close_lost(RankLost(missing, self._where))
-        else:
-            self._close_failed("interrupted", f"stopped by {signal_name}", None)
-
-    def _report_hang(self, name: str, stacks: dict[int, str], missing: list[int]) -> None:
-        seconds = self._config.trial_timeout_s
-        reason = f"no end after {seconds:g} s (trial_timeout_s)"
-        if missing:
-            reason += f"; no answer from rank {', '.join(map(str, missing))}: dead or stopped"
-        for rank, stack in sorted(stacks.items()):
-            warn(f"rank {rank} was here when {name} was cut:\n{stack}")
-        self._close_failed("hung", reason, missing[0] if missing else None, stacks=stacks)
-
-
-def describe_environment(accelerator: Accelerator, world_size: int) -> Environment:
-    """Describe what this process runs on."""
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {
-        package: importlib.metadata.version(package)
-        for package in ("ddpcall", "hydra-core", "numpy", "scikit-learn")
-    }
-    return Environment(
-        torch=torch.__version__,
-        python=platform.python_version(),
-        backend=accelerator.backend,
-        device=device.type,
-        device_name=name,
-        world_size=world_size,
-        versions=versions,
-    )
 
 
 def merge_reports(

@@ -168,8 +168,26 @@ class ExpectationConfig:
 
 
 @dataclass(kw_only=True)
+class OneProcessConfig:
+    """One comparison with one process, and what it should find.
+
+    Attributes:
+        case: A case of `ddpcall.lab.one_process_cases`.
+        wrapper: What wraps the model; null: what the case names.
+        expect: The cause: one of `ddpcall.compare.CAUSES`.
+    """
+
+    case: str = MISSING
+    wrapper: str | None = None
+    expect: str = MISSING
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """One experiment: a grid of trials, the same data and seed for all of them, and what they should show.
+
+    With `one_process` it is a list of comparisons with one process instead, each with a model and a batch of its
+    own: `ranks`, `steps` and `optimizer` hold for them; what else makes trials (grid, data, probes) does not.
 
     Attributes:
         name: The experiment's name; names its run directory.
@@ -183,6 +201,7 @@ class TrainConfig:
         tensorboard: Whether to write TensorBoard events.
         report: Whether to write report.html at the end.
         checkpoint: Whether and how trials are saved and resumed.
+        one_process: Comparisons with one process, in place of a grid of trials.
     """
 
     name: str = "train"
@@ -204,6 +223,7 @@ class TrainConfig:
     probes: ProbesConfig = field(default_factory=ProbesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     expect: list[ExpectationConfig] = field(default_factory=list)
+    one_process: list[OneProcessConfig] = field(default_factory=list)
 
 
 def register_schema() -> None:

@@ -31,6 +31,8 @@ def verdict_table(summary: dict[str, Any]) -> str:
     Args:
         summary: The content of a summary.json.
     """
+    if summary.get("comparisons"):
+        return comparison_table(summary["comparisons"])
     trials = summary["trials"]
     axes = ["wrapper", "path", *(axis for axis in ("window", "hooks", "mode", "model") if _varies(trials, axis))]
     verdicts = [name for name in TITLES if _tells(trials, name)]
@@ -39,6 +41,20 @@ def verdict_table(summary: dict[str, Any]) -> str:
     ]
     header = [*axes, *(TITLES[name] for name in verdicts)]
     return "\n".join(_line(cells) for cells in [header, ["---"] * len(header), *rows])
+
+
+def comparison_table(comparisons: list[dict[str, Any]]) -> str:
+    """Return comparisons with one process as a Markdown table, without the numbers, which differ."""
+    rows = [
+        [f"`{one['case']}`: {one['about']}", one["wrapper"], _mark(one["found"], one["found"] == "same")]
+        for one in comparisons
+    ]
+    header = ["training step", "wrapper", "one process and the ranks"]
+    return "\n".join(_line(cells) for cells in [header, ["---"] * len(header), *rows])
+
+
+def _mark(word: str, is_plain: bool) -> str:
+    return word if is_plain else f"**{word}**"
 
 
 def _tells(trials: list[dict[str, Any]], name: str) -> bool:
@@ -59,7 +75,7 @@ def _word(trial: dict[str, Any], name: str) -> str:
     word = trial["verdicts"][name]
     # Gradients that differ from rank to rank are no good; dropout masks that do are.
     is_plain = word in _PLAIN and (name, word) != ("mixing", "different")
-    return word if is_plain else f"**{word}**"
+    return _mark(word, is_plain)
 
 
 def _line(cells: list[str]) -> str:

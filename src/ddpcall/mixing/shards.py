@@ -173,15 +173,22 @@ class FlatTap:
 def find_sharded(model: nn.Module) -> Iterator[tuple[list[int], Place]]:
     """Yield the places of sharded parameters, and the ids of the tensors that stand for them in the model."""
     tap = FlatTap()
+    names = {id(module): name for name, module in model.named_modules()}
     for prefix, module in model.named_modules():
         for shard in _shards_of(module):
             info = internals.FSDP_MODULE_INFO.of(shard)
-            name = internals.FSDP_PARAM_FQN.of(shard) or f"{prefix}.{info.param_name}"
-            place = ShardedPlace(clean_name(name), shard)
+            # The module that holds it, which need not be the one that was sharded. Its own name comes later.
+            owner = names.get(id(info.module), prefix)
+            place = ShardedPlace(clean_name(f"{owner}.{info.param_name}".removeprefix(".")), shard)
             yield [id(shard.sharded_param), id(place.whole())], place
         handle, wrapped = (entry.of(module, None) for entry in internals.FSDP1.values())
         if handle is not None and wrapped is not None:
             yield from _flat_places(prefix, module, handle, tap)
+
+
+def is_flattened(model: nn.Module) -> bool:
+    """Say whether FSDP1 holds parameters of the model."""
+    return any(internals.FSDP1["handle"].of(module, None) is not None for module in model.modules())
 
 
 def _flat_places(prefix: str, module: Any, handle: Any, tap: FlatTap) -> Iterator[tuple[list[int], Place]]:

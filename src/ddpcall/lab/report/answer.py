@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ddpcall.lab.report.records import RunRecord, TrialRecord
-from ddpcall.lab.report.words import code, format_share, join_words, plural, values_that_tell, varying_axes
+from ddpcall.lab.report.records import ComparisonRecord, RunRecord, TrialRecord
+from ddpcall.lab.report.words import (
+    code,
+    format_share,
+    join_words,
+    list_names,
+    plural,
+    values_that_tell,
+    varying_axes,
+)
 from ddpcall.verdicts import NO_DATA_PARALLELISM
 
 # Verdict by verdict: what the ways with that word do; (one way, several ways).
@@ -63,6 +71,16 @@ _SAYS: dict[str, dict[str, tuple[str, str]]] = {
         "local": ("leaves gradients local to each rank", "leave gradients local to each rank"),
     },
 }
+_DIFFERS = {
+    "scaled": "every gradient is a multiple of it",
+    "weighted": "ranks or micro-batches have other weights",
+    "module": "a module computes something else",
+    "loss": "the loss is another one",
+    "some_parameters": "some parameters differ",
+    "update": "what follows the backward differs",
+    "unexplained": "it cannot be told why it differs",
+    "crashed": "the step crashes",
+}
 _SPECIAL = tuple(name for name in _SAYS if name not in ("mixing", "gradients"))
 _MOST_NAMES = 3
 _MOST_SPECIAL = 2
@@ -73,7 +91,7 @@ def answer(run: RunRecord) -> str:
     """Return one sentence: who keeps what, what the others lose, and what that costs."""
     trials = run.trials
     if not trials:
-        return "Nothing was measured."
+        return answer_comparisons(run.comparisons) if run.comparisons else "Nothing was measured."
     special = [clause for name in _SPECIAL if _tells_apart(name, trials) for clause in _clause(name, trials)]
     clauses = special[:_MOST_SPECIAL]
     if run.environment is None or run.environment.world_size > 1:
@@ -84,6 +102,18 @@ def answer(run: RunRecord) -> str:
         clauses += _hooks_clause(trials)
     sentence = "; ".join(clauses) or "nothing that was measured tells these ways apart"
     return f"{sentence[:1].upper()}{sentence[1:]}."
+
+
+def answer_comparisons(comparisons: Sequence[ComparisonRecord]) -> str:
+    """Return one sentence: how many steps compute what one process does, and what becomes of the others."""
+    by_cause: dict[str, list[str]] = {}
+    for one in comparisons:
+        by_cause.setdefault(one.found, []).append(code(one.label))
+    same = len(by_cause.pop("same", ()))
+    steps = plural(len(comparisons), "step")
+    sentence = f"{same} of {steps} {'computes' if same == 1 else 'compute'} what one process does"
+    others = [f"{_DIFFERS.get(cause, cause)} in {list_names(names)}" for cause, names in by_cause.items()]
+    return f"{'; '.join([sentence, *others])}."
 
 
 def _with_price(clause: str, price: str) -> str:
@@ -188,11 +218,14 @@ def _range(values: Sequence[float]) -> str:
 
 def status(run: RunRecord) -> tuple[str, str]:
     """Return how the run ended: a tone (good, lost or part) and a sentence."""
-    measured = len(run.trials)
-    asked = run.num_trials if run.num_trials is not None else measured
-    failed = sum(bool(trial.unmet) for trial in run.trials)
-    stated = sum(bool(trial.expected) for trial in run.trials)
-    cells = plural(measured, "cell")
+    noun = "comparison" if run.num_comparisons is not None or run.comparisons else "cell"
+    rows = run.comparisons if noun == "comparison" else run.trials
+    number = run.num_comparisons if noun == "comparison" else run.num_trials
+    measured = len(rows)
+    asked = number if number is not None else measured
+    failed = sum(not one.is_met if isinstance(one, ComparisonRecord) else bool(one.unmet) for one in rows)
+    stated = sum(bool(one.expected) for one in rows)
+    cells = plural(measured, noun)
     if failed:
         tone, sentence = "lost", f"{failed} of {cells} {'is' if failed == 1 else 'are'} not as expected."
     elif stated:
@@ -205,5 +238,5 @@ def status(run: RunRecord) -> tuple[str, str]:
         "running": "The run goes on, or was killed before it could say more",
         "unknown": "How the run ended is not known",
     }.get(run.outcome, f"The run did not end well ({run.outcome})")
-    ended += f": {measured} of {plural(asked, 'cell')} measured."
+    ended += f": {measured} of {plural(asked, noun)} measured."
     return "lost", ended + (f" {sentence}" if measured else "")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
-from ddpcall.evidence import Cell
 from ddpcall.lab.columns import TITLES
 from ddpcall.lab.report.records import RunRecord
-from ddpcall.lab.report.truth import VerdictCell, judge_cell
+from ddpcall.lab.report.truth import VerdictCell, judge_cell, judge_comparison
 from ddpcall.lab.report.words import label_cell, plural, varying_axes
 
 
@@ -45,7 +46,7 @@ class Comparison:
 
 
 def compare_runs(runs: Sequence[RunRecord], names: Sequence[str]) -> Comparison:
-    """Compare the verdicts of the cells that at least two runs have."""
+    """Compare the verdicts of the cells that at least two runs have, and their comparisons with one process."""
     by_cell = [{trial.cell: trial for trial in run.trials} for run in runs]
     cells = list(dict.fromkeys(cell for trials in by_cell for cell in trials))
     axes = varying_axes(cells) if cells else []
@@ -57,21 +58,30 @@ def compare_runs(runs: Sequence[RunRecord], names: Sequence[str]) -> Comparison:
             words = [judge_cell(trial, name) if trial is not None else None for trial in found]
             if len({word.word for word in words if word is not None}) > 1:
                 differences.append(Difference(label_cell(cell, axes), title, tuple(words)))
+    by_label = [{one.label: judge_comparison(one) for one in run.comparisons} for run in runs]
+    labels = [label for label in dict.fromkeys(chain(*by_label)) if sum(label in own for own in by_label) > 1]
+    for label in labels:
+        words = tuple(own.get(label) for own in by_label)
+        if len({word.word for word in words if word is not None}) > 1:
+            differences.append(Difference(label, "as one process", words))
     return Comparison(
         tuple(names),
-        _sentence(differences, shared),
+        _sentence(differences, [*shared, *labels]),
         tuple(differences),
-        tuple(_alone(trials, by_cell, axes) for trials in by_cell),
+        tuple(
+            (*_alone(trials, by_cell, lambda cell: label_cell(cell, axes)), *_alone(own, by_label, str))
+            for trials, own in zip(by_cell, by_label, strict=True)
+        ),
     )
 
 
 def _alone(
-    trials: Mapping[Cell, object], by_cell: Sequence[Mapping[Cell, object]], axes: Sequence[str]
-) -> tuple[str, ...]:
-    return tuple(label_cell(cell, axes) for cell in trials if not all(cell in other for other in by_cell))
+    own: Mapping[Any, object], of_all: Sequence[Mapping[Any, object]], name: Callable[[Any], str]
+) -> list[str]:
+    return [name(key) for key in own if not all(key in other for other in of_all)]
 
 
-def _sentence(differences: Sequence[Difference], shared: Sequence[Cell]) -> str:
+def _sentence(differences: Sequence[Difference], shared: Sequence[object]) -> str:
     if not shared:
         return "The runs have no cell in common, so that there is nothing to compare."
     cells = len({difference.label for difference in differences})

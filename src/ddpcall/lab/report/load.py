@@ -14,6 +14,7 @@ from typing import Any
 from ddpcall.evidence import AXES, Cell, Environment, Evidence
 from ddpcall.lab.report.load_watch import load_watch
 from ddpcall.lab.report.records import (
+    ComparisonRecord,
     RankSteps,
     RunRecord,
     TimelineRecord,
@@ -84,6 +85,8 @@ def load_run(path: Path) -> RunRecord:
         stacks=_texts(summary.get("stacks")),
         environment=_read_environment(path, summary, first, problems),
         num_trials=_whole(summary.get("num_trials")),
+        num_comparisons=_whole(summary.get("num_comparisons")),
+        comparisons=tuple(_read_comparisons(summary, problems)),
         left_out=tuple(map(str, _items(summary.get("left_out")))),
         trials=trials,
         steps=steps,
@@ -124,6 +127,14 @@ def _read_trials(summary: Mapping[str, Any], problems: list[str]) -> list[TrialR
         except Misfit as error:
             problems.append(f"{SUMMARY}: {error}")
     return trials
+
+
+def _read_comparisons(summary: Mapping[str, Any], problems: list[str]) -> Iterator[ComparisonRecord]:
+    for number, item in enumerate(_items(summary.get("comparisons"))):
+        try:
+            yield read_record(ComparisonRecord, item, f"comparison {number}")
+        except Misfit as error:
+            problems.append(f"{SUMMARY}: {error}")
 
 
 def _read_evidence(path: Path, problems: list[str]) -> dict[Cell, TrialRecord]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from ddpcall.lab.report.compare import Comparison
 from ddpcall.lab.report.mixing import MixingPicture
 from ddpcall.lab.report.truth import TruthTable, VerdictCell
-from ddpcall.lab.report.view import ReportView, RunView
+from ddpcall.lab.report.view import ComparisonRow, ReportView, RunView
 from ddpcall.lab.report.watched import FindingView, WatchView
 from ddpcall.lab.report.words import format_number, format_share, plural
 from ddpcall.lab.report.worth import Worth
@@ -76,6 +76,7 @@ def _run(run: RunView) -> str:
     parts += [_text(run.reason)] if run.reason else []
     parts.append(_problems("What could not be read", run.problems))
     parts += ["\n".join(_failures(run))] if run.failures else []
+    parts += [_comparisons(run.comparisons)] if run.comparisons else []
     parts += [_truth(run.table)] if run.table else []
     parts += ["\n\n".join(_mixing(picture) for picture in run.mixing.pictures)] if run.mixing else []
     parts += [_worths(run.worth)] if run.worth else []
@@ -96,6 +97,14 @@ def _failures(run: RunView) -> Iterator[str]:
         words = "; ".join(f"{title} is {_text(is_)}, expected {_text(want)}" for title, want, is_ in failure.unmet)
         error = f" (raised on {_text(failure.error)})" if failure.error else ""
         yield f"* {_text(failure.label)}, {_code(failure.spelling)}: {words}{error}"
+
+
+def _comparisons(rows: Sequence[ComparisonRow]) -> str:
+    cells = [
+        [f"{_code(row.label)} {_text(row.about)}", _text(row.expected), _word(row.found), _text(row.message)]
+        for row in rows
+    ]
+    return _table(["training step", "expected", "found", "what the comparison says"], cells)
 
 
 def _truth(table: TruthTable) -> str:

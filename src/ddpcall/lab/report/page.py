@@ -106,6 +106,7 @@ def list_sections(run: RunView) -> list[tuple[str, str]]:
     """Return anchor and name of the sections that a run has."""
     present = {
         ("failed", "Not as expected"): run.failures,
+        ("comparisons", "One process"): run.comparisons,
         ("table", "Truth table"): run.table,
         ("mixing", "Who learns from whom"): run.mixing,
         ("worth", "What it costs"): run.worth,

@@ -36,6 +36,37 @@ class TrialRecord:
     evidence: Evidence | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRecord:
+    """One comparison with one process, as summary.json has it.
+
+    Attributes:
+        case: Its name.
+        wrapper: What wrapped the model.
+        about: What the step does.
+        expected: The cause that was expected.
+        found: The cause that was found.
+        message: What the comparison says.
+    """
+
+    case: str
+    wrapper: str
+    found: str
+    expected: str = ""
+    about: str = ""
+    message: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name it."""
+        return f"{self.case} × {self.wrapper}"
+
+    @property
+    def is_met(self) -> bool:
+        """Whether it is as expected."""
+        return self.expected in ("", self.found)
+
+
 @dataclass(frozen=True)
 class RankSteps:
     """What steps.jsonl says of one rank in one trial.
@@ -103,7 +134,9 @@ class RunRecord:
         environment: Where it was measured.
         num_trials: How many trials were asked for.
         left_out: Pairs that make no sense, with the reason.
+        num_comparisons: How many comparisons with one process were asked for.
         trials: In the order they ran.
+        comparisons: With one process, likewise.
         steps: By cell and rank.
         timeline: All lines of timeline.jsonl.
         overrides: The command line's Hydra overrides; None where unknown.
@@ -122,7 +155,9 @@ class RunRecord:
     environment: Environment | None = None
     num_trials: int | None = None
     left_out: tuple[str, ...] = ()
+    num_comparisons: int | None = None
     trials: tuple[TrialRecord, ...] = ()
+    comparisons: tuple[ComparisonRecord, ...] = ()
     steps: Mapping[Cell, Mapping[int, RankSteps]] = field(default_factory=dict)
     timeline: tuple[TimelineRecord, ...] = ()
     overrides: tuple[str, ...] | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ddpcall.lab.columns import TITLES, is_interesting
 from ddpcall.lab.report.facts import Section, collect_sections
-from ddpcall.lab.report.records import TrialRecord
+from ddpcall.lab.report.records import ComparisonRecord, TrialRecord
 from ddpcall.lab.report.words import (
     axis_value,
     find_tone,
@@ -118,6 +118,12 @@ def judge_cell(trial: TrialRecord, name: str) -> VerdictCell:
     """Return one verdict of a trial with its tone, and what was expected instead."""
     word = trial.verdicts.get(name, "none")
     return VerdictCell(name, word, find_tone(name, word), trial.unmet.get(name, {}).get("expected", ""))
+
+
+def judge_comparison(record: ComparisonRecord) -> VerdictCell:
+    """Return what a comparison with one process found, and what was expected instead."""
+    tone = find_tone("one_process", record.found)
+    return VerdictCell("one_process", record.found, tone, "" if record.is_met else record.expected)
 
 
 def _overview(trials: Sequence[TrialRecord], axes: Sequence[str]) -> Overview | None:

@@ -10,15 +10,47 @@ from ddpcall.lab.report.answer import answer, status
 from ddpcall.lab.report.compare import Comparison, compare_runs, name_runs
 from ddpcall.lab.report.mixing import MixingPictures, build_pictures
 from ddpcall.lab.report.modes import Modes, build_modes
-from ddpcall.lab.report.records import RunRecord, WatchRecord
+from ddpcall.lab.report.records import ComparisonRecord, RunRecord, WatchRecord
 from ddpcall.lab.report.repeat import repeat_command
 from ddpcall.lab.report.series import Plot, plot_columns, plot_ranks
 from ddpcall.lab.report.timeline import Timelines, build_timelines
-from ddpcall.lab.report.truth import FailedExpectation, TruthTable, build_table, collect_failures
+from ddpcall.lab.report.truth import (
+    FailedExpectation,
+    TruthTable,
+    VerdictCell,
+    build_table,
+    collect_failures,
+    judge_comparison,
+)
 from ddpcall.lab.report.watched import WatchView, view_watch
 from ddpcall.lab.report.worth import Worth, collect_worth
 
 SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One comparison with one process.
+
+    Attributes:
+        label: Case and wrapper.
+        about: What the step does.
+        expected: The cause that was expected.
+        found: The cause that was found, with its color; what was expected instead, where it is another.
+        message: What there is to say of it.
+    """
+
+    label: str
+    about: str
+    expected: str
+    found: VerdictCell
+    message: str
+
+    @staticmethod
+    def of(record: ComparisonRecord) -> ComparisonRow:
+        """Return the row of a comparison."""
+        said, _, _ = record.message.partition("\n")  # a matrix may follow
+        return ComparisonRow(record.label, record.about, record.expected, judge_comparison(record), said)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +66,7 @@ class RunView:
         reason: Why it did not end well; empty otherwise.
         stacks: Rank and Python stack, where the run was cut.
         failures: Trials that are not as expected.
+        comparisons: With one process, those first that are not as expected.
         table: The truth table; None where nothing was measured.
         mixing: Who learned from whom; None where it was not measured.
         worth: What the trained models are worth.
@@ -55,6 +88,7 @@ class RunView:
     reason: str
     stacks: tuple[tuple[str, str], ...]
     failures: tuple[FailedExpectation, ...]
+    comparisons: tuple[ComparisonRow, ...]
     table: TruthTable | None
     mixing: MixingPictures | None
     worth: tuple[Worth, ...]
@@ -119,6 +153,7 @@ def view_run(run: RunRecord, name: str) -> RunView:
         reason=run.reason or "",
         stacks=tuple(sorted(run.stacks.items())),
         failures=collect_failures(run.trials),
+        comparisons=tuple(ComparisonRow.of(one) for one in sorted(run.comparisons, key=lambda one: one.is_met)),
         table=build_table(run.trials) if run.trials else None,
         mixing=build_pictures(run.trials),
         worth=collect_worth(run),

@@ -25,6 +25,8 @@ _MOST_LISTED = 6
 
 def find_tone(name: str, word: str) -> str:
     """Return the tone of one verdict's word; none for words that are neither good nor bad."""
+    if name == "one_process":
+        return {"same": "good", "unexplained": "part", "crashed": "crash"}.get(word, "lost")
     # Masks that differ between ranks are what dropout is for; gradients that do are not.
     return "lost" if (name, word) == ("mixing", "different") else _TONE_OF.get(word, "none")
 
