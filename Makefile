@@ -8,7 +8,7 @@ IN_DOCS := replicate_bypass compile_bypass hooks_bypass sharded_bypass precision
   sync_batchnorm dropout_modes mode_mismatch jit_hooks checkpointing same_as_one_process
 
 IN_LESSONS := hooks_bypass forward_bypass arming replicas_parting batchnorm_dropout compiled_calls sharded_calls \
-  accelerate_unwrap mode_mismatch mixing_matrix
+  accelerate_unwrap mode_mismatch mixing_matrix same_as_one_process
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test browser corpus check bench tables lessons mixing semantics claims versions screenshot docs wheel clean

@@ -91,6 +91,13 @@ SOLUTIONS: dict[str, tuple[Edit, ...]] = {
     ),
 }
 
+_MEAN = "            loss = F.cross_entropy(model(x), y)\n"
+_MEAN_OF_ALL = (
+    "            count = (y != -100).sum()\n            dist.all_reduce(count)\n"
+    "            loss = F.cross_entropy(model(x), y, reduction='sum') * ranks / count\n"
+)
+SOLUTIONS["one_process"] = ((_MEAN, _MEAN_OF_ALL),)
+
 _BY_HAND = (
     "            loss.backward()\n",
     "            loss.backward()\n            for parameter in model.parameters():\n"
@@ -189,6 +196,37 @@ CHEATS: dict[str, Cheat] = {
     ),
     "forgets the epoch": Cheat("shared_data", (("        sampler.set_epoch(epoch)\n", ""),), ("shuffles",)),
     # ---- against the grader itself ----
+    "is right in the first step alone": Cheat(
+        "one_process",
+        (
+            (
+                _MEAN_OF_ALL,
+                f"{_MEAN_OF_ALL}            if loader_steps:\n    {_MEAN}            loader_steps += 1\n",
+            ),
+            ("    for epoch in range(EPOCHS):\n", "    loader_steps = 0\n    for epoch in range(EPOCHS):\n"),
+        ),
+        ("one_process",),
+    ),
+    "throws labels away until all ranks have as many": Cheat(
+        "one_process",
+        (
+            (
+                _MEAN,
+                "            known = (y != -100).nonzero().flatten()\n"
+                "            fewest = torch.tensor(len(known))\n"
+                "            dist.all_reduce(fewest, dist.ReduceOp.MIN)\n            y[known[fewest:]] = -100\n"
+                + _MEAN,
+            ),
+        ),
+        ("one_process",),
+        mended=False,
+    ),
+    "weighs by its own share of a fixed number": Cheat(
+        "one_process",
+        ((_MEAN, _MEAN[:-1] + " * (y != -100).sum() / BATCH_SIZE\n"),),
+        ("one_process",),
+        mended=False,
+    ),
     "does not step": Cheat("module_bypass", (("            optimizer.step()\n", ""),), ("trains", "accuracy")),
     "starts no process group": Cheat(
         "module_bypass",

@@ -40,6 +40,7 @@ MEASURED = {
     "accelerate_unwrap": ["local", "bfloat16", "float32"],
     "one_rank_apart": ["synced", "same", "differs"],
     "mixing": ["synced", "partly_local", "scaled", "groups"],
+    "one_process": ["weighted", "scaled", "same", "loss"],
 }
 
 

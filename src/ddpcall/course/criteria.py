@@ -31,6 +31,8 @@ from ddpcall.course.case import (
 )
 from ddpcall.lab.report.words import plural
 
+AS_ONE = 1e-3  # of a step's gradient: what rounding makes of it in a hundred steps is far less
+
 
 def judge_all(criteria: Sequence[Criterion], case: Case) -> list[Score]:
     """Judge a case by every criterion, in order; a criterion comes after those it requires."""
@@ -368,4 +370,34 @@ def judge_shuffles(case: Case) -> Judgement:
     return Judgement(True, "Every epoch has an order of its own.")
 
 
-# ---- reading testimonies --------------------------------------------------------------------------------------
+def judge_as_one_process(case: Case) -> Judgement:
+    """Is every gradient that was used the one that one process computes for the samples of all ranks?"""
+    used: dict[int, dict[str, np.ndarray]] = {}
+    rates: dict[int, float] = {}
+    for name, step, ranks in align_all(case):
+        used.setdefault(step, {})[name] = np.array([record["used"] for record in ranks])
+        rates[step] = ranks[0]["lr"]
+    rows = {
+        step: [
+            row
+            for testimony in case.testimonies
+            for forward in trained_forwards(testimony)
+            if forward["step"] == step
+            for row in forward["rows"]
+        ]
+        for step in used
+    }
+    begin = read_state(case, case.testimonies[0], case.testimonies[0].begin)
+    alone = case.reference.train_alone(begin, ((rows[step], rates[step]) for step in sorted(used)))
+    for step, expected in zip(sorted(used), alone, strict=True):
+        total = np.linalg.norm(np.concatenate([np.array(value) for value in expected.values()]))
+        for name, value in expected.items():
+            off = np.linalg.norm(used[step].get(name, np.zeros((1, len(value)))) - np.array(value), axis=1).max()
+            if off > AS_ONE * total:
+                share = f"{off / total:.1%} of the whole gradient"
+                return Judgement(
+                    False,
+                    f"In step {step + 1} the gradient of `{name}` is not that of one process with the samples of "
+                    f"all ranks, by {share}: every target has to weigh the same.",
+                )
+    return Judgement(True, "In every step the ranks used the gradient that one process computes.")

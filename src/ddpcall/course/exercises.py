@@ -160,6 +160,17 @@ EXERCISES = (
             _intent("shuffles", "shuffled every epoch", 5, criteria.judge_shuffles),
         ),
     ),
+    Exercise(
+        name="one_process",
+        title="Two ranks that agree, and do not train what one process would",
+        task="Make the ranks train what one process would, with the samples of all ranks in each step: every "
+        "label weighs the same. Model, samples, cross entropy and plain SGD stay.",
+        hint="`ddpcall explain DC110`, `ddpcall lab run one_process`: a mean of means is the mean only where all "
+        "have as many terms.",
+        min_steps=40,
+        min_accuracy=0.87,
+        intent=(_intent("one_process", "what one process computes", 15, criteria.judge_as_one_process),),
+    ),
 )
 
 

@@ -59,7 +59,8 @@ class Lesson:
         experiment: The file in conf/experiment that is run.
         question: What it asks, in a sentence or two.
         predict: What the student predicts.
-        columns: Verdicts shown as evidence, besides `accuracy`, `distance` and `loss`.
+        columns: Verdicts shown as evidence, besides `accuracy`, `distance` and `loss`; none for comparisons with
+            one process, of which everything is shown.
         look: What to look at in the evidence.
         why: The explanation, in paragraphs.
         sources: Where the behaviour stands in the source.
@@ -90,6 +91,19 @@ def verdict(name: str, **cell: str) -> Measure:
 
     def measure(trials: Trials) -> str:
         return str(find_trial(trials, **cell)["verdicts"][name])
+
+    return measure
+
+
+def found(**comparison: str) -> Measure:
+    """Measure what one comparison with one process found: a cause, such as `same` or `weighted`.
+
+    Args:
+        **comparison: Its `case` and `wrapper`.
+    """
+
+    def measure(trials: Trials) -> str:
+        return str(find_trial(trials, **comparison)["found"])
 
     return measure
 
@@ -133,7 +147,7 @@ def _worst_accuracy(trial: dict[str, Any]) -> float | None:
 
 
 def find_trial(trials: Trials, **cell: str) -> dict[str, Any]:
-    """Return the first trial with these values on its axes.
+    """Return the first trial, or comparison with one process, with these values on its axes.
 
     Raises:
         LookupError: There is none: the run was cut short, or the lesson names what its experiment has not.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ddpcall.course.lesson import Choice, Lesson, Question, compare_accuracy, compare_replicas, trains, verdict
 from ddpcall.course.mixing_lesson import MIXING
+from ddpcall.course.one_process_lesson import ONE_PROCESS
 from ddpcall.course.sources import Source
 
 _MODULE = "torch.nn.modules.module"
@@ -530,6 +531,7 @@ LESSONS = (
         ),
     ),
     MIXING,
+    ONE_PROCESS,
 )
 
 

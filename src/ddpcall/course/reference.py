@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ddpcall.course.witness import digest_rows
+from ddpcall.course.witness import digest_rows, project
 
 
 class Reference:
@@ -49,6 +50,36 @@ class Reference:
         """A digest of every training sample."""
         inputs = self.call("make_data", "train").tensors[0]
         return {row for part in inputs.split(512) for row in digest_rows(part)}
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        inputs = self.call("make_data", "train").tensors[0]
+        rows = [row for part in inputs.split(512) for row in digest_rows(part)]
+        return {row: place for place, row in enumerate(rows)}
+
+    def train_alone(
+        self, state: dict[str, np.ndarray], steps: Iterable[tuple[Sequence[str], float]]
+    ) -> Iterator[dict[str, list[float]]]:
+        """Train in one process, by cross entropy and plain SGD; yield each step's gradient, projected, by name.
+
+        Args:
+            state: Parameters and buffers to begin with.
+            steps: For each step the samples of all ranks, by digest, and the learning rate.
+
+        Raises:
+            KeyError: A sample is not in the training data.
+        """
+        model = self.call("make_model")
+        model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
+        inputs, targets = self.call("make_data", "train").tensors
+        for rows, rate in steps:
+            places = [self._places[row] for row in rows]
+            model.zero_grad()
+            nn.functional.cross_entropy(model(inputs[places]), targets[places]).backward()
+            yield {name: project(parameter.grad) or [] for name, parameter in model.named_parameters()}
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= rate * parameter.grad
 
     def accuracy(self, state: dict[str, np.ndarray]) -> float:
         """Return the share of the test set that the model with these parameters and buffers gets right.

@@ -43,12 +43,31 @@ def show_question(console: Console, number: int, question: Question) -> None:
 
 
 def show_evidence(console: Console, lesson: Lesson, run: Run) -> None:
-    """Show the measured verdicts, one row a trial."""
+    """Show the measured verdicts, one row a trial, or what each comparison with one process found."""
+    _headline(console, "measured")
+    if run.summary.get("comparisons"):
+        _show_comparisons(console, run)
+    else:
+        _show_trials(console, lesson, run)
+    environment = run.summary["environment"]
+    ranks = environment["world_size"]
+    console.print(
+        f"[dim]{ranks} rank{'s' * (ranks != 1)}, {environment['backend']} on {environment['device']}, "
+        f"torch {environment['torch']}; evidence: [/]{escape(_relative(run))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    crashes = {trial["error"].split(": ", 1)[-1]: trial for trial in run.trials if trial.get("error")}
+    for message, trial in crashes.items():
+        short = message if len(message) <= MOST_MESSAGE else message[:MOST_MESSAGE] + " …"
+        cause = f"\n  cause: {trial['cause']}" if trial["cause"] else ""
+        console.print(f"[magenta]crashed:[/] {escape(short)}{cause}", highlight=False, width=text_width(console))
+
+
+def _show_trials(console: Console, lesson: Lesson, run: Run) -> None:
     from ddpcall.lab.result_table import split_columns
     from ddpcall.paths import SPELLING, CallPath  # imports torch: after the questions were asked
 
-    _headline(console, "measured")
-    environment = run.summary["environment"]
     axes = [axis for axis in ("model", "wrapper", "window", "hooks", "mode") if _varies(run.trials, axis)]
     header = [*axes, "path", *map(_header, lesson.columns)]
     rows = [
@@ -60,9 +79,7 @@ def show_evidence(console: Console, lesson: Lesson, run: Run) -> None:
         for trial in run.trials
     ]
     for number, part in enumerate(split_columns(console, header, rows, len(axes) + 1)):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-        for index in part:
-            table.add_column(header[index], overflow="fold")
+        table = _evidence_table(*(header[index] for index in part))
         for row in rows:
             table.add_row(*(row[index] for index in part))
         console.print(*[""] * bool(number), table, sep="\n")
@@ -71,18 +88,25 @@ def show_evidence(console: Console, lesson: Lesson, run: Run) -> None:
         Text(path, style="cyan").append(f" {SPELLING[CallPath(path)]}", style="dim") for path in paths
     )
     console.print(legend, width=text_width(console))
-    ranks = environment["world_size"]
-    console.print(
-        f"[dim]{ranks} rank{'s' * (ranks != 1)}, {environment['backend']} on {environment['device']}, "
-        f"torch {environment['torch']}; evidence: [/]{escape(_relative(run))}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    crashes = {trial["error"].split(": ", 1)[-1]: trial for trial in run.trials if trial["error"]}
-    for message, trial in crashes.items():
-        short = message if len(message) <= MOST_MESSAGE else message[:MOST_MESSAGE] + " …"
-        cause = f"\n  cause: {trial['cause']}" if trial["cause"] else ""
-        console.print(f"[magenta]crashed:[/] {escape(short)}{cause}", highlight=False, width=text_width(console))
+
+
+def _show_comparisons(console: Console, run: Run) -> None:
+    from ddpcall.lab.report.words import find_tone  # imports torch: after the questions were asked
+
+    table = _evidence_table("case", "wrapper", "one process\nand the ranks", "what the step does")
+    for one in run.trials:
+        style = _STYLES.get(find_tone("one_process", one["found"]), "yellow")
+        table.add_row(
+            Text(one["case"], style="cyan"), one["wrapper"], Text(one["found"], style=style), one["about"]
+        )
+    console.print(table)
+
+
+def _evidence_table(*header: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for title in header:
+        table.add_column(title, overflow="fold")
+    return table
 
 
 def _varies(trials: Sequence[dict[str, Any]], axis: str) -> bool:
