@@ -14,7 +14,8 @@ from torch import Tensor
 from ddpcall.evidence import Cell, Evidence
 from ddpcall.lab.checkpoint import Checkpoints
 from ddpcall.lab.data import load_split
-from ddpcall.lab.experiment import describe_environment, merge_reports
+from ddpcall.lab.experiment import merge_reports
+from ddpcall.lab.guarded_run import describe_environment
 from ddpcall.lab.rank_report import RankReport
 from ddpcall.lab.schema import CheckpointConfig, DataConfig, OptimizerConfig, ProbesConfig, TrainConfig
 from ddpcall.lab.trial import Trial
