@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class CallPath(StrEnum):
-    """How the script reaches the model."""
+    """How the script reaches the model; `custom` is the user's own function, and not for `invoke`."""
 
     CALL = "call"
     FORWARD = "forward"
@@ -27,6 +27,7 @@ class CallPath(StrEnum):
     INNER_METHOD = "inner_method"
     SUBMODULES = "submodules"
     FUNCTIONAL = "functional"
+    CUSTOM = "custom"
 
 
 class SyncWindow(StrEnum):
@@ -61,6 +62,7 @@ SPELLING = {
     CallPath.INNER_METHOD: "inner.compute_loss(x, y)",
     CallPath.SUBMODULES: "for child in inner.children(): x = child(x)",
     CallPath.FUNCTIONAL: "functional_call(inner, parameters, (x,))",
+    CallPath.CUSTOM: "your_function(wrapped, inner, x, y)",
 }
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]

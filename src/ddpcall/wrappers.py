@@ -76,6 +76,7 @@ class Wrapper(StrEnum):
     SCRIPT = "script"
     TRACE = "trace"
     EXPORT = "export"
+    CUSTOM = "custom"  # the user's own function; not for `apply_wrapper`
 
 
 IN_PLACE = frozenset({
@@ -101,7 +102,7 @@ UNEVEN_INPUTS = frozenset({Wrapper.DDP_JOIN_UNEVEN})
 OWN_REDUCER = frozenset({
     Wrapper.DDP_GROUPS, Wrapper.LOCAL_SGD, Wrapper.DDP_PYTHON_REDUCER,
     Wrapper.REPLICATE_WITH_FSDP, Wrapper.FSDP1, Wrapper.FSDP2, Wrapper.FSDP2_LAYERS, Wrapper.FSDP2_REGISTERED,
-    Wrapper.FSDP2_HYBRID_INNER, Wrapper.TP,
+    Wrapper.FSDP2_HYBRID_INNER, Wrapper.TP, Wrapper.CUSTOM,
 })  # fmt: skip
 _COMPILE_BACKENDS = {Wrapper.COMPILE_AOT_EAGER: "aot_eager", Wrapper.COMPILE_INDUCTOR: "inductor"}
 _WITH_NO_SYNC = frozenset(
@@ -547,7 +548,9 @@ _APPLIED_AS = {
     Wrapper.COMPILE_INDUCTOR: "compile_with_backend",
 }
 _APPLY: dict[Wrapper, Callable[[nn.Module, Settings], nn.Module]] = {
-    wrapper: globals()[f"apply_{_APPLIED_AS.get(wrapper, wrapper)}"] for wrapper in Wrapper
+    wrapper: globals()[f"apply_{_APPLIED_AS.get(wrapper, wrapper)}"]
+    for wrapper in Wrapper
+    if wrapper is not Wrapper.CUSTOM
 }
 _SESSIONS: dict[Wrapper, Callable[[], AbstractContextManager[Any]]] = {
     wrapper: _accelerate_session for wrapper in Wrapper if wrapper.startswith("accelerate")

@@ -43,7 +43,7 @@ def wait_until_gone(directory, seconds: float = 60) -> list[str]:
     ("overrides", "message"),
     [
         (("experiment=nope",), "Could not find 'experiment/nope'"),
-        (("stepz=3",), "Key 'stepz' not in 'TrainConfig'"),
+        (("+stepz=3",), "+stepz=3: there is no key stepz, and nothing would read it. Did you mean steps=3?"),
         (("steps=abc",), "Value 'abc' of type 'str' could not be converted to Integer"),
         (("backend=nccl", "device=cpu"), "backend=nccl needs CUDA tensors, but the device is the CPU"),
         (("data.batch_size=5000",), "data.batch_size=5000 on 2 ranks does not fit the 1438 training samples"),
@@ -64,7 +64,7 @@ def test_wrong_use_is_one_message_exit_code_2_and_no_traceback_of_ours(tmp_path,
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("stepz=3",), "Key 'stepz' not in 'TrainConfig'"),
+        (("+stepz=3",), "+stepz=3: there is no key stepz, and nothing would read it. Did you mean steps=3?"),
         (("backend=nccl", "device=cpu"), "backend=nccl needs CUDA tensors"),
         (("--multirun", "steps=3,4"), "--multirun on several ranks would let them drift apart"),
     ],

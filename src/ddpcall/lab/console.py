@@ -198,6 +198,8 @@ def _conclusion(results: list[TrialResult]) -> str:
     stated = sum(bool(result.expected) for result in results)
     if failed:
         return f"[bold red]{failed} of {len(results)} cells are not as expected[/]"
+    if not stated:
+        return "[dim]no cell has an expectation[/]"
     return f"[green]{stated} of {len(results)} cells have expectations, and all hold[/]"
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
 from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.schema import DataConfig
+from ddpcall.lab.user_code import load_target, own_arguments
 from ddpcall.paths import Batch
 
 
@@ -39,13 +40,15 @@ def load_split(config: DataConfig, seed: int) -> Split:
     Raises:
         WrongUse: Unknown name, or a test fraction that leaves nothing on one side.
     """
-    match config.name:
+    match "_target_" if config._target_ else config.name:
+        case "_target_":
+            inputs, targets, out_features = _load_user_data(config, seed)
         case "digits":
             inputs, targets, out_features = _load_digits()
         case "regression":
             inputs, targets, out_features = _make_regression(config, seed)
         case _:
-            raise WrongUse(f"data.name={config.name} is unknown; write digits or regression")
+            raise WrongUse(f"data.name={config.name} is unknown; write digits, regression or data._target_=")
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
     num_test = round(len(inputs) * config.test_fraction)
     if not 0 < num_test < len(inputs):
@@ -73,6 +76,24 @@ def _make_regression(config: DataConfig, seed: int) -> tuple[Tensor, Tensor, int
     teacher = torch.randn(16, 1, generator=generator)
     noise = torch.randn(config.num_samples, 1, generator=generator) * config.noise
     return inputs, torch.tanh(inputs @ teacher) + noise, 1
+
+
+def _load_user_data(config: DataConfig, seed: int) -> tuple[Tensor, Tensor, int]:
+    """Call the user's function; it takes any of num_samples, noise and seed."""
+    load = load_target("data", own_arguments(config), ("num_samples", "noise", "seed"))
+    found = load(num_samples=config.num_samples, noise=config.noise, seed=seed)
+    try:
+        if not isinstance(found, tuple):
+            found = default_collate([found[index] for index in range(len(found))])
+        inputs, targets = map(torch.as_tensor, found)
+        if not 0 < len(inputs) == len(targets):
+            raise ValueError(f"{len(inputs)} inputs and {len(targets)} targets")
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise WrongUse(
+            f"data._target_={config._target_} returned neither a pair of tensors, inputs and targets, nor a "
+            f"dataset of such pairs: {error}"
+        ) from error
+    return inputs, targets, targets[0].numel() if targets.is_floating_point() else int(targets.max()) + 1
 
 
 def check_batch_size(split: Split, batch_size: int, world_size: int) -> None:

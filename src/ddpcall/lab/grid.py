@@ -11,7 +11,7 @@ from typing import Any
 
 from ddpcall.evidence import Cell
 from ddpcall.lab.errors import WrongUse
-from ddpcall.lab.schema import CellConfig, ExpectationConfig, TrainConfig
+from ddpcall.lab.schema import CellConfig, ExpectationConfig, PathConfig, TrainConfig, WrapperConfig
 from ddpcall.mixing import SHAPES
 from ddpcall.paths import CallPath, Mode, SyncWindow
 from ddpcall.verdicts import NO_DATA_PARALLELISM, Verdicts
@@ -69,14 +69,21 @@ def _cross(config: TrainConfig, only: CellConfig) -> Iterator[Cell]:
         named = getattr(only, axis)
         return [named] if named is not None else getattr(grid, axis) or [default]
 
-    wrappers = _names(Wrapper, values("wrapper", config.wrapper.name), "wrapper")
-    paths = _names(CallPath, values("path", config.path.name), "path")
+    wrappers = _names(Wrapper, values("wrapper", _choose(config.wrapper)), "wrapper")
+    paths = _names(CallPath, values("path", _choose(config.path)), "path")
+    for axis, names in (("wrapper", wrappers), ("path", paths)):
+        if "custom" in names and not getattr(config, axis)._target_:
+            raise WrongUse(f"{axis} custom is your own function. Write {axis}._target_=my.module.name too")
     windows = _names(SyncWindow, values("window", "plain"), "grid.window")
     hooks = _words(("early", "late"), values("hooks", "early"), "grid.hooks")
     modes = _names(Mode, values("mode", "train"), "grid.mode")
     models = values("model", str(config.model.get("_target_", "")))
     for model, wrapper, path, window, when, mode in product(models, wrappers, paths, windows, hooks, modes):
         yield Cell(wrapper=wrapper, path=path, window=window, hooks=when, mode=mode, model=model)
+
+
+def _choose(node: WrapperConfig | PathConfig) -> str:
+    return "custom" if node._target_ else node.name
 
 
 def _names(kind: type[StrEnum], names: Sequence[str], axis: str) -> list[str]:

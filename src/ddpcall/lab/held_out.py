@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddpcall.lab.models import default_loss
-from ddpcall.paths import Batch
+from ddpcall.paths import Batch, LossFunction
 
 
 @dataclass(frozen=True)
@@ -28,18 +27,22 @@ class Examiner:
     parameters in its first call, whenever that is.)
     """
 
-    def __init__(self, build: Callable[[], nn.Module], test: Batch, device: torch.device) -> None:
+    def __init__(
+        self, build: Callable[[], nn.Module], test: Batch, device: torch.device, loss: LossFunction
+    ) -> None:
         """Build the copy; this draws random numbers, so seed after it.
 
         Args:
             build: Returns a new model like the one that trains, not wrapped.
             test: Inputs and targets on the CPU.
             device: Where to test.
+            loss: `loss(outputs, targets)`, the mean over the test set.
         """
         self._copy = build().to(device).eval()
         self._inputs = test.inputs.to(device)
         self._targets = test.targets
         self._device = device
+        self._loss = loss
 
     def examine(self, state: Mapping[str, Tensor]) -> Score:
         """Test a state, in eval mode, and leave torch's random numbers where they were.
@@ -54,7 +57,7 @@ class Examiner:
         accuracy = None
         if not self._targets.is_floating_point():
             accuracy = (outputs.argmax(dim=1) == self._targets).float().mean().item()
-        return Score(default_loss(outputs, self._targets).item(), accuracy)
+        return Score(self._loss(outputs, self._targets).item(), accuracy)
 
 
 def _kept_random_state(device: torch.device) -> AbstractContextManager[None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import pkgutil
 import warnings
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpcall.lab.errors import WrongUse
+from ddpcall.lab.user_code import load_target
 
 
 def default_loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -206,23 +205,10 @@ def build_model(config: dict[str, Any], in_features: int, out_features: int) -> 
     Raises:
         WrongUse: The target cannot be imported, is no model, or does not take these arguments.
     """
-    arguments = dict(config)
-    path = arguments.pop("_target_", None)
-    if not path:
-        raise WrongUse("model._target_ is missing. Write model=mlp, or model._target_=my.module.MyNet")
-    try:
-        target: Any = pkgutil.resolve_name(path)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        raise WrongUse(f"model._target_={path} cannot be imported: {error}") from error
-    sizes = {"in_features": in_features, "out_features": out_features}
-    try:
-        signature = inspect.signature(target)
-        for name in sizes.keys() & signature.parameters.keys():
-            arguments.setdefault(name, sizes[name])
-        signature.bind(**arguments)
-    except (TypeError, ValueError) as error:
-        raise WrongUse(f"model._target_={path} cannot be built with {arguments}: {error}") from error
-    model = target(**arguments)
+    build = load_target("model", config, ("in_features", "out_features"))
+    model = build(in_features=in_features, out_features=out_features)
     if not isinstance(model, nn.Module):
-        raise WrongUse(f"model._target_={path} returned {type(model).__name__}, not a torch.nn.Module")
+        raise WrongUse(
+            f"model._target_={config['_target_']} returned {type(model).__name__}, not a torch.nn.Module"
+        )
     return model

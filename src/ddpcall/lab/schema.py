@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import OmegaConf
+
+# Nodes in which a user's `_target_` may stand, with its arguments beside it.
+OPEN_NODES = ("wrapper", "path", "data", "optimizer")
 
 
 @dataclass(kw_only=True)
@@ -17,18 +20,27 @@ class WrapperConfig:
         name: A `ddpcall.wrappers.Wrapper`.
         compile_backend: torch.compile's backend, for the compiling wrappers.
         ddp: Keyword arguments for DDP's constructor, such as `{static_graph: true}`.
+        _target_: A function of the user's, which takes `model` and returns it wrapped: the wrapper `custom`.
     """
 
-    name: str = MISSING
+    _target_: str | None = None
+    name: str = ""
     compile_backend: str = "eager"
     ddp: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
 class PathConfig:
-    """How the model is reached: a `ddpcall.paths.CallPath`."""
+    """How the model is reached.
 
-    name: str = MISSING
+    Attributes:
+        name: A `ddpcall.paths.CallPath`.
+        _target_: A function of the user's, which returns the loss of a batch: the call path `custom`. It takes any
+            of `wrapped`, `inner`, `inputs`, `targets` and `loss`.
+    """
+
+    _target_: str | None = None
+    name: str = ""
 
 
 @dataclass(kw_only=True)
@@ -41,9 +53,12 @@ class DataConfig:
         test_fraction: Share of the samples kept for the test set, the same on every rank.
         num_samples: Size of the synthetic data; digits has 1,797.
         noise: Standard deviation of the synthetic targets' noise.
+        _target_: A function or class of the user's, for data of their own: a pair of tensors, or a dataset of
+            such pairs.
     """
 
-    name: str = MISSING
+    _target_: str | None = None
+    name: str = ""
     batch_size: int = 32
     test_fraction: float = 0.2
     num_samples: int = 2048
@@ -52,12 +67,13 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """The optimizer: `name` is sgd or adamw."""
+    """The optimizer: `name` is sgd or adamw, or `_target_` a class. What is null is left to torch's default."""
 
-    name: str = MISSING
-    lr: float = MISSING
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    _target_: str | None = None
+    name: str = ""
+    lr: float | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -202,6 +218,8 @@ class TrainConfig:
         report: Whether to write report.html at the end.
         checkpoint: Whether and how trials are saved and resumed.
         one_process: Comparisons with one process, in place of a grid of trials.
+        loss: `_target_`, a function of outputs and targets or a class of such, and its arguments; empty: cross
+            entropy for integer targets, mean squared error for real ones.
     """
 
     name: str = "train"
@@ -219,6 +237,7 @@ class TrainConfig:
     model: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: dict[str, Any] = field(default_factory=dict)
     grid: GridConfig = field(default_factory=GridConfig)
     probes: ProbesConfig = field(default_factory=ProbesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -228,4 +247,7 @@ class TrainConfig:
 
 def register_schema() -> None:
     """Put the schema where `conf/train.yaml` finds it by the name `schema`."""
-    ConfigStore.instance().store(name="schema", node=TrainConfig)
+    schema = OmegaConf.structured(TrainConfig)
+    for node in (*OPEN_NODES, "model", "loss"):
+        OmegaConf.set_struct(schema[node], False)
+    ConfigStore.instance().store(name="schema", node=schema)

@@ -14,7 +14,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE
+from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
+from ddpcall.lab.overrides import check_composed, check_overrides
 from ddpcall.lab.run_directory import RunDirectory, new_run_id
 from ddpcall.lab.schema import TrainConfig, register_schema
 
@@ -38,6 +39,7 @@ def main() -> None:
     run_ids, world = _agree_on_run_id(rank, world_size)
     try:
         _refuse_multirun(rank, world_size)
+        _refuse_unknown_keys(rank)
         OmegaConf.register_new_resolver("run_id", lambda resume="never": run_ids[resume], replace=True)
         OmegaConf.register_new_resolver("on_rank_0", lambda text: text if rank == 0 else None, replace=True)
         _compose_and_run(rank, exit_codes)
@@ -60,6 +62,15 @@ def _refuse_multirun(rank: int, world_size: int) -> None:
             "grid: grid.path=[…]"
         )
     sys.exit(EXIT_WRONG_USE)
+
+
+def _refuse_unknown_keys(rank: int) -> None:
+    try:
+        check_overrides(sys.argv[1:])
+    except WrongUse as error:
+        if rank == 0:
+            _complain(str(error))
+        sys.exit(EXIT_WRONG_USE)
 
 
 def _leave_together(world: World) -> None:
@@ -93,6 +104,12 @@ def _run(composed: DictConfig) -> int:
 
     config = OmegaConf.to_object(composed)
     assert isinstance(config, TrainConfig)
+    try:
+        check_composed(config)
+    except WrongUse as error:
+        if os.environ.get("RANK", "0") == "0":
+            _complain(str(error))
+        return EXIT_WRONG_USE
     directory = Path(HydraConfig.get().runtime.output_dir)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started < config.ranks:
@@ -107,7 +124,6 @@ def _run_on_missing_ranks(config: TrainConfig, directory: Path, started: int) ->
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from ddpcall.lab.console import say
-    from ddpcall.lab.errors import WrongUse
     from ddpcall.lab.experiment import check_config, run_experiment
     from ddpcall.lab.report.command import leave_report
     from ddpcall.lab.world import World, launch_local_ranks
@@ -156,7 +172,6 @@ def _agree_on_run_id(rank: int, world_size: int) -> tuple[dict[str, str], World 
     """
     if world_size == 1 or any(argument in _LOOKING_ONLY for argument in sys.argv[1:]):
         return defaultdict(new_run_id), None
-    from ddpcall.lab.errors import WrongUse
     from ddpcall.lab.world import open_world
 
     try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +36,12 @@ from ddpcall.lab.trial_state import (
     take_tensors,
     unpack_timeline,
 )
+from ddpcall.lab.user_code import load_loss, load_target, own_arguments
 from ddpcall.lab.world import Accelerator, World, process_group
 from ddpcall.paths import (
     Batch,
     CallPath,
+    LossFunction,
     Mode,
     SyncWindow,
     enter_backward_window,
@@ -120,6 +123,8 @@ class Trial:
         self._window = SyncWindow(cell.window)
         self._step = -1
         self._probes = _Probes()
+        self._loss_function = load_loss(config.loss) if config.loss else default_loss
+        self._invoke = self._load_path()
         self._span_log = SpanLog()
         self._examiner: Examiner | None = None
         self._began = time.monotonic()
@@ -161,7 +166,7 @@ class Trial:
         )
 
     def _run_observed(self, probe_group: dist.ProcessGroup | None, reference: Tensor | None) -> None:
-        self._examiner = Examiner(self._build, self._split.test, self._accelerator.device)
+        self._examiner = Examiner(self._build, self._split.test, self._accelerator.device, self._loss_function)
         torch.manual_seed(self._config.seed)
         model = self._build_model()
         with ExitStack() as compiling:
@@ -196,6 +201,16 @@ class Trial:
         if self._probes.compiled is not None:
             self.report.compiled = self._probes.compiled.evidence()
 
+    def _load_path(self) -> Callable[[nn.Module, nn.Module, Batch, LossFunction], Tensor]:
+        if self._path is not CallPath.CUSTOM:
+            return functools.partial(invoke, self._path)
+        step = load_target(
+            "path", own_arguments(self._config.path), ("wrapped", "inner", "inputs", "targets", "loss")
+        )
+        return lambda wrapped, inner, batch, loss: step(
+            wrapped=wrapped, inner=inner, inputs=batch.inputs, targets=batch.targets, loss=loss
+        )
+
     def _build(self) -> nn.Module:
         settings = {"_target_": self.cell.model} if self._config.grid.model else self._config.model
         return build_model(settings, self._split.in_features, self._split.out_features)
@@ -221,6 +236,13 @@ class Trial:
             backend = observer.backend
         device = self._accelerator.device
         example = self._split.train[: self._config.data.batch_size][0].to(device)
+        if self._wrapper is Wrapper.CUSTOM:
+            wrap = load_target("wrapper", own_arguments(self._config.wrapper), ("model", "device"))
+            wrapped = wrap(model=model, device=device)
+            if not isinstance(wrapped, nn.Module):
+                name = self._config.wrapper._target_
+                raise WrongUse(f"wrapper._target_={name} returned {type(wrapped).__name__}, no torch.nn.Module")
+            return Subject(self._wrapper, wrapped, model)
         try:
             return apply_wrapper(
                 self._wrapper,
@@ -440,7 +462,7 @@ class Trial:
         losses = []
         for window, part in parts:
             with enter_forward_window(window, subject.wrapped, part), self._enter_mode():
-                loss = invoke(self._path, subject.wrapped, subject.inner, part, self._loss)
+                loss = self._invoke(subject.wrapped, subject.inner, part, self._loss)
             loss = loss / len(parts) if len(parts) > 1 else loss
             if loss.requires_grad:
                 with enter_backward_window(window, subject.wrapped), self._span("backward"):
@@ -480,7 +502,7 @@ class Trial:
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if self._probes.modes is not None:
             self._probes.modes.note_result(outputs)
-        return default_loss(outputs, targets)
+        return self._loss_function(outputs, targets)
 
     def _observe_backward(self, batch: Batch | None) -> None:
         probes = self._probes
@@ -537,13 +559,17 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
     """Build the optimizer over the parameters.
 
     Raises:
-        WrongUse: Unknown name.
+        WrongUse: Unknown name, or a `_target_` that is none or does not take what is set.
     """
+    options = {name: getattr(config, name) for name in ("lr", "momentum", "weight_decay")}
+    options = {name: value for name, value in options.items() if value is not None}
+    if config._target_:
+        build = load_target("optimizer", own_arguments(config), ("params", *options))
+        return build(params=parameters, **options)
     if config.name not in OPTIMIZERS:
         raise WrongUse(f"optimizer.name={config.name} is unknown; write one of: {', '.join(OPTIMIZERS)}")
-    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.name == "sgd":
-        options["momentum"] = config.momentum
+    if config.name != "sgd":
+        options.pop("momentum", None)
     return OPTIMIZERS[config.name](parameters, **options)
 
 

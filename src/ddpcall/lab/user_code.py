@@ -1,0 +1,70 @@
+"""What a user brings by `_target_`: a model, data, an optimizer, a loss, a wrapper or a call path."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ddpcall.lab.errors import WrongUse
+
+
+def load_target(node: str, settings: Mapping[str, Any], offers: Sequence[str] = ()) -> Callable[..., Any]:
+    """Import what `_target_` names, and check that it can be called before anything starts.
+
+    Args:
+        node: The configuration's node, for messages.
+        settings: `_target_`, an import path, and keyword arguments for it.
+        offers: Names of arguments that the lab can give. The target is given those that it takes, unless the
+            settings have them.
+
+    Returns:
+        A function of the offered arguments, by keyword; it ignores those that the target does not take.
+
+    Raises:
+        WrongUse: The target is missing, cannot be imported, or does not take these arguments.
+    """
+    arguments = dict(settings)
+    path = arguments.pop("_target_", None)
+    if not path:
+        raise WrongUse(f"{node}._target_ is missing. Write {node}._target_=my.module.name")
+    target = _import_target(node, path)
+    try:
+        signature = inspect.signature(target)
+        given = [name for name in offers if name in signature.parameters and name not in arguments]
+        signature.bind(**arguments, **dict.fromkeys(given))
+    except (TypeError, ValueError) as error:
+        offered = f" and {', '.join(offers)}" if offers else ""
+        raise WrongUse(f"{node}._target_={path} cannot be called with {arguments}{offered}: {error}") from error
+    return lambda **values: target(**arguments, **{name: values[name] for name in given})
+
+
+def load_loss(settings: Mapping[str, Any]) -> Callable[..., Any]:
+    """Import the loss that `loss._target_` names: a function of outputs and targets, or a class of such.
+
+    Raises:
+        WrongUse: It cannot be imported, or its class does not take these arguments.
+    """
+    arguments = {name: value for name, value in settings.items() if name != "_target_"}
+    target = _import_target("loss", str(settings["_target_"]))
+    if inspect.isclass(target):
+        return load_target("loss", settings)()
+    return functools.partial(target, **arguments)
+
+
+def _import_target(node: str, path: str) -> Any:
+    try:
+        target = pkgutil.resolve_name(path)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise WrongUse(f"{node}._target_={path} cannot be imported: {error}") from error
+    if not callable(target):
+        raise WrongUse(f"{node}._target_={path} is {type(target).__name__}, which cannot be called")
+    return target
+
+
+def own_arguments(config: Any) -> dict[str, Any]:
+    """Return `_target_` and the keys of a typed node that are not its own: the target's arguments."""
+    known = set(config.__dataclass_fields__) - {"_target_"}
+    return {name: value for name, value in vars(config).items() if name not in known}
