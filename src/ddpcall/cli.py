@@ -293,10 +293,10 @@ def _report_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "paths",
-        nargs="+",
+        nargs="*",
         type=Path,
         metavar="PATH",
-        help="run directory, or a file that `ddpcall watch --json` wrote",
+        help="run directory, a sweep's, or a file that `ddpcall watch --json` wrote (the latest run below runs/)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="where to write (RUN_DIR/report.html; - for standard output)"

@@ -95,6 +95,9 @@ def test_multirun_from_one_process_runs_each_job_on_its_own_ranks(tmp_path):
     run = run_lab(tmp_path, "--multirun", "steps=2,3", "tensorboard=false")
     assert run.code == 0, run.err
     assert len(list(tmp_path.glob("runs/train/*/*/summary.json"))) == 2
+    table = run.out.partition("sweep of 2 jobs")[2]
+    assert [name for name in ("steps=2", "steps=3", "averaged") if name not in table] == []
+    assert "train/" in (tmp_path / "runs" / "index.html").read_text()
 
 
 def test_hydra_run_dir_is_honoured_on_every_rank(tmp_path):

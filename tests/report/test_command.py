@@ -87,10 +87,10 @@ def test_a_place_that_cannot_be_written_is_wrong_use(tmp_path, capsys):
     assert "Write another place: --out FILE" in err
 
 
-def test_wrong_use_is_explained():
-    done = report()
+def test_wrong_use_is_explained(tmp_path):
+    done = report("--format", "pdf", tmp_path)
     assert done.returncode == 2
-    assert "the following arguments are required: PATH" in done.stderr
+    assert "invalid choice: 'pdf'" in done.stderr
 
 
 def test_a_trace_is_made_of_one_run_with_a_timeline(tmp_path, capsys):

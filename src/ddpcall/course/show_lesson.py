@@ -20,6 +20,7 @@ from ddpcall.course.show import dimmed, show_bullet, styled, text_width
 from ddpcall.course.sources import Source, locate
 
 _STYLES = {"good": "green", "other": "green", "lost": "bold red", "crash": "bold red"}
+_PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "show_edge": False, "header_style": "bold"}
 MOST_MESSAGE = 160  # characters of a crash's message
 
 
@@ -65,7 +66,7 @@ def show_evidence(console: Console, lesson: Lesson, run: Run) -> None:
 
 
 def _show_trials(console: Console, lesson: Lesson, run: Run) -> None:
-    from ddpcall.lab.result_table import split_columns
+    from ddpcall.lab.result_table import fit_tables
     from ddpcall.paths import SPELLING, CallPath  # imports torch: after the questions were asked
 
     axes = [axis for axis in ("model", "wrapper", "window", "hooks", "mode") if _varies(run.trials, axis)]
@@ -78,11 +79,8 @@ def _show_trials(console: Console, lesson: Lesson, run: Run) -> None:
         ]
         for trial in run.trials
     ]
-    for number, part in enumerate(split_columns(console, header, rows, len(axes) + 1)):
-        table = _evidence_table(*(header[index] for index in part))
-        for row in rows:
-            table.add_row(*(row[index] for index in part))
-        console.print(*[""] * bool(number), table, sep="\n")
+    for table in fit_tables(console, header, rows, len(axes) + 1, **_PLAIN):
+        console.print(table)
     paths = dict.fromkeys(trial["path"] for trial in run.trials)
     legend = Text(" · ", style="dim").join(
         Text(path, style="cyan").append(f" {SPELLING[CallPath(path)]}", style="dim") for path in paths
@@ -93,20 +91,15 @@ def _show_trials(console: Console, lesson: Lesson, run: Run) -> None:
 def _show_comparisons(console: Console, run: Run) -> None:
     from ddpcall.lab.report.words import find_tone  # imports torch: after the questions were asked
 
-    table = _evidence_table("case", "wrapper", "one process\nand the ranks", "what the step does")
+    table = Table(**_PLAIN)
+    for title in ("case", "wrapper", "one process\nand the ranks", "what the step does"):
+        table.add_column(title, overflow="fold")
     for one in run.trials:
         style = _STYLES.get(find_tone("one_process", one["found"]), "yellow")
         table.add_row(
             Text(one["case"], style="cyan"), one["wrapper"], Text(one["found"], style=style), one["about"]
         )
     console.print(table)
-
-
-def _evidence_table(*header: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for title in header:
-        table.add_column(title, overflow="fold")
-    return table
 
 
 def _varies(trials: Sequence[dict[str, Any]], axis: str) -> bool:

@@ -125,7 +125,7 @@ def _show_matrix(
     console: Console, config: TrainConfig, environment: Environment, results: list[TrialResult]
 ) -> None:
     """Show the matrix, and of single cells only those that are not as expected."""
-    console.print(build_matrix(_title(config), results), no_wrap=True, soft_wrap=True)
+    console.print(build_matrix(_title(config), results, console.width), no_wrap=True, soft_wrap=True)
     console.print(MATRIX_LEGEND, style="dim", highlight=False)
     console.print(_measured_on(config, environment), style="italic dim", highlight=False)
     for result in results:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -68,12 +68,26 @@ def split_columns(
     yield labels + part
 
 
+def fit_tables(
+    console: Console, header: Sequence[str], rows: Sequence[Sequence[str | Text]], num_labels: int, **style: Any
+) -> Iterator[Table]:
+    """Yield a table in as many parts as `split_columns` asks for; the first has the title."""
+    for part in split_columns(console, header, rows, num_labels):
+        table = Table(title_justify="left", **style)
+        style.pop("title", None)
+        for index in part:
+            table.add_column(header[index], overflow="fold")
+        for row in rows:
+            table.add_row(*(row[index] for index in part))
+        yield table
+
+
 def _width(console: Console, cell: str | Text) -> int:
     return Measurement.get(console, console.options.update(width=10_000), cell).maximum
 
 
 def build_tables(console: Console, title: str, results: Sequence[TrialResult]) -> Iterator[Table]:
-    """Yield one table of all cells, or where the console is narrow several, with some of the columns each."""
+    """Return one table of all cells, or where the console is narrow several, with some of the columns each."""
     several_models = len({result.evidence.cell.model for result in results}) > 1
     shown = [
         name for name in _OPTIONAL if is_interesting(name, [getattr(result.verdicts, name) for result in results])
@@ -83,13 +97,7 @@ def build_tables(console: Console, title: str, results: Sequence[TrialResult]) -
     header += [_OPTIONAL[name] for name in shown]
     header += ["test accuracy\nby rank", "distance from\nsynced run", "as\nexpected"]
     rows = [_row(result, several_models, shown) for result in results]
-    for number, part in enumerate(split_columns(console, header, rows, 1 + several_models)):
-        table = Table(title=None if number else title, title_justify="left")
-        for index in part:
-            table.add_column(header[index], overflow="fold")
-        for row in rows:
-            table.add_row(*(row[index] for index in part))
-        yield table
+    return fit_tables(console, header, rows, 1 + several_models, title=title)
 
 
 def _row(result: TrialResult, several_models: bool, shown: Sequence[str]) -> list[str]:
@@ -104,6 +112,11 @@ def _row(result: TrialResult, several_models: bool, shown: Sequence[str]) -> lis
 
 def _colored(verdicts: Verdicts, name: str) -> str:
     word = getattr(verdicts, name)
+    return color_word(name, word)
+
+
+def color_word(name: str, word: str) -> str:
+    """Return a verdict's word with markup for its tone."""
     return f"[{COLORS.get(find_tone(name, word), 'dim')}]{word}[/]"
 
 
@@ -135,8 +148,8 @@ def is_matrix(results: Sequence[TrialResult]) -> bool:
     return len(cells) > MOST_ROWS and varying == {"wrapper", "path"}
 
 
-def build_matrix(title: str, results: Sequence[TrialResult]) -> Text:
-    """Return one line a wrapper and one column a path; 79 columns wide with all paths.
+def build_matrix(title: str, results: Sequence[TrialResult], width: int) -> Text:
+    """Return one line a wrapper and one column a path; 80 columns hold seven paths, and more give them room.
 
     Every second path's name stands a line lower, so that names are longer than their columns are wide.
     """
@@ -144,14 +157,16 @@ def build_matrix(title: str, results: Sequence[TrialResult]) -> Text:
     wrappers = list(dict.fromkeys(wrapper for wrapper, _ in words))
     paths = [path.value for path in CallPath if any(path == known for _, known in words)]
     margin = max(map(len, wrappers)) + 1
+    column = min(max((width - margin) // len(paths), _MATRIX_COLUMN), _MATRIX_COLUMN + 2)
     lines = [Text(title, style="italic")]
-    for names, indent in ((paths[::2], 0), (paths[1::2], _MATRIX_COLUMN)):
-        heading = "".join(name.ljust(2 * _MATRIX_COLUMN) for name in names)
+    for names, indent in ((paths[::2], 0), (paths[1::2], column)):
+        heading = "".join(name.ljust(2 * column) for name in names)
         lines.append(Text(" " * (margin + indent) + heading.rstrip(), style="bold"))
     for wrapper in wrappers:
         line = Text(wrapper.ljust(margin))
         for path in paths:
-            line.append_text(words.get((wrapper, path), Text(" " * _MATRIX_COLUMN)))
+            word = words.get((wrapper, path), Text())
+            line.append_text(word).append(" " * (column - len(word)))
         line.rstrip()
         lines.append(line)
     return Text("\n").join(lines)

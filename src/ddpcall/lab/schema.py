@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 # Nodes in which a user's `_target_` may stand, with its arguments beside it.
 OPEN_NODES = ("wrapper", "path", "data", "optimizer")

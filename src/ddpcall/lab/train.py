@@ -18,6 +18,7 @@ from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
 from ddpcall.lab.overrides import check_composed, check_overrides
 from ddpcall.lab.run_directory import RunDirectory, new_run_id
 from ddpcall.lab.schema import TrainConfig, register_schema
+from ddpcall.lab.sweep import exit_codes as sweep_exit_codes
 
 if TYPE_CHECKING:
     from ddpcall.lab.world import World
@@ -43,7 +44,7 @@ def main() -> None:
         OmegaConf.register_new_resolver("run_id", lambda resume="never": run_ids[resume], replace=True)
         OmegaConf.register_new_resolver("on_rank_0", lambda text: text if rank == 0 else None, replace=True)
         _compose_and_run(rank, exit_codes)
-        code = max(exit_codes, default=EXIT_OK)
+        code = max([*exit_codes, *sweep_exit_codes], default=EXIT_OK)
     except SystemExit as stop:
         # Before the job began, Hydra found the command line wrong and has said so.
         code = EXIT_WRONG_USE if stop.code and not exit_codes else stop.code

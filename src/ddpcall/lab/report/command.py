@@ -15,6 +15,7 @@ from ddpcall.lab.report.markdown import render_markdown
 from ddpcall.lab.report.records import RunRecord, WatchRecord
 from ddpcall.lab.report.typed import NothingToShow
 from ddpcall.lab.report.view import ReportView, build_view
+from ddpcall.lab.runs import RUNS, list_jobs, list_runs, write_index
 
 REPORT = "report.html"
 TRACE = "trace.json"
@@ -25,7 +26,8 @@ def main(paths: Sequence[Path], *, out: Path | None, open_it: bool, form: str) -
     """Make a report of run directories and findings.
 
     Args:
-        paths: Run directories, or files that `ddpcall watch --json` wrote.
+        paths: Run directories, directories of sweeps, or files that `ddpcall watch --json` wrote. None: the
+            latest run below `runs`.
         out: Where to write; `-` is standard output. By default HTML goes beside the run (of several: into the
             working directory), a trace likewise, Markdown and JSON to standard output.
         open_it: Show the file in the browser.
@@ -34,7 +36,19 @@ def main(paths: Sequence[Path], *, out: Path | None, open_it: bool, form: str) -
     Returns:
         0, or 2 when there is nothing to show or no place to write.
     """
-    records, problems = _load_all(paths)
+    paths = paths or list_runs(Path(RUNS))[:1]
+    if not paths:
+        _complain(
+            f"there is no run below {Path(RUNS).absolute()}. Write the directory that a run named: ddpcall report "
+            "RUN_DIR"
+        )
+        return EXIT_WRONG_USE
+    jobs = [list_jobs(path) for path in paths]
+    if len(paths) == 1 and jobs[0] and out is None and form == "html":
+        out = paths[0] / REPORT
+    records, problems = _load_all(
+        [run for path, of_sweep in zip(paths, jobs, strict=True) for run in of_sweep or [path]]
+    )
     for problem in problems:
         _complain(problem)
     if not records:
@@ -139,6 +153,7 @@ def leave_report(directory: Path, wanted: bool) -> None:
     place = directory / REPORT
     try:
         _replace(place, _render_html(build_view([load(directory)])))
+        write_index(directory)
     except Exception as error:  # the run's own result stands, whatever became of its page
         _complain(f"no {REPORT}: {type(error).__name__}: {error}")
     else:

@@ -11,6 +11,7 @@ from ddpcall.lab.columns import TITLES
 from ddpcall.lab.report.records import RunRecord
 from ddpcall.lab.report.truth import VerdictCell, judge_cell, judge_comparison
 from ddpcall.lab.report.words import label_cell, plural, varying_axes
+from ddpcall.lab.runs import differing_overrides
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _sentence(differences: Sequence[Difference], shared: Sequence[object]) -> st
 
 
 def name_runs(runs: Sequence[RunRecord]) -> list[str]:
-    """Name each run by what tells it from the others: experiment, torch, device, ranks; at last its directory."""
+    """Name each run by what tells it from the others: experiment, torch, device, ranks; else overrides, folder."""
     known = [
         (
             run.experiment,
@@ -107,6 +108,8 @@ def name_runs(runs: Sequence[RunRecord]) -> list[str]:
     ]
     telling = [i for i in range(len(known[0])) if len({facts[i] for facts in known}) > 1] if known else []
     names = [", ".join(facts[i] for i in telling if facts[i]) for facts in known]
+    if not telling:
+        names = differing_overrides([run.overrides or () for run in runs])
     if len(set(names)) < len(names) or not all(names):
         names = [
             f"{name}, {run.path.name}" if name else run.path.name for name, run in zip(names, runs, strict=True)

@@ -92,6 +92,7 @@ def load_run(path: Path) -> RunRecord:
         steps=steps,
         timeline=tuple(_read_lines(path / "timeline.jsonl", TimelineRecord, problems, optional=True)),
         overrides=_read_overrides(path, problems),
+        search=_read_search(path),
         num_steps=first.steps if first else _whole(config.get("steps")),
         seed=first.seed if first else _whole(config.get("seed")),
         problems=tuple(problems),
@@ -234,6 +235,19 @@ def _read_overrides(path: Path, problems: list[str]) -> tuple[str, ...] | None:
         return None
     found = _load_yaml(file, problems)
     return tuple(map(str, found)) if isinstance(found, list) else None
+
+
+def _read_search(path: Path) -> tuple[str, ...]:
+    """Return what the command line said of where configuration lies; empty where Hydra's record does not say."""
+    found = _read_yaml(path / ".hydra" / "hydra.yaml", [])
+    try:
+        sources = found["hydra"]["runtime"]["config_sources"]
+        of_hydra = map(str, found["hydra"]["overrides"]["hydra"])
+        directories = [source["path"] for source in sources if source["provider"] == "command-line"]
+    except (KeyError, TypeError):
+        return ()
+    options = [option for directory in directories for option in ("--config-dir", str(directory))]
+    return (*options, *(one for one in of_hydra if one.startswith("hydra.searchpath=")))
 
 
 def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:

@@ -140,6 +140,7 @@ class RunRecord:
         steps: By cell and rank.
         timeline: All lines of timeline.jsonl.
         overrides: The command line's Hydra overrides; None where unknown.
+        search: What the command line said of where configuration lies: `--config-dir DIR`, `hydra.searchpath=…`.
         num_steps: Optimizer steps a trial.
         seed: The seed.
         problems: What could not be read, a sentence each.
@@ -161,6 +162,7 @@ class RunRecord:
     steps: Mapping[Cell, Mapping[int, RankSteps]] = field(default_factory=dict)
     timeline: tuple[TimelineRecord, ...] = ()
     overrides: tuple[str, ...] | None = None
+    search: tuple[str, ...] = ()
     num_steps: int | None = None
     seed: int | None = None
     problems: tuple[str, ...] = ()

@@ -13,4 +13,4 @@ def repeat_command(run: RunRecord) -> str:
         return ""
     ranks = run.environment.world_size
     start = f"torchrun --standalone --nproc-per-node {ranks} -m ddpcall" if ranks > 1 else "ddpcall"
-    return f"{start} train {shlex.join(run.overrides)}".strip()
+    return f"{start} train {shlex.join([*run.search, *run.overrides])}".strip()
