@@ -18,7 +18,6 @@ from hydra.errors import HydraException
 
 from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.schema import OPEN_NODES, TrainConfig
-from ddpcall.lab.user_code import own_arguments
 
 # Launchers that are packages of their own: first word of the option's name to package.
 LAUNCHERS = {"joblib": "joblib", "submitit": "submitit", "ray": "ray", "rq": "rq"}
@@ -55,9 +54,8 @@ def check_composed(config: TrainConfig) -> None:
     """
     for name in OPEN_NODES:
         node = getattr(config, name)
-        for key, value in {} if node._target_ else own_arguments(node).items():
-            if key != "_target_":
-                raise WrongUse(_explain(f"{name}.{key}={value}", f"{name}.{key}"))
+        for key in vars(node).keys() - node.__dataclass_fields__.keys() if not node._target_ else ():
+            raise WrongUse(_explain(f"{name}.{key}={getattr(node, key)}", f"{name}.{key}"))
 
 
 def _flatten(key: str, value: Any) -> Iterator[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,12 +36,11 @@ from ddpcall.lab.trial_state import (
     take_tensors,
     unpack_timeline,
 )
-from ddpcall.lab.user_code import load_loss, load_target, own_arguments
+from ddpcall.lab.user_code import load_loss, load_path, load_target, own_arguments, wrap_by_target
 from ddpcall.lab.world import Accelerator, World, process_group
 from ddpcall.paths import (
     Batch,
     CallPath,
-    LossFunction,
     Mode,
     SyncWindow,
     enter_backward_window,
@@ -124,7 +123,9 @@ class Trial:
         self._step = -1
         self._probes = _Probes()
         self._loss_function = load_loss(config.loss) if config.loss else default_loss
-        self._invoke = self._load_path()
+        self._invoke = (
+            load_path(config.path) if self._path is CallPath.CUSTOM else functools.partial(invoke, self._path)
+        )
         self._span_log = SpanLog()
         self._examiner: Examiner | None = None
         self._began = time.monotonic()
@@ -201,16 +202,6 @@ class Trial:
         if self._probes.compiled is not None:
             self.report.compiled = self._probes.compiled.evidence()
 
-    def _load_path(self) -> Callable[[nn.Module, nn.Module, Batch, LossFunction], Tensor]:
-        if self._path is not CallPath.CUSTOM:
-            return functools.partial(invoke, self._path)
-        step = load_target(
-            "path", own_arguments(self._config.path), ("wrapped", "inner", "inputs", "targets", "loss")
-        )
-        return lambda wrapped, inner, batch, loss: step(
-            wrapped=wrapped, inner=inner, inputs=batch.inputs, targets=batch.targets, loss=loss
-        )
-
     def _build(self) -> nn.Module:
         settings = {"_target_": self.cell.model} if self._config.grid.model else self._config.model
         return build_model(settings, self._split.in_features, self._split.out_features)
@@ -237,12 +228,7 @@ class Trial:
         device = self._accelerator.device
         example = self._split.train[: self._config.data.batch_size][0].to(device)
         if self._wrapper is Wrapper.CUSTOM:
-            wrap = load_target("wrapper", own_arguments(self._config.wrapper), ("model", "device"))
-            wrapped = wrap(model=model, device=device)
-            if not isinstance(wrapped, nn.Module):
-                name = self._config.wrapper._target_
-                raise WrongUse(f"wrapper._target_={name} returned {type(wrapped).__name__}, no torch.nn.Module")
-            return Subject(self._wrapper, wrapped, model)
+            return Subject(self._wrapper, wrap_by_target(self._config.wrapper, model, device), model)
         try:
             return apply_wrapper(
                 self._wrapper,

@@ -8,7 +8,12 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from ddpcall.lab.errors import WrongUse
+from ddpcall.lab.schema import PathConfig, WrapperConfig
+from ddpcall.paths import Batch, LossFunction
 
 
 def load_target(node: str, settings: Mapping[str, Any], offers: Sequence[str] = ()) -> Callable[..., Any]:
@@ -52,6 +57,32 @@ def load_loss(settings: Mapping[str, Any]) -> Callable[..., Any]:
     if inspect.isclass(target):
         return load_target("loss", settings)()
     return functools.partial(target, **arguments)
+
+
+def load_path(config: PathConfig) -> Callable[[nn.Module, nn.Module, Batch, LossFunction], Tensor]:
+    """Import the call path that `path._target_` names, as `ddpcall.paths.invoke` is called.
+
+    Raises:
+        WrongUse: It cannot be imported or called.
+    """
+    step = load_target("path", own_arguments(config), ("wrapped", "inner", "inputs", "targets", "loss"))
+    return lambda wrapped, inner, batch, loss: step(
+        wrapped=wrapped, inner=inner, inputs=batch.inputs, targets=batch.targets, loss=loss
+    )
+
+
+def wrap_by_target(config: WrapperConfig, model: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap a model by the function that `wrapper._target_` names.
+
+    Raises:
+        WrongUse: It cannot be imported or called, or returns no module.
+    """
+    wrapped = load_target("wrapper", own_arguments(config), ("model", "device"))(model=model, device=device)
+    if not isinstance(wrapped, nn.Module):
+        raise WrongUse(
+            f"wrapper._target_={config._target_} returned {type(wrapped).__name__}, not a torch.nn.Module"
+        )
+    return wrapped
 
 
 def _import_target(node: str, path: str) -> Any:
