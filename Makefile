@@ -68,8 +68,8 @@ semantics: $(VENV)/.lab  ## write docs/semantics.md from a run of the whole trut
 	$(BIN)/python launch/train.py experiment=truth_table device=cpu hydra.run.dir=runs/tables/truth_table
 	$(BIN)/python -m ddpcall.lab.truth_table --page docs/semantics.md runs/tables/truth_table
 
-claims: $(VENV)/.lab  ## run every claim and rewrite docs/claims.md and README from it
-	$(BIN)/python -m ddpcall.lab.claims.document docs/claims.md README.md
+claims: $(VENV)/.lab  ## run every claim and rewrite docs/claims.md from it
+	$(BIN)/python -m ddpcall.lab.claims.document docs/claims.md
 
 versions: $(VENV)/.dev  ## try the oldest, constrained and newest torch, and rewrite docs/versions.md
 	$(BIN)/python -m tests.versions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,11 +16,15 @@ LAB_MISSING = (
     "Write: pip install 'ddpcall[lab]'"
 )
 EXIT_WRONG_USE = 2
+COMMANDS = ("train", "claims", "lab", "watch", "record", "compare", "explain", "report")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; exits with 0 (fine), 1 (findings or failed expectations) or 2 (wrong use)."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] in (["-sc"], ["--shell-completion"]):
+        complete(arguments)
+        return
     parser = argparse.ArgumentParser(
         prog="ddpcall", description="Show, measure and catch what model.forward(x) and model.module(x) lose."
     )
@@ -58,6 +63,19 @@ def main(arguments: list[str] | None = None) -> None:
     }
     command = named[parsed.command]
     command([*rest, *arguments[1:]])
+
+
+def complete(arguments: list[str]) -> None:
+    """Complete a command line for the shell, as Hydra's script asks: `eval "$(ddpcall -sc install=bash)"`.
+
+    The commands are known here. What stands behind `train` is Hydra's, which would take `train` for an override.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    if arguments[1:2] and arguments[1].startswith("query=") and line.split()[1:2] != ["train"]:
+        print(*COMMANDS)
+        return
+    os.environ["COMP_LINE"] = line.replace(" train", "", 1)
+    train(arguments, "ddpcall")
 
 
 def watch(arguments: list[str]) -> None:
@@ -339,12 +357,12 @@ def _exit_without_lab(command: str, error: ModuleNotFoundError) -> NoReturn:
     sys.exit(EXIT_WRONG_USE)
 
 
-def train(overrides: list[str]) -> None:
+def train(overrides: list[str], program: str = "ddpcall train") -> None:
     """Hand the rest of the command line to the lab's Hydra entry point."""
     _exit_without_torch()
     try:
         from ddpcall.lab.train import main as train_main
     except ModuleNotFoundError as error:
         _exit_without_lab("train", error)
-    sys.argv = ["ddpcall train", *overrides]
+    sys.argv = [program, *overrides]
     train_main()

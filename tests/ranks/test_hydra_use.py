@@ -1,8 +1,12 @@
 """The lab as Hydra's users use it: their own code, sweeps, directories of their own."""
 
 import re
+import subprocess
+import sys
 
-from tests.ranks.lab_process import ROOT, run_lab
+import pytest
+
+from tests.ranks.lab_process import ROOT, clean_environment, run_lab
 
 QUICK = ("steps=3", "device=cpu", "tensorboard=false")
 
@@ -39,3 +43,28 @@ def test_a_file_with_a_target_comes_from_a_directory_of_ones_own(tmp_path):
     assert run.code == 0, run.err
     config = (run.only_run() / "config.yaml").read_text()
     assert "_target_: mine.load" in config
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ddpcall train experiment=forward", "experiment=forward_bypass"),
+        ("ddpcall train wrapper=replicate_", "wrapper=replicate_with_fsdp"),
+        ("ddpcall re", "report"),
+    ],
+)
+def test_the_shell_completes_commands_and_what_stands_behind_train(line, expected):
+    command = [sys.executable, "-m", "ddpcall", "-sc", "query=bash"]
+    environment = clean_environment(COMP_LINE=line, COMP_POINT=str(len(line)))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert expected in done.stdout.split(), done.stderr
+
+
+def test_the_script_for_the_shell_completes_the_command_itself():
+    command = [sys.executable, "-m", "ddpcall", "-sc", "install=bash"]
+    done = subprocess.run(
+        command, env=clean_environment(), capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stdout.rstrip().endswith("complete -o nospace -o default -F hydra_bash_completion ddpcall"), (
+        done.stderr
+    )

@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from ddpcall.course.exercises import EXERCISES
+from ddpcall.course.lessons import LESSONS
+from ddpcall.course.pages import page_name
+from ddpcall.lab.claims.catalogue import CLAIMS
+from tests.report.chromium import CHROMIUM, DRIVER, MISSING, set_view, start_chromium
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -35,6 +41,53 @@ def test_the_reference_shows_what_docstrings_say(site):
     page = (site / "reference" / "watch.html").read_text()
     for promise in ("raises WatchError where the harm is done", "Another watch is running in this process"):
         assert promise in re.sub(r"<[^>]+>", "", page)
+
+
+def test_a_lessons_questions_are_a_list_and_their_choices_lists_in_it(site):
+    for lesson in LESSONS:
+        page = (site / "labs" / page_name(lesson).replace(".md", ".html")).read_text()
+        predict = page.partition('id="predict"')[2].partition('id="run"')[0]
+        counts = [len(re.findall(f"<{tag}>", predict)) for tag in ("ol", "ul", "li")]
+        choices = sum(len(question.choices) for question in lesson.predict)
+        assert counts == [1, len(lesson.predict), len(lesson.predict) + choices], lesson.name
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
+def test_nothing_runs_off_a_narrow_screen(site, tmp_path):
+    driver = start_chromium(tmp_path)
+    try:
+        set_view(driver, 420, 900, "light")
+        for name in (
+            "index.html",
+            "watch.html",
+            "labs/02_who_synchronises.html",
+            "semantics.html",
+            "own_code.html",
+        ):
+            driver.get((site / name).as_uri())
+            assert driver.execute_script("return document.documentElement.scrollWidth") <= 420, name
+    finally:
+        driver.quit()
+
+
+def test_the_readme_is_short_in_its_order_and_its_counts_are_true():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 200
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
+        "Install",
+        "What each way of calling the model loses",
+        "Watch",
+        "Test",
+        "Teach",
+        "What it is blind to",
+        "Map of rooms",
+        "Develop",
+    ]
+    wrappers = len(re.findall(r"^## ", (ROOT / "docs" / "semantics.md").read_text(), re.MULTILINE))
+    assert f"the same for {wrappers} wrappers" in text
+    assert f"# {len(CLAIMS)} claims about forward" in text
+    numbers = {8: "eight", 9: "nine", 10: "ten", 11: "eleven", 12: "twelve"}
+    assert f"# {numbers[len(LESSONS)]} lessons and {numbers[len(EXERCISES)]} exercises" in text
 
 
 def test_links_from_the_readme_lead_somewhere():

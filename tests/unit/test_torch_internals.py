@@ -23,6 +23,7 @@ OF_OTHERS = {
     *("_setupstate", "_prepareconfig", "_do_configure", "_tmp_path_factory"),  # pytest
     *("_reset_state", "_models"),  # accelerate
     "_get_rerun_filter_regex",  # rerunfailures
+    "_target_",  # Hydra
 }
 EXCEPTED = {
     "torch_internals.py": "the room itself",

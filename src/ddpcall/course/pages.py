@@ -137,7 +137,7 @@ def render_page(lesson: Lesson, summary: Mapping[str, Any]) -> str:
 
 
 def _render_question(number: int, question: Question) -> str:
-    choices = [f"   * `{choice.word}`: {choice.meaning}" for choice in question.choices]
+    choices = [f"    * `{choice.word}`: {choice.meaning}" for choice in question.choices]
     return "\n".join([f"{number}. {question.text}", *choices])
 
 

@@ -66,6 +66,8 @@ def _refuse_multirun(rank: int, world_size: int) -> None:
 
 
 def _refuse_unknown_keys(rank: int) -> None:
+    if {"-sc", "--shell-completion"} & set(sys.argv[1:]):
+        return  # its `install=bash` is no override
     try:
         check_overrides(sys.argv[1:])
     except WrongUse as error:

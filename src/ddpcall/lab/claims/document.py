@@ -1,6 +1,6 @@
-"""Claims as Markdown: the tables of README and docs/claims.md are written by this from a run.
+"""Claims as Markdown: the table of docs/claims.md is written by this from a run.
 
-python -m ddpcall.lab.claims.document docs/claims.md README.md
+python -m ddpcall.lab.claims.document docs/claims.md
 
 A table stands between `<!-- claims all -->`, or `<!-- claims CF-1 CF-3 -->` for some, and `<!-- end claims -->`.
 """
