@@ -186,7 +186,7 @@ def test_unequal_micro_batches_are_weighted():
 def test_gradients_that_are_not_averaged_are_weighted():
     result = compare(mean_step, wrap=lambda model: model)
     assert result.cause == "weighted"
-    assert result.message.startswith("The ranks' gradients are not averaged.")
+    assert result.message.startswith("The ranks' gradients are not averaged; whether they average their weights")
 
 
 # ---- module ----------------------------------------------------------------------------------------------------

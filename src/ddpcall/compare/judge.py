@@ -65,6 +65,8 @@ class StepJudge:
         updated = [name for name, n in numbers.items() if n.update_difference > n.update_tolerance]
         if updated:
             return self._explain_update(updated)
+        if self._find_other_weights():
+            return self._say("unexplained", "The gradients agree, and the ranks do not train one model.")
         return self._say("same", self._describe_sameness())
 
     # ---- numbers -----------------------------------------------------------------------------------------------
@@ -82,6 +84,12 @@ class StepJudge:
             return "Gradients are inf or nan, on the ranks or in one process."
         if not norm(reference.used):
             return "In one process every gradient is zero: there is nothing to compare."
+        if self._noise.is_unsteady(reference):
+            return (
+                "The step draws random numbers that no seed decides (a generator of its own, the clock, data in "
+                "another order): one process that takes it twice, from the same random state, computes two "
+                "gradients. Make the step deterministic for this comparison."
+            )
         if self._relative_tolerance() > BLIND:
             return (
                 f"Nothing can be told: a change of one unit in the last place alone changes the gradient of one "
@@ -115,6 +123,8 @@ class StepJudge:
 
     def _say(self, cause: str, message: str, **more: object) -> OneProcessComparison:
         notes = [message]
+        if cause != "same" and (apart := self._find_other_weights()):
+            notes.append(f"The ranks do not hold the same weights before the step: {_name_some(apart)}.")
         if self._ranks.num_dropouts or self._reference.num_dropouts:
             notes.append("The comparison was made without dropout.")
         if self._noise.order_matters(self._reference):
@@ -131,6 +141,16 @@ class StepJudge:
             parameters=self._measure_parameters(),
             **more,  # pyright: ignore[reportArgumentType]
         )
+
+    def _find_other_weights(self) -> list[str]:
+        """Return the parameters that are whole on every rank, and other numbers there, before the step."""
+        first, *others = self._ranks.records
+        return [
+            name
+            for place, name in enumerate(first.names)
+            if not first.weight_parts[place]
+            and any(one.before[one.names.index(name)] != first.before[place] for one in others)
+        ]
 
     def _describe_sameness(self) -> str:
         num_ranks = len(self._ranks.losses)
@@ -222,7 +242,8 @@ class StepJudge:
 
     def _explain_mixing(self, mixing: Mixing, off: list[str]) -> OneProcessComparison:
         if len(off) == len(self._names):
-            return self._say("weighted", f"The ranks' gradients are not averaged. {mixing}")
+            later = "whether they average their weights afterwards, as in local SGD, is not compared"
+            return self._say("weighted", f"The ranks' gradients are not averaged; {later}. {mixing}")
         told = f"The gradients of some parameters are not averaged: {_name_some(off)}. The others agree. {mixing}"
         return self._say("some_parameters", told, where=off[0])
 

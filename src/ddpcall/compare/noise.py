@@ -24,11 +24,13 @@ class Noise:
     Attributes:
         perturbed: From numbers that differ by one unit in the last place.
         permuted: With the samples in another order.
+        repeated: Exactly as it was.
         reseeded: From another random state.
     """
 
     perturbed: Sequence[Step]
     permuted: Sequence[Step]
+    repeated: Step
     reseeded: Step
 
     def measure_tolerance(
@@ -57,6 +59,10 @@ class Noise:
     def is_random(self, reference: Step) -> bool:
         """Say whether another random state changes more than rounding does."""
         return _distance([self.reseeded], reference) > _RANDOM * self._floor(reference)
+
+    def is_unsteady(self, reference: Step) -> bool:
+        """Say whether the same step comes out otherwise when it is taken again: then nothing here is noise."""
+        return _distance([self.repeated], reference) > _RANDOM * reference.eps * norm(reference.used)
 
     def _floor(self, reference: Step) -> float:
         return max(_distance(self.perturbed, reference), reference.eps * norm(reference.used))
@@ -108,5 +114,9 @@ class AssumedNoise:
         return False
 
     def is_random(self, reference: Step) -> bool:
+        """Nobody tried."""
+        return False
+
+    def is_unsteady(self, reference: Step) -> bool:
         """Nobody tried."""
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -39,6 +39,25 @@ def world_of(ranks: Sequence[int], timeout_s: float) -> Iterator[None]:
         dist.destroy_process_group(group)  # pyright: ignore[reportArgumentType]
         if "torch.distributed.tensor" in sys.modules:  # its caches name the group by which a mesh was made
             internals.CLEAR_SHARDING_CACHE.get(lambda: None)()
+
+
+def keep_random_state() -> Callable[[], None]:
+    """Return what puts the random state of Python, numpy and torch on the CPU back to what it is now."""
+    python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+
+    def put_back() -> None:
+        random.setstate(python)
+        np.random.set_state(of_numpy)
+        torch.random.set_rng_state(of_torch)
+
+    return put_back
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @contextmanager

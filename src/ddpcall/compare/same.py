@@ -24,7 +24,7 @@ from ddpcall.compare.batches import (
 )
 from ddpcall.compare.judge import StepJudge
 from ddpcall.compare.noise import Noise
-from ddpcall.compare.one_process import kept_random_state, world_of
+from ddpcall.compare.one_process import keep_random_state, kept_random_state, seed_all, world_of
 from ddpcall.compare.result import OneProcessComparison
 from ddpcall.compare.steps import MakeOptimizer, Step, StepRecord, join_ranks, take_steps
 from ddpcall.mixing import RanksMissing, exchange_records
@@ -103,7 +103,7 @@ class _Call:
         self._step, self._model, self._batch = step, model, batch
         self._wrap, self._optimizer, self._steps = wrap, optimizer, steps
         self._split, self._timeout_s = split, timeout_s
-        self._random_state = torch.random.get_rng_state()
+        self._random_state = keep_random_state()
 
     def compare(self) -> OneProcessComparison:
         _check_given_alike(self._together(self._check, "cannot be compared"))
@@ -160,6 +160,7 @@ class _Call:
                 order = torch.randperm(count_samples(self._batch), generator=torch.Generator().manual_seed(seed))
                 batch = permute_samples(self._batch, order)
                 self._permuted.append(self._train_alone(copy.deepcopy(self._model), batch))
+            self._repeated = self._train_alone(copy.deepcopy(self._model), self._batch)
             self._reseeded = self._train_alone(copy.deepcopy(self._model), self._batch, seed=1)
         return b""
 
@@ -176,14 +177,13 @@ class _Call:
     def _train_alone(
         self, model: nn.Module, batch: Any, samples: Any = None, seed: int | None = None
     ) -> list[StepRecord]:
-        if seed is None:
-            torch.random.set_rng_state(self._random_state)
-        else:
-            torch.manual_seed(seed)
+        self._random_state()
+        if seed is not None:
+            seed_all(seed)
         return take_steps(self._step, model, model, batch, self._optimizer, self._steps, samples)
 
     def _run_wrapped(self) -> bytes:
-        torch.random.set_rng_state(self._random_state)
+        self._random_state()
         inner = copy.deepcopy(self._model)
         share = self._split(self._batch, dist.get_rank(), dist.get_world_size())
         with world_of(range(dist.get_world_size()), self._timeout_s):
@@ -205,6 +205,7 @@ class _Call:
             noise = Noise(
                 [_join_one(run[index]) for run in self._perturbed],
                 [_join_one(run[index]) for run in self._permuted],
+                _join_one(self._repeated[index]),
                 _join_one(self._reseeded[index]),
             )
             result = StepJudge(ranks, _join_one(self._reference[index]), noise, index).judge()
