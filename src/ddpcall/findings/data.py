@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddpcall.findings.finding import Rule, Severity
+from ddpcall.findings.finding import ISSUE, Rule, Severity
 
 _SAMPLER_DOCS = "https://docs.pytorch.org/docs/stable/data.html#torch.utils.data.distributed.DistributedSampler"
 
@@ -50,6 +50,27 @@ RULES = (
             "https://github.com/mlcommons/training/pull/625",
             "https://github.com/NVlabs/LongLive/issues/71",
         ),
+    ),
+    Rule(
+        code="DC403",
+        name="padding-counted",
+        severity=Severity.NOTE,
+        title="An evaluation counts samples twice that were added to make the ranks' shares even",
+        why="Where the ranks do not divide the dataset evenly, DistributedSampler gives its first samples once "
+        "more to the last ranks. Losses, hits and counts that are summed over the ranks have them twice: the "
+        "metric is not that of the dataset, and another one with another number of ranks.",
+        wrong="sampler = DistributedSampler(test_set, shuffle=False)  # 61 samples on 2 ranks\n"
+        "dist.all_reduce(torch.tensor([num_right, num_seen]))",
+        fix="Give each rank its own samples once, `Subset(dataset, range(rank, len(dataset), world_size))` and no "
+        "DistributedSampler, and evaluate `model.module`; or leave the added samples out of what is counted.",
+        silent_when="The ranks divide the dataset; `drop_last=True`; the added samples are left out "
+        "(accelerate's `gather_for_metrics`); rank 0 evaluates the whole dataset; an optimizer steps between the "
+        "batches; no count is summed.",
+        blind_to="Counts that are gathered, or summed batch by batch; means of means; gathered predictions "
+        "(torchmetrics), whose surplus may be cut off later. A metric of one rank's share that is printed or "
+        "saved as if it were whole is not looked for: a rank that evaluates its share may write its part down for "
+        "a later merge, and nothing that is sent tells the two apart.",
+        links=(_SAMPLER_DOCS, ISSUE + "25162", "https://github.com/roboflow/rf-detr/issues/1507"),
     ),
     Rule(
         code="DC404",

@@ -30,6 +30,7 @@ from ddpcall.watch.rules.compiled import CompiledRule
 from ddpcall.watch.rules.data import OrderRule
 from ddpcall.watch.rules.draws import DrawRule
 from ddpcall.watch.rules.early_step import EarlyStepRule
+from ddpcall.watch.rules.evaluation import EvaluationRule
 from ddpcall.watch.rules.gathers import GatherRule
 from ddpcall.watch.rules.hooks import HooksRule
 from ddpcall.watch.rules.norms import NormRule
@@ -111,6 +112,7 @@ class Attachment:
             self._hooks,
             self._precision,
             order,
+            evaluation := EvaluationRule(run),
             MeasureAtSteps(gradients, mixing),
             mixing,
             CompareAtSteps(run, self._replicas),
@@ -133,7 +135,7 @@ class Attachment:
             ("losses", losses.attach),
             ("hooks of modules", self._hooks.sensor.attach),
             ("torch.compile", self._compiled.sensor.attach),
-            ("data loaders", LoaderSensor(run, (order, shares), draws.sensor.taking).attach),
+            ("data loaders", LoaderSensor(run, (order, shares, evaluation), draws.sensor.taking).attach),
             (
                 "load_state_dict, train and eval, optimizers and schedulers",
                 partial(run.sites.attach, gradients.add),

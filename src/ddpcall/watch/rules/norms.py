@@ -14,6 +14,7 @@ from ddpcall.taps import CallSite, find_call_site, in_backward
 from ddpcall.watch.rules.rule import Rule, make_finding
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.clipping import Clipping
+from ddpcall.watch.sensors.collectives import find_summed
 from ddpcall.watch.sensors.reducer_state import ReducerState
 from ddpcall.watch.sensors.steps import Step
 
@@ -68,8 +69,8 @@ class NormRule(Rule):
 
     def _hear(self, name: str, args: tuple[Any, ...]) -> None:
         """Compare a scalar that is summed over all ranks with the norms of averaged gradients."""
-        scalar = _summed_scalar(args) if name == "allreduce" else None
-        if scalar is None or in_backward():
+        scalar = find_summed(args) if name == "allreduce" else None
+        if scalar is None or scalar.numel() != 1 or not scalar.is_floating_point() or in_backward():
             return
         averaged = [state for state in self._run.models.ledgers if _is_averaged(state)]
         site = find_call_site() if averaged else None
@@ -110,16 +111,6 @@ class NormRule(Rule):
             f"gradients were clipped to {limit:.3g} instead of {min(limit * summed.factor, summed.norm()):.3g}."
         )
         self._run.book.report(make_finding("DC112", "norm_summed", summed.site, message, step=step))
-
-
-def _summed_scalar(args: tuple[Any, ...]) -> Tensor | None:
-    """Return the one number that a process group of all ranks is to sum up, None for anything else."""
-    group, tensors, *options = args
-    if not isinstance(tensors, list) or len(tensors) != 1 or tensors[0].numel() != 1:
-        return None
-    is_sum = all(getattr(each, "reduceOp", dist.ReduceOp.SUM) == dist.ReduceOp.SUM for each in options)
-    is_float = tensors[0].is_floating_point()
-    return tensors[0] if is_sum and is_float and 1 < group.size() == dist.get_world_size() else None
 
 
 def _is_averaged(state: ReducerState) -> bool:

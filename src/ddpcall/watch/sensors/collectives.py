@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ddpcall import torch_internals as internals
@@ -148,6 +149,19 @@ class CollectiveLog:
             self._most_sent = max(self._most_sent, self.num_sent())
         self._num_steps += 1
         self._last_step = self._now
+
+
+def find_summed(args: tuple[Any, ...]) -> Tensor | None:
+    """Return the one tensor that a process group of all ranks is to sum up, None for anything else.
+
+    Args:
+        args: What `ProcessGroup.allreduce` or `ProcessGroup.reduce` was called with.
+    """
+    group, tensors, *options = args
+    if not isinstance(tensors, list) or len(tensors) != 1:
+        return None
+    is_sum = all(getattr(each, "reduceOp", dist.ReduceOp.SUM) == dist.ReduceOp.SUM for each in options)
+    return tensors[0] if is_sum and 1 < group.size() == dist.get_world_size() else None
 
 
 def _in_graph_node() -> bool:
