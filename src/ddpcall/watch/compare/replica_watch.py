@@ -181,10 +181,11 @@ class ReplicaWatch:
         self.batch = self._first = None
         self._last_step = step
         self.read()
-        if self._rank == 0:
+        if self._draws.sensor.is_open:
             sizes = {tensor.shape[0] for tensor in find_tensors(batch) if tensor.dim()}
-            shapes, device = self._taker.parameter_shapes(), self._taker.device_type()
-            self._draws.stepped(step, sizes, shapes, device, self.is_due(step + 1))
+            self._draws.looked(step, sizes, self._taker.parameter_shapes(), self._taker.device_type())
+        if self._rank == 0 and self.is_due(step + 1):
+            self._draws.look_at(step + 1)
         self._vitals_taken()
 
     def _with_shares(self, vitals: Vitals) -> Vitals:

@@ -48,25 +48,24 @@ class DrawRule:
             self._looked.clear()
             self._report(draws, num_ranks)
 
-    def stepped(
-        self, step: int, batch_sizes: set[int], weights: set[tuple[int, ...]], device: str, is_next_compared: bool
-    ) -> None:
-        """Take the draws of a step that was looked at, and look at the next if it is one of those.
+    def look_at(self, step: int) -> None:
+        """Hear of the draws of a step that is about to be prepared, if it is one of those."""
+        if step in _LOOKED_AT and not self._is_compiled():
+            self.sensor.open()
+
+    def looked(self, step: int, batch_sizes: set[int], weights: set[tuple[int, ...]], device: str) -> None:
+        """Take the draws of a step that is done.
 
         Args:
-            step: The optimizer step that was done.
+            step: The optimizer step.
             batch_sizes: The first dimensions of what the wrapper was called with.
             weights: The shapes of the model's parameters.
             device: The type of the device whose generator is compared.
-            is_next_compared: Whether the next step will be compared.
         """
-        if self.sensor.is_open:
-            drawn = [draw for draw in self.sensor.close() if draw.device == device and draw.shape]
-            drawn = [draw for draw in drawn if draw.shape[0] in batch_sizes and draw.shape not in weights]
-            if sum(math.prod(draw.shape) for draw in drawn) >= _LEAST_DRAWN:
-                self._looked[step] = drawn
-        if step + 1 in _LOOKED_AT and is_next_compared and not self._is_compiled():
-            self.sensor.open()
+        drawn = [draw for draw in self.sensor.close() if draw.device == device and draw.shape]
+        drawn = [draw for draw in drawn if draw.shape[0] in batch_sizes and draw.shape not in weights]
+        if sum(math.prod(draw.shape) for draw in drawn) >= _LEAST_DRAWN:
+            self._looked[step] = drawn
 
     def _report(self, draws: list[Draw], num_ranks: int) -> None:
         num = sum(math.prod(draw.shape) for draw in draws)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpcall import torch_internals as internals
+from ddpcall.replicas import is_unreadable
 from ddpcall.taps import CallSite, Undo, find_call_site, find_tensors, replace_attribute
 from ddpcall.watch.run import Run
 
@@ -95,7 +97,8 @@ class DrawSensor:
         return drawing
 
     def _note(self, drawn: Any) -> None:
-        if type(drawn) is Tensor and len(self._draws) < _MOST:
+        in_transform = internals.FUNCTORCH_LEVEL.get(lambda: None)() is not None
+        if type(drawn) is Tensor and not in_transform and len(self._draws) < _MOST and not is_unreadable(drawn):
             address = drawn.untyped_storage().data_ptr()
             self._draws.append(Draw(find_call_site(), tuple(drawn.shape), drawn.device.type, address))
 
