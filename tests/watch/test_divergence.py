@@ -68,6 +68,14 @@ def test_statistics_that_are_no_batch_norms_are_to_be_reduced():
     assert "thrown away" in own.message
 
 
+def test_statistics_are_told_on_the_line_that_changes_them_where_it_was_seen():
+    changed = replace(SITE, line=7)
+    buffers = Divergence(2, {"buffers": ((0,), (1,))}, buffer_site=SITE, buffer_use="saved", change_site=changed)
+    (own,) = diagnose_divergence(replace(buffers, has_own_statistics=True), explained=False)
+    assert own.line == 7
+    assert "When the model is saved at train.py:12" in own.message
+
+
 def test_scales_and_steps_are_told_by_rank():
     groups = ((0,), (1,))
     settings = {"loss scale": {0: 4096.0, 1: 1024.0}, "group 0 lr": {0: 0.1, 1: 0.2}}

@@ -62,17 +62,23 @@ RULES = (
         code="DC205",
         name="buffers-differ",
         severity=Severity.WARNING,
-        title="Buffers differ between ranks when the model is evaluated or saved",
+        title="Buffers differ between ranks when the model is evaluated or saved, or for good",
         why="BatchNorm statistics are local until the next training forward. Evaluating through the inner module "
         "gives every rank another result. Of statistics that a model keeps itself (codebooks, queues), "
-        "the broadcast in that forward throws away what the other ranks added.",
+        "the broadcast in that forward throws away what the other ranks added; without a wrapper, or with "
+        "`broadcast_buffers=False`, each rank goes on with its own.",
         wrong="accuracy = evaluate(ddp.module)",
         fix="Broadcast the buffers first, or convert to SyncBatchNorm before wrapping. Other statistics: reduce "
         "counts and sums over the ranks before the update.",
         silent_when="During training: DDP broadcasts buffers at the next forward. Rank 0 alone evaluates. A "
         "`state_dict` that is not saved, or that of a copy. Non-persistent buffers: caches and hidden states are "
-        "a rank's own. Saving what differs is a note.",
-        blind_to="Evaluation without a mode switch; evaluation on some ranks, but not on rank 0.",
+        "a rank's own. Saving what differs is a note. Of buffers that nothing sends around: batch norms; hidden "
+        "states, noise and queues, which are replaced and not moved by a part; ranks with parameters of their "
+        "own.",
+        blind_to="Evaluation without a mode switch; evaluation on some ranks, but not on rank 0. What nothing "
+        "sends around is looked for in the third step and told at the end: not in shorter runs, and not in "
+        "compiled code. Statistics that are no buffers (a plain attribute, a scale factor that is computed from "
+        "the first batch) are out of reach: gradients and parameters stay equal.",
         links=(ISSUE + "13711", ISSUE + "30718"),
     ),
     Rule(

@@ -22,6 +22,7 @@ from ddpcall.watch.compare.at_steps import CompareAtSteps, MeasureAtSteps
 from ddpcall.watch.compare.hang_watch import HangWatch
 from ddpcall.watch.compare.mixing_watch import MixingWatch
 from ddpcall.watch.compare.replica_watch import ReplicaWatch
+from ddpcall.watch.compare.statistics_watch import StatisticsWatch
 from ddpcall.watch.findings_book import FindingsBook
 from ddpcall.watch.output.streams import say
 from ddpcall.watch.output.watched import BY_HAND, Watched, WatchedModel
@@ -116,6 +117,7 @@ class Attachment:
             MeasureAtSteps(gradients, mixing),
             mixing,
             CompareAtSteps(run, self._replicas),
+            StatisticsWatch(run, gradients.roots),
         )
         self._stacks = stacks = StackWatch()
         self._wraps = wraps = WrapWatch(

@@ -18,6 +18,7 @@ from ddpcall.watch.output.streams import say
 from ddpcall.watch.output.text import WatchError
 from ddpcall.watch.sensors.collectives import CollectiveLog
 from ddpcall.watch.sensors.last_sites import LastSites
+from ddpcall.watch.sensors.statistics import Statistic
 from ddpcall.watch.step_count import StepCount
 
 OF_OTHER = " (of optimizer"
@@ -35,6 +36,7 @@ class Run:
         sites: The lines that last did what makes replicas differ.
         inside: Names of the measured parameters that belong to a wrapped model.
         sharded: Names of those that a wrapper shards.
+        statistics: Buffers that training moves, with the line that does.
         written: Digest of the gradients that the script wrote in place of a backward's; 0 where there are none.
         is_compared: Says of a parameter's name whether its weights are compared.
         faults: Errors of the watch's own, a line each.
@@ -51,6 +53,7 @@ class Run:
         self.sites = LastSites(self.models.is_watched, self.may_use_buffers)
         self.inside: set[str] = set()
         self.sharded: set[str] = set()
+        self.statistics: list[Statistic] = []
         self.written = 0
         self.is_compared: Callable[[str], bool] = lambda name: False
         self.faults: list[str] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from ddpcall.watch.rules.draws import DrawRule
 from ddpcall.watch.rules.replicas import Divergence, diagnose_divergence
 from ddpcall.watch.rules.shares import PART as SHARES
 from ddpcall.watch.rules.shares import ShareRule
+from ddpcall.watch.rules.statistics import first_line
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.last_sites import BufferUse
 
@@ -448,10 +449,18 @@ class ReplicaWatch:
             difference=largest(drifts.values()),
             buffer_site=use.site,
             buffer_use=use.use,
+            change_site=self._find_change(drifts),
             has_own_statistics=not all(map(self._is_batch_norms, drifts)),
         )
         for finding in diagnose_divergence(found, False):
             self._run.report(finding)
+
+    def _find_change(self, names: Iterable[str]) -> CallSite:
+        """Return the first line that changes one of these buffers, where it was seen."""
+        assert self._models is not None
+        places = [(self._models.get_submodule(path), name) for path, _, name in (n.rpartition(".") for n in names)]
+        sites = [s.site for s in self._run.statistics if (s.module(), s.attribute) in places]
+        return first_line(sites) if sites else NOWHERE
 
     def _is_batch_norms(self, name: str) -> bool:
         """Say whether a buffer, by its name in the models, is a batch norm's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from ddpcall.taps import NOWHERE, CallSite
 from ddpcall.watch.compare.vitals import LOSS_SCALE
 from ddpcall.watch.rules.rule import make_finding
 
-_REDUCE_STATISTICS = (
+REDUCE_STATISTICS = (
     "Let every rank make the same update: in the forward that updates them, reduce what they are made of first, "
     "`dist.all_reduce(count)` and `dist.all_reduce(total)`, and merge means and variances by their counts. "
     "SyncBatchNorm helps batch norm alone; a broadcast keeps rank 0's updates only."
@@ -39,6 +40,7 @@ class Divergence:
         step_site: The last optimizer step.
         buffer_site: The line that evaluated or saved the model.
         buffer_use: `evaluated` or `saved`.
+        change_site: The line that changes such buffers, where it was seen.
         has_own_statistics: Whether buffers differ that are no batch norm's.
     """
 
@@ -57,6 +59,7 @@ class Divergence:
     step_site: CallSite = NOWHERE
     buffer_site: CallSite = NOWHERE
     buffer_use: str = ""
+    change_site: CallSite = NOWHERE
     has_own_statistics: bool = False
 
 
@@ -89,8 +92,9 @@ def diagnose_divergence(divergence: Divergence, explained: bool) -> Iterator[Fin
             yield _compared("DC204", divergence, groups, divergence.mode_site or NOWHERE, _modes(divergence))
         elif part == "buffers":
             message = _buffers(divergence, groups)
-            fix = _REDUCE_STATISTICS if divergence.has_own_statistics else ""
-            yield _compared("DC205", divergence, groups, divergence.buffer_site, message, fix)
+            fix = REDUCE_STATISTICS if divergence.has_own_statistics else ""
+            site = divergence.buffer_site if divergence.change_site == NOWHERE else divergence.change_site
+            yield _compared("DC205", divergence, groups, site, message, fix)
         elif part == "batch":
             message = (
                 f"All {len(groups[0])} ranks were fed the same inputs here, until optimizer step {divergence.step}"
@@ -172,6 +176,13 @@ def _diverged(divergence: Divergence, groups: tuple[tuple[int, ...], ...]) -> st
 def _buffers(divergence: Divergence, groups: tuple[tuple[int, ...], ...]) -> str:
     size = f", by up to {divergence.difference:.1e} of a buffer's norm" if divergence.difference else ""
     apart = f"buffers differ between ranks ({_groups(groups)}{size})"
+    if divergence.change_site != NOWHERE:
+        used = f"{os.path.basename(divergence.buffer_site.file)}:{divergence.buffer_site.line}"
+        return (
+            f"Each rank adds its own batches alone to buffers here. When the model is {divergence.buffer_use} at "
+            f"{used}, after optimizer step {divergence.step}, its {apart}. The next training forward of the "
+            "wrapper broadcasts rank 0's: what the other ranks' batches added since is thrown away every time."
+        )
     if divergence.buffer_use == "saved":
         return (
             f"The checkpoint that is written here after optimizer step {divergence.step} has this rank's buffers, "

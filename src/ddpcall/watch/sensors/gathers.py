@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ddpcall import torch_internals as internals
 from ddpcall.taps import CallSite, find_call_site, find_tensors, in_backward, outside_dynamo
 from ddpcall.watch.run import Run
+from ddpcall.watch.sensors.function_modes import put_in, take_out
 from ddpcall.watch.sensors.locate import has_compiled
 
 _MOST_TRIES = 4
@@ -104,7 +105,7 @@ class GatherSensor:
     def _follow(self) -> None:
         if self._follower is None:
             self._follower, self._thread = _Follower(self.gathers, self._contain), threading.get_ident()
-            _put_in(self._follower)
+            put_in(self._follower)
         self._follower.is_looking = True
 
     def stop(self) -> None:
@@ -115,7 +116,7 @@ class GatherSensor:
         follower.is_looking = False
         # `loss.backward()` is a torch function itself, in which the mode is off and comes back afterwards.
         if not follower.depth and threading.get_ident() == self._thread:
-            _take_out(follower)
+            take_out(follower)
             self._follower = None
 
     def take(self) -> list[Gather]:
@@ -194,24 +195,3 @@ def _span(tensor: Tensor) -> int:
 
 def _note_lost(gather: Gather, gradients: tuple[Tensor | None, ...]) -> None:
     gather.is_lost = gather.is_lost or any(gradient is not None for gradient in gradients)
-
-
-def _put_in(mode: TorchFunctionMode) -> None:
-    """Put a mode below all that a script has entered, so that it leaves its own; a default device stays lowest.
-
-    Source: `DeviceContext.__enter__` in torch/utils/_device.py does the same.
-    """
-    pop, push = internals.POP_FUNCTION_MODE.get(), internals.PUSH_FUNCTION_MODE.get()
-    modes = [pop() for _ in range(internals.NUM_FUNCTION_MODES.get()())]
-    lowest = [modes.pop()] if modes and isinstance(modes[-1], internals.DEVICE_CONTEXT.get()) else []
-    for each in (*lowest, mode, *reversed(modes)):
-        push(each)
-
-
-def _take_out(mode: TorchFunctionMode) -> None:
-    """Take a mode out again, wherever it is by now."""
-    pop, push = internals.POP_FUNCTION_MODE.get(), internals.PUSH_FUNCTION_MODE.get()
-    modes = [pop() for _ in range(internals.NUM_FUNCTION_MODES.get()())]
-    for each in reversed(modes):
-        if each is not mode:
-            push(each)

@@ -63,6 +63,7 @@ class GradientSensor:
         self._run = run
         self._every = every
         self._find_roots = find_roots
+        self._roots: list[weakref.ref[nn.Module]] = []
         self._measured = measured
         self._numel = 0
         self._num_after_sending = self._num_asked = 0
@@ -160,10 +161,15 @@ class GradientSensor:
         if not held <= known:
             with suppress(TimeoutError):  # parameters go without their names, then
                 roots = [*roots, *_find_living_roots()]
+        self._roots = [weakref.ref(root) for root in roots if any(id(p) in held for p in root.parameters())]
         places = list(find_all_places(roots, optimizers))
         self._run.inside = {place.name for place in places if id(place.stepped) in known}
         self._run.sharded = {place.name for place in places if isinstance(place, ShardedPlace | FlatPlace)}
         return places
+
+    def roots(self) -> list[nn.Module]:
+        """Return the models whose parameters the optimizers step, as they were last looked for."""
+        return [root for reference in self._roots if (root := reference()) is not None]
 
     def count(self) -> None:
         """Count a step that ended; what was measured of it comes right after."""
