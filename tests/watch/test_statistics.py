@@ -109,7 +109,7 @@ def nothing(model):
     pass
 
 
-def train(rank, model, wrap=None, reduce=reduce_by_hand, steps=5):
+def train(rank, model, wrap=None, reduce=reduce_by_hand, steps=9):
     with ddpcall.watch(on_finding="record", every=1) as session:
         torch.manual_seed(0)
         inner = model()
@@ -142,7 +142,7 @@ def test_statistics_that_nothing_sends_around_are_found_on_the_line_that_changes
         number for number, line in enumerate(lines) if line.endswith("# here\n")
     ]
     assert found[0].parameters == ("mean",)
-    assert (found[0].severity, found[0].step) == ("warning", 4)
+    assert (found[0].severity, found[0].step) == ("warning", 2)
 
 
 RIGHT = [Reduced, Queue, HiddenState, Constant, OfParameters, Cache, WithBatchNorm, Frozen]

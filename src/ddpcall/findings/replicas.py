@@ -76,7 +76,7 @@ RULES = (
         "states, noise and queues, which are replaced and not moved by a part; ranks with parameters of their "
         "own.",
         blind_to="Evaluation without a mode switch; evaluation on some ranks, but not on rank 0. What nothing "
-        "sends around is looked for in the third step and told at the end: not in shorter runs, and not in "
+        "sends around is looked for in the second step and told at the end: not in shorter runs, and not in "
         "compiled code. Statistics that are no buffers (a plain attribute, a scale factor that is computed from "
         "the first batch) are out of reach: gradients and parameters stay equal.",
         links=(ISSUE + "13711", ISSUE + "30718"),

@@ -24,7 +24,7 @@ class Codebook(nn.Module):
         quantized = self.codes[nearest].clone()
         if self.training:
             with torch.no_grad():
-                self.counts.index_add_(0, nearest, torch.ones(len(z)))
+                self.counts.index_add_(0, nearest, torch.ones(len(z)))  # raises: DC205
                 self.codes.index_add_(0, nearest, 0.1 * (z - quantized))
         return z + (quantized - z).detach()
 
@@ -41,7 +41,7 @@ def main():
         optimizer.step()
     model.eval()
     with torch.no_grad():
-        error = F.mse_loss(model.module(x), x)  # raises: DC205
+        error = F.mse_loss(model.module(x), x)  # or: DC205
     print(f"rank {dist.get_rank()} error {error:.3f}", flush=True)
 
 

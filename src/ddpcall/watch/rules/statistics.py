@@ -20,12 +20,17 @@ def first_line(sites: Sequence[CallSite]) -> CallSite:
 
 
 def judge_statistics(
-    step: int, parameters: Mapping[int, int], differences: Mapping[str, float], sites: Mapping[str, CallSite]
+    seen: int,
+    step: int,
+    parameters: Mapping[int, int],
+    differences: Mapping[str, float],
+    sites: Mapping[str, CallSite],
 ) -> Finding | None:
     """Return what is wrong where ranks train one model and keep statistics of their own in it.
 
     Args:
-        step: Optimizer steps done.
+        seen: The step in which a line was seen to change the buffers.
+        step: Optimizer steps done when they were compared.
         parameters: Digest of the model's parameters by rank; where they differ, ranks have models of their own.
         differences: By buffer: how far ranks are apart, relative to its norm.
         sites: By buffer: the line that changes it.
@@ -45,7 +50,7 @@ def judge_statistics(
         "own_statistics",
         first_line([sites[name] for name in apart]),
         message,
-        step=step,
+        step=seen,
         ranks=tuple(sorted(parameters)),
         parameters=tuple(apart),
         fix=REDUCE_STATISTICS,
