@@ -121,7 +121,8 @@ def current_launch() -> Launch:
     place = read_place()
     first = place.rank - place.local_rank if place.num_local > 1 else place.rank
     attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
-    unique = name_process(os.getppid() if place.num_local > 1 else os.getpid())
+    # A launcher with another parent for each rank, as Ray's workers are, gives the launch a name of its own.
+    unique = os.environ.get("DDPCALL_LAUNCH") or name_process(os.getppid() if place.num_local > 1 else os.getpid())
     job = os.environ.get("TORCHELASTIC_RUN_ID", "")
     everywhere = frozenset(f"{attempt}/{other}" for other in range(place.num_ranks))
     on_host = frozenset(f"{attempt}/{other}" for other in range(first, first + place.num_local))
