@@ -13,7 +13,7 @@ import pytest
 
 from tests.ranks.lab_process import SCRIPT, clean_environment
 from tests.ranks.test_engines import BYPASS, bug_line
-from tests.ranks.test_faults import wait_until_gone
+from tests.ranks.test_faults import processes_in
 
 WAIT_S = 240.0
 
@@ -29,6 +29,7 @@ class Hosts:
         self.names = [f"ddpcall{os.getpid()}{number}" for number in (0, 1)]
         self.links = [f"dc{os.getpid() % 10**6}{number}" for number in (0, 1)]
         self.started: list[subprocess.Popen[str]] = []
+        self.deadline = time.monotonic() + WAIT_S
 
     def connect(self) -> None:
         for name in self.names:
@@ -70,7 +71,7 @@ class Hosts:
     def disconnect(self) -> None:
         for process in self.started:
             process.kill()
-            process.wait()
+            process.communicate()
         for name in self.names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
@@ -133,16 +134,18 @@ def test_the_watch_finds_on_two_hosts_what_it_finds_on_one(hosts, tmp_path):
     assert f"train.py:{bug_line() - 1}" in said
 
 
-def test_a_host_that_is_cut_off_in_mid_run_ends_the_run_and_is_named(hosts, tmp_path):
+def test_a_host_that_is_cut_off_in_mid_run_is_named_and_no_rank_hangs(hosts, tmp_path):
     endless = [*LAB, "trial_timeout_s=10"]
     endless[1] = "steps=200000"
     for number in (0, 1):
         hosts.start(number, tmp_path, *endless)
     wait_for(tmp_path / "run" / "summary.json", hosts)
     hosts.pull_cable()
-    codes, said = hosts.finish()
-    assert all(codes), said
+    said = hosts.started[0].communicate(timeout=WAIT_S)[0]
+    assert hosts.started[0].returncode != 0, said
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["outcome"] in ("hung", "rank lost", "failed"), summary
-    assert summary["first_failing_rank"] == 1, summary
-    assert wait_until_gone(tmp_path) == []
+    assert (summary["outcome"], summary["first_failing_rank"]) in (("hung", 1), ("rank lost", 1)), summary
+    # The agent on the host that was cut off may wait as long as torch lets it; its rank does not.
+    while any("train.py" in line and "torch.distributed.run" not in line for line in processes_in(tmp_path)):
+        assert time.monotonic() < hosts.deadline
+        time.sleep(0.1)

@@ -20,6 +20,7 @@ from ddpcall.lab.world import POLL_SECONDS, World
 # How long ranks wait for each other's last words once something has gone wrong.
 FAREWELL_SECONDS = 5.0
 GUARD_SECONDS = 0.25
+CUT_OFF_SECONDS = 30.0  # after a trial's time; the guard needs less than half of it where the store answers
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -73,10 +74,23 @@ class Guard:
     def limit(self, name: str, seconds: float) -> Iterator[None]:
         """Allow the body this many seconds."""
         self._name, self._deadline = name, time.monotonic() + seconds
+        last = threading.Timer(seconds + CUT_OFF_SECONDS, self._leave_cut_off)
+        last.daemon = True
+        last.start()
         try:
             yield
         finally:
             self._deadline = None
+            last.cancel()
+
+    def _leave_cut_off(self) -> None:
+        """End a rank whose guard waits for the store: a store behind a cut cable never answers nor fails."""
+        print(
+            f"ddpcall: rank {self._world.rank} leaves {self._name}: its time is over, and the store at "
+            f"{os.environ.get('MASTER_ADDR', 'rank 0')} does not answer. Is this host cut off from it?",
+            file=sys.stderr,
+        )
+        _leave()
 
     def _guard(self, awake: socket.socket, done: threading.Event) -> None:
         while not done.is_set():
