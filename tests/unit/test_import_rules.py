@@ -22,11 +22,13 @@ LEAVES = {
     "ranks",
     "torch_version",
     "targets",
+    "files",
 } | INTERNALS
 MIDDLE = LEAVES | {"verdicts", "replicas", "sketch", "mixing", "probes", "compare"}
 MAY_IMPORT = {
     "paths": set(),
     "evidence": set(),
+    "files": set(),
     "findings": set(),
     "imports": set(),
     "private_name": set(),
@@ -42,7 +44,7 @@ MAY_IMPORT = {
     "replicas": LEAVES,
     "sketch": INTERNALS | {"replicas"},
     "mixing": INTERNALS | {"taps", "replicas", "sketch"},
-    "compare": INTERNALS | {"imports", "taps", "targets", "replicas", "sketch", "mixing"},
+    "compare": INTERNALS | {"files", "imports", "taps", "targets", "replicas", "sketch", "mixing"},
     "probes": MIDDLE,
     "lab": MIDDLE | {"lab", "watch"},
     "watch": MIDDLE | {"watch"},

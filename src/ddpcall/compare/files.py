@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,14 @@ import torch
 from ddpcall import __version__
 from ddpcall.compare.program import META, prepare
 from ddpcall.compare.steps import StepRecord
+from ddpcall.files import parse_json, read_bytes, read_text
 
 SCHEMA = 1
 _PREFIXES = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _MB = 1e6
+MAX_RANKS = 2**16
+MAX_META_BYTES = 16 * 2**20
+MAX_STEP_BYTES = 2**30  # of one rank, packed and unpacked
 
 
 class NotARecord(ValueError):
@@ -146,10 +151,14 @@ class Run:
 
 def _read_step(path: Path) -> RecordedStep:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        content = read_bytes(path, MAX_STEP_BYTES)
+        with zipfile.ZipFile(io.BytesIO(content)) as packed:
+            if sum(entry.file_size for entry in packed.infolist()) > MAX_STEP_BYTES:
+                raise ValueError(f"it unpacks to more than {MAX_STEP_BYTES} bytes")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             record = StepRecord.from_bytes(arrays["record"].tobytes()).rename(clean_name)
             return RecordedStep(record, arrays["weights"], tuple(arrays["rates"].tolist()))
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise NotARecord(f"{path} cannot be read: {error}") from error
 
 
@@ -176,12 +185,16 @@ def open_run(directory: Path) -> Run:
 def _read_meta(directory: Path, rank: int) -> dict[str, Any]:
     path = directory / f"rank{rank}" / META
     try:
-        meta = json.loads(path.read_text())
+        meta = parse_json(read_text(path, MAX_META_BYTES))
         if meta["schema"] > SCHEMA:
             raise NotARecord(f"{path} was written by ddpcall {meta['ddpcall']}: read it with that version")
+        if not (1 <= int(meta["num_ranks"]) <= MAX_RANKS) or not all(isinstance(s, int) for s in meta["steps"]):
+            raise ValueError("num_ranks or steps are no numbers of a run")
+        if not isinstance(meta["run"], str) or not isinstance(meta["failure"], str):
+            raise ValueError("run and failure are no text")
         return meta
     except OSError:
         what = "is no record" if rank == 0 else f"lacks rank {rank}"
         raise NotARecord(f"{directory} {what}: there is no {path.relative_to(directory)}") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise NotARecord(f"{path} cannot be read: {error!r}") from error

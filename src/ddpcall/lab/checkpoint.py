@@ -32,6 +32,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from ddpcall.files import open_regular, parse_json, read_text
+
 FORMAT = 1
 MANIFEST, LATEST, METADATA = "manifest.json", "latest", ".metadata"
 MAX_MANIFEST_BYTES = 4 * 2**20
@@ -158,7 +160,7 @@ class Checkpoints:
             return []
         latest = ""
         with contextlib.suppress(CheckpointRefused):
-            latest = _read_regular(self.path / LATEST, 64).decode(errors="replace").strip()
+            latest = _read(self.path / LATEST, 64).strip()
         return sorted(found, key=lambda path: (path.name != latest, -_step_of(path)))
 
     def load_newest(self, group: dist.ProcessGroup | None) -> tuple[Saved | None, list[str]]:
@@ -210,7 +212,7 @@ def verify(path: Path, world_size: int) -> None:
     if path.is_symlink():
         raise CheckpointRefused(f"{path} is a link: a checkpoint is a directory of its own")
     try:
-        manifest = json.loads(_read_regular(path / MANIFEST, MAX_MANIFEST_BYTES))
+        manifest = parse_json(_read(path / MANIFEST, MAX_MANIFEST_BYTES))
         digest = manifest.pop("digest")
         whole = digest == _digest_of(manifest) and manifest["format"] == FORMAT
         files = {
@@ -345,21 +347,21 @@ def _digest_of(manifest: dict[str, Any]) -> str:
 def _open_regular(path: Path) -> Iterator[Any]:
     """Open a regular file; a link, a device and a FIFO are refused without being read."""
     try:
-        if not path.is_symlink() and path.is_file():
-            with path.open("rb") as file:
-                yield file
-                return
+        with open_regular(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointRefused(f"{path} is missing") from None
     except OSError as error:
         raise CheckpointRefused(f"{path} cannot be read: {error.strerror}") from None
-    raise CheckpointRefused(f"{path} is {'no regular file' if os.path.lexists(path) else 'missing'}")
 
 
-def _read_regular(path: Path, max_bytes: int) -> bytes:
-    with _open_regular(path) as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise CheckpointRefused(f"{path} is larger than {max_bytes} bytes")
-    return content
+def _read(path: Path, max_bytes: int) -> str:
+    try:
+        return read_text(path, max_bytes)
+    except FileNotFoundError:
+        raise CheckpointRefused(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointRefused(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _write_synced(path: Path, text: str) -> None:

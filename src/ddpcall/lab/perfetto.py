@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpcall.evidence import AXES, Cell
+from ddpcall.files import replace_text
 
 
 def write_trace(timeline_records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -25,7 +26,7 @@ def write_trace(timeline_records: Sequence[dict[str, Any]], path: Path) -> None:
         KeyError: A record lacks one of the fields that docs/run_directory.md promises.
     """
     trace = {"traceEvents": list(_trace_events(timeline_records)), "displayTimeUnit": "ms"}
-    path.write_text(json.dumps(trace) + "\n")
+    replace_text(path, json.dumps(trace) + "\n")
 
 
 def _trace_events(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

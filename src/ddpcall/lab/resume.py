@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ddpcall.evidence import Environment
+from ddpcall.files import parse_json, read_bytes, read_text
 from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.run_directory import RECORDS, RunDirectory
 
 # These say how a run is kept and shown, not what it measures.
 MAY_DIFFER = ("checkpoint", "ranks", "report", "tensorboard", "trial_timeout_s")
+MAX_BYTES = 256 * 2**20
+MAX_CONFIG_BYTES = 256 * 2**10
 _FACTS = ("torch", "python", "device", "device_name", "backend")
 
 
@@ -66,8 +70,11 @@ _ANEW = "Write checkpoint.resume=never to begin anew there, or another hydra.run
 
 def _check_config(directory: RunDirectory, config: dict[str, Any]) -> None:
     try:
-        earlier: Any = OmegaConf.to_container(OmegaConf.load(directory.path / "config.yaml"))
-    except (OSError, ValueError, YAMLError) as error:
+        text = read_text(directory.path / "config.yaml", MAX_CONFIG_BYTES)
+        earlier: Any = OmegaConf.to_container(OmegaConf.create(text))
+        if not isinstance(earlier, dict):
+            raise ValueError("it holds no configuration")
+    except (OSError, ValueError, RecursionError, OmegaConfBaseException, YAMLError) as error:
         raise WrongUse(f"{directory.path / 'config.yaml'} cannot be read: {error}. {_ANEW}") from None
     now = json.loads(json.dumps(config))
     different = [
@@ -86,12 +93,15 @@ def _read_whole(directory: RunDirectory, lengths: list[dict[str, int]]) -> tuple
     records: list[dict[str, Any]] = []
     sizes = directory.sizes()
     path = directory.path / "evidence.jsonl"
-    content = path.read_bytes() if path.is_file() else b""
+    try:
+        content = read_bytes(path, MAX_BYTES)
+    except OSError:
+        content = b""
     begin = 0
     for number, length in enumerate(lengths):
         short = [name for name in RECORDS if sizes[name] < length[name]]
         try:
-            record = json.loads(content[begin : length["evidence.jsonl"]])
+            record = parse_json(content[begin : length["evidence.jsonl"]].decode())
         except ValueError:
             record = None
         if short or not isinstance(record, dict):

@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ddpcall.files import append_text, parse_json, read_text, replace_text
+
 SUMMARY_SCHEMA = 1
 SUMMARY = "summary.json"
+MAX_SUMMARY_BYTES = 64 * 2**20
 RECORDS = ("evidence.jsonl", "steps.jsonl", "timeline.jsonl")
 
 
@@ -64,13 +67,12 @@ class RunDirectory:
             OSError: A file cannot be written.
         """
         for name, length in lengths.items():
-            with (self.path / name).open("ab") as file:
-                file.truncate(length)
+            append_text(self.path / name, "")
+            os.truncate(self.path / name, length)
 
     def append(self, name: str, records: list[dict[str, Any]]) -> None:
         """Append records to a JSONL file, one line each."""
-        with (self.path / name).open("a") as file:
-            file.writelines(json.dumps(json_safe(record)) + "\n" for record in records)
+        append_text(self.path / name, "".join(json.dumps(json_safe(record)) + "\n" for record in records))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace the summary atomically: a reader sees the old one or the new one, never a part."""
@@ -79,9 +81,10 @@ class RunDirectory:
     def read_summary(self) -> dict[str, Any]:
         """Return the summary as it stands; empty where there is none."""
         try:
-            return json.loads((self.path / SUMMARY).read_text())
-        except (OSError, json.JSONDecodeError):
+            found = parse_json(read_text(self.path / SUMMARY, MAX_SUMMARY_BYTES))
+        except (OSError, ValueError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     def fail(self, outcome: str, reason: str, first_failing_rank: int | None, **more: Any) -> None:
         """Close a run that could not end by itself, keeping the trials already there."""
@@ -92,9 +95,7 @@ class RunDirectory:
         self.write_summary(summary)
 
     def _replace(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.{os.getpid()}"
-        temporary.write_text(text)
-        temporary.replace(self.path / name)
+        replace_text(self.path / name, text)
 
 
 def json_floats(value: Any) -> Any:

@@ -8,6 +8,7 @@ import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ddpcall.files import replace_text
 from ddpcall.lab.console import say, shorten_path
 from ddpcall.lab.errors import EXIT_OK, EXIT_WRONG_USE
 from ddpcall.lab.report.load import load
@@ -116,9 +117,7 @@ def _write(text: str, place: Path, open_it: bool) -> int:
 
 def _replace(place: Path, text: str) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(place)
+    replace_text(place, text)
 
 
 def _refuse_place(place: Path, error: OSError) -> int:

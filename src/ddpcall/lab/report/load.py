@@ -6,12 +6,13 @@ A run may have been killed while it wrote, its directory copied in part, or the 
 from __future__ import annotations
 
 import dataclasses
-import json
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ddpcall.evidence import AXES, Cell, Environment, Evidence
+from ddpcall.files import parse_json, read_text
 from ddpcall.lab.report.load_watch import load_watch
 from ddpcall.lab.report.records import (
     ComparisonRecord,
@@ -26,6 +27,8 @@ from ddpcall.lab.run_directory import SUMMARY, SUMMARY_SCHEMA
 from ddpcall.verdicts import explain_crash, judge
 
 FINDINGS = "findings.json"
+MAX_BYTES = 256 * 2**20  # of a file of records
+MAX_YAML_BYTES = 256 * 2**10  # a configuration has some 5 KB
 _NOT_MEASURED = {*AXES, "rank", "step"}
 
 
@@ -101,11 +104,11 @@ def load_run(path: Path) -> RunRecord:
 
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(errors="replace"))
+        found = parse_json(read_text(path, MAX_BYTES))
     except FileNotFoundError:
         problems.append(f"{path.name} is missing: how the run ended is not known")
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         problems.append(f"{path.name} cannot be read ({describe_error(error)}): how the run ended is not known")
         return {}
     if not isinstance(found, dict):
@@ -224,8 +227,8 @@ def _read_environment(
 
 def _silently(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(errors="replace"))
-    except (OSError, ValueError, RecursionError):
+        return parse_json(read_text(path, MAX_BYTES))
+    except (OSError, ValueError):
         return None
 
 
@@ -259,7 +262,11 @@ def _load_yaml(path: Path, problems: list[str]) -> Any:
     import yaml  # OmegaConf's own parser; what it makes of a run's files is plain data
 
     try:
-        return yaml.safe_load(path.read_text(errors="replace"))
+        text = read_text(path, MAX_YAML_BYTES)
+        # An alias of aliases grows without bound once it is written out; ours have none.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError("it holds aliases")
+        return yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
         return None
@@ -291,13 +298,12 @@ def _read_objects(path: Path, problems: list[str], *, optional: bool) -> Iterato
         return
     broken = []
     try:
-        with path.open(errors="replace") as file:
-            for number, line in enumerate(file, start=1):
-                item = _parse(line)
-                if isinstance(item, dict):
-                    yield item
-                elif line.strip():
-                    broken.append(number)
+        for number, line in enumerate(io.StringIO(read_text(path, MAX_BYTES)), start=1):
+            item = _parse(line)
+            if isinstance(item, dict):
+                yield item
+            elif line.strip():
+                broken.append(number)
     except OSError as error:
         problems.append(f"{path.name} cannot be read: {describe_error(error)}")
     if broken:
@@ -306,8 +312,8 @@ def _read_objects(path: Path, problems: list[str], *, optional: bool) -> Iterato
 
 def _parse(line: str) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line)
+    except ValueError:
         return None
 
 

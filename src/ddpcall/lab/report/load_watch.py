@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from ddpcall.files import is_below, parse_json, read_text
 from ddpcall.findings import Finding
 from ddpcall.lab.report.records import Excerpt, SourceLine, WatchRecord
 from ddpcall.lab.report.typed import Misfit, NothingToShow, describe_error, read_record
@@ -12,6 +12,9 @@ from ddpcall.watch.output.watched import Watched, read_watched
 
 FINDINGS_SCHEMA = 1
 CONTEXT_LINES = 3
+MAX_BYTES = 64 * 2**20
+MAX_SOURCE_BYTES = 2 * 2**20
+MAX_FINDINGS = 1_000
 
 
 def load_watch(path: Path) -> WatchRecord:
@@ -21,8 +24,8 @@ def load_watch(path: Path) -> WatchRecord:
         NothingToShow: The file is not one that `ddpcall watch --json` writes.
     """
     try:
-        content = json.loads(path.read_text(errors="replace"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(read_text(path, MAX_BYTES))
+    except (OSError, ValueError) as error:
         raise NothingToShow(f"{path} cannot be read: {describe_error(error)}") from None
     if not isinstance(content, dict) or not isinstance(content.get("findings"), list):
         raise NothingToShow(
@@ -35,7 +38,9 @@ def load_watch(path: Path) -> WatchRecord:
             f"{FINDINGS_SCHEMA}: what it does not know is left out"
         )
     findings = []
-    for number, item in enumerate(content["findings"]):
+    if len(content["findings"]) > MAX_FINDINGS:
+        problems.append(f"{path.name}: the first {MAX_FINDINGS} of {len(content['findings'])} findings are shown")
+    for number, item in enumerate(content["findings"][:MAX_FINDINGS]):
         try:
             findings.append(read_record(Finding, item, f"finding {number}"))
         except Misfit as error:
@@ -59,7 +64,9 @@ def _read_watched(record: object) -> Watched | None:
 
 
 def read_excerpt(finding: Finding, written: float, beside: Path) -> Excerpt:
-    """Return the lines around a finding.
+    """Return the lines around a finding, if they are Python below the working directory or beside the findings.
+
+    The file may be somebody else's, and name whatever it likes: what it names must not get into a page by that.
 
     Args:
         finding: Names file and line.
@@ -68,13 +75,20 @@ def read_excerpt(finding: Finding, written: float, beside: Path) -> Excerpt:
     """
     if not finding.file or finding.line < 1:
         return Excerpt(note="No line can be told.")
-    file = next((p for p in (Path(finding.file), beside / finding.file) if p.is_file()), None)
-    if file is None:
-        return Excerpt(note=f"{finding.file} is not on this machine, so its lines cannot be shown.")
+    roots = (Path.cwd(), beside)
     try:
-        lines = file.read_text(errors="replace").splitlines()
+        file = next((p for p in (Path(finding.file), beside / finding.file) if p.is_file()), None)
+        if file is None:
+            return Excerpt(note=f"{finding.file} is not on this machine, so its lines cannot be shown.")
+        file = file.resolve()
+        if file.suffix != ".py" or not is_below(file, roots):
+            return Excerpt(
+                note=f"{finding.file} is no Python file below the working directory or beside the findings: "
+                "its lines are not shown."
+            )
+        lines = read_text(file, MAX_SOURCE_BYTES).splitlines()
         younger = file.stat().st_mtime > written
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:
         return Excerpt(note=f"{finding.file} cannot be read: {describe_error(error)}.")
     if finding.line > len(lines):
         return Excerpt(note=f"{finding.file} has only {len(lines)} lines now: it has changed since the run.")
