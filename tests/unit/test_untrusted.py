@@ -203,7 +203,15 @@ def write_meta(directory: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"num_ranks": 10**12}, {"num_ranks": -1}, {"num_ranks": None}, {"run": []}, {"failure": {}}, {"steps": ["../../x"]}, {"steps": 3}],
+    [
+        {"num_ranks": 10**12},
+        {"num_ranks": -1},
+        {"num_ranks": None},
+        {"run": []},
+        {"failure": {}},
+        {"steps": ["../../x"]},
+        {"steps": 3},
+    ],
 )
 def test_a_record_of_impossible_size_is_refused(tmp_path, changes):
     with pytest.raises(NotARecord):
