@@ -1,9 +1,11 @@
 """The exchange with up to 10,000 simulated ranks on one store: what a check costs a rank, and the comparing one.
 
-The ranks' ledgers are driven one after the other from one process, over 64 connections to a TCPStore in another.
+The ranks are driven one after the other from one process, over 64 connections to a TCPStore in another.
 Sizes alternate (10, 100, 1,000, 10,000, 10, 100 …); figures are medians over the rounds. Bytes are those
 of keys and values, both ways. A rank's µs are those its thread spends on all its requests of one check,
-replies awaited; the comparing rank's ms go from its first request of the comparison to its last.
+replies awaited; the comparing rank's ms go from its first request of the comparison to its last. "gradients"
+are those of a measured step: digests, and sketches of as many groups of parameters as are ever told apart, which
+are added up over the ranks.
 """
 
 import statistics
@@ -14,10 +16,12 @@ import tracemalloc
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch.distributed import PrefixStore, TCPStore
 
-from ddpcall.watch.compare.store_protocol import Ledger, State
-from ddpcall.watch.compare.vitals import PARTS, Vitals
+from ddpcall.mixing.sums import MAX_GROUPS, NUM_BUCKETS
+from ddpcall.watch.compare.store_protocol import RankStore, State
+from ddpcall.watch.compare.vitals import GRADIENTS, PARTS, REPLICAS, TARGETS, Vitals
 
 SIZES = (10, 100, 1_000, 10_000)
 ROUNDS = 5
@@ -50,7 +54,7 @@ class Meter:
             reply = request(*args)
             self.seconds += time.perf_counter() - began
             self.requests += 1
-            self.num_bytes += sum(len(str(arg)) for arg in args)
+            self.num_bytes += sum(len(arg if isinstance(arg, bytes) else str(arg)) for arg in args)
             self.num_bytes += len(reply) if isinstance(reply, bytes) else 8
             return reply
 
@@ -73,43 +77,51 @@ class Cost:
 
 def make_vitals(step: int, rank: int, case: str) -> Vitals:
     """Return healthy vitals: all equal but batch and generator. One rank, or half of them, may differ."""
+    if case == "gradients":
+        parts = dict.fromkeys(("layout", "used", "weights before", "weights after"), 0x1234567890ABCDEF)
+        sums = np.full(MAX_GROUPS * (NUM_BUCKETS + 1) + 1, float(rank))
+        return Vitals(step, parts | {TARGETS: rank * 2**40}, kind=GRADIENTS, sums=sums)
     parts = dict.fromkeys(PARTS, 0x1234567890ABCDEF) | {"batch": rank * 2**40, "rng": rank * 2**41}
     if (case == "one differs" and rank == 7) or (case == "half differ" and rank % 2):
         parts["parameters"] = 3
     return Vitals(step, parts)
 
 
-def check(ledgers: list[Ledger], meter: Meter, step: int, case: str) -> Cost:
+def check(ranks: list[RankStore], meter: Meter, step: int, case: str) -> Cost:
     """Let all ranks publish one step, compare it, and let all delete what they left."""
     requests, num_bytes, seconds = [], [], []
-    for rank, ledger in enumerate(ledgers):
+    kind = make_vitals(step, 0, case).kind
+    for rank, each in enumerate(ranks):
         if case == "one missing" and rank == 7:
             continue
         meter.reset()
-        ledger.read_state()
-        ledger.post("attempt", make_vitals(step, rank, case))
-        ledger.delete_created(step - 1)
+        each.read_state()
+        each.post(make_vitals(step, rank, case))
+        each.delete_created({kind: step - 1})
         requests.append(meter.requests)
         num_bytes.append(meter.num_bytes)
         seconds.append(meter.seconds)
     meter.reset()
-    tracemalloc.start()
     began = time.perf_counter()
-    ledgers[0].is_complete("attempt", step)
-    comparison = ledgers[0].compare("attempt", step)
-    ledgers[0].write_state(State("attempt", step))
+    ranks[0].is_complete(kind, step)
+    comparison = ranks[0].compare(kind, step)
+    ranks[0].write_state(State({kind: step}))
     compare_ms = (time.perf_counter() - began) * 1e3
+    compare_requests, compare_bytes = meter.requests, meter.num_bytes
+    tracemalloc.start()  # once more: tracing takes time
+    ranks[0].compare(kind, step)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert bool(comparison.missing) == (case == "one missing")
     assert bool(comparison.differing) == (case in ("one differs", "half differ"))
+    assert (case == "gradients") == (comparison.sums is not None)
     return Cost(
         requests=statistics.mean(requests),
         most=max(requests),
         num_bytes=statistics.mean(num_bytes),
         microseconds=statistics.median(seconds) * 1e6,
-        compare_requests=meter.requests,
-        compare_bytes=meter.num_bytes,
+        compare_requests=compare_requests,
+        compare_bytes=compare_bytes,
         compare_ms=compare_ms,
         compare_kb=peak / 1024,
     )
@@ -117,23 +129,23 @@ def check(ledgers: list[Ledger], meter: Meter, step: int, case: str) -> Cost:
 
 def measure(stores: list[TCPStore]) -> None:
     """Measure all sizes and cases and print the medians."""
-    worlds: dict[int, tuple[list[Ledger], Meter, list[PrefixStore]]] = {}
+    worlds: dict[int, tuple[list[RankStore], Meter, list[PrefixStore]]] = {}
     for size in SIZES:
         prefixed = [PrefixStore(f"size{size}", store) for store in stores]
         meter: Any = Meter(prefixed[0])
-        worlds[size] = ([Ledger(meter, rank, size) for rank in range(size)], meter, prefixed)
+        worlds[size] = ([RankStore(meter, rank, size) for rank in range(size)], meter, prefixed)
     costs: dict[tuple[int, str], list[Cost]] = {}
     step = 0
     for round_index in range(ROUNDS):
-        for case in ("healthy", "one differs", "half differ", "one missing"):
-            for size, (ledgers, meter, prefixed) in worlds.items():
+        for case in ("healthy", "one differs", "half differ", "one missing", "gradients"):
+            for size, (ranks, meter, prefixed) in worlds.items():
                 step += 1
                 meter._store = prefixed[(round_index + step) % len(prefixed)]
-                costs.setdefault((size, case), []).append(check(ledgers, meter, step, case))
-    for ledgers, meter, prefixed in worlds.values():
+                costs.setdefault((size, case), []).append(check(ranks, meter, step, case))
+    for ranks, meter, prefixed in worlds.values():
         meter._store = prefixed[0]
-        for ledger in ledgers:
-            ledger.delete_created(step)
+        for each in ranks:
+            each.delete_created({REPLICAS: step, GRADIENTS: step})
     columns = (
         "ranks  case         a rank: requests (most)  bytes    µs   | comparing: requests    bytes      ms      KB"
     )

@@ -33,9 +33,9 @@ def act(exchange: Exchange, action: str) -> None:
     """Follow rank 0 step by step; after step 2 do what was told."""
     for step in range(1, LAST_STEP):
         exchange.publish(Vitals(step, dict.fromkeys(PARTS, 1)))
-        while not exchange.failure and exchange._inbox.done < step:
+        while not exchange.failure and exchange._inbox.state.done.get("replicas", -1) < step:
             with exchange._changed:
-                exchange._await(lambda step=step: exchange._inbox.done >= step, 1)
+                exchange._await(lambda step=step: exchange._inbox.state.done.get("replicas", -1) >= step, 1)
         if step == 2 and action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif step == 2 and action == "stop":

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,17 @@ from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from ddpcall.watch.compare.drift import read_drift
 from ddpcall.watch.compare.exchange import Comparison, Exchange, find_store
-from ddpcall.watch.compare.store_protocol import Ledger
-from ddpcall.watch.compare.vitals import AT_THE_END, PARTS, Facts, Vitals, VitalsTaker
+from ddpcall.watch.compare.store_protocol import RankStore
+from ddpcall.watch.compare.vitals import (
+    AT_THE_END,
+    GRADIENTS,
+    PARTS,
+    REPLICAS,
+    Details,
+    Facts,
+    Vitals,
+    VitalsTaker,
+)
 
 HEALTHY: dict[str, int] = dict.fromkeys(PARTS, 1)
 PROCESS = Path(__file__).with_name("exchange_process.py")
@@ -147,11 +157,12 @@ def wait_for_posts(last: dict[int, int]) -> None:
     """Wait until the comparing rank has left its state and each rank its vitals up to its last step."""
     store = find_store()
     assert store is not None
-    ledger = Ledger(PrefixStore("ddpcall/exchange", store), dist.get_rank(), dist.get_world_size())
-    while (state := ledger.read_state()) is None:
+    watch = PrefixStore("ddpcall/exchange/0/1", store)
+    ranks = RankStore(watch, dist.get_rank(), dist.get_world_size())
+    while ranks.read_state() is None:
         time.sleep(0.01)
     for rank, step in last.items():
-        while rank in ledger.find_missing(state.attempt, step):
+        while rank in ranks.compare(REPLICAS, step).missing:
             time.sleep(0.01)
 
 
@@ -202,6 +213,95 @@ def test_a_rank_that_says_it_has_ended_is_not_waited_for(tells):
     for exchange in (early, second, first):
         exchange.close()
     assert [exchange.failure for exchange in (first, second, early)] == [None, None, None]
+
+
+def test_a_step_that_was_measured_on_one_rank_alone_holds_the_next_up_no_longer_than_that():
+    """Rank 0's sensors saw something before steps 3 and 4; both ranks measure 2 and 8."""
+    store = HashStore()
+    first, _ = exchanges = [Exchange(store, rank, 2, wait_s=60) for rank in range(2)]
+    begun = time.monotonic()
+    for step in (2, 3, 4, 8):
+        for exchange in exchanges if step in (2, 8) else [first]:
+            exchange.publish(
+                Vitals(step, {"used": 1}, kind=GRADIENTS, judge=lambda comparison, told: comparison.num_ranks)
+            )
+    assert first.judged(wait=True) == [(2, 2), (3, 1), (4, 1), (8, 2)]
+    assert time.monotonic() - begun < 30
+    for exchange in reversed(exchanges):
+        exchange.close()
+
+
+def test_questions_of_both_kinds_are_answered_in_any_order():
+    """Rank 1 sleeps while it is asked for its record, and then for details; of details it was asked before."""
+    store = HashStore()
+    first, second = exchanges = [Exchange(store, rank, 2, wait_s=60) for rank in range(2)]
+
+    ranks = RankStore(PrefixStore("ddpcall/exchange/0/1", store), 0, 2)
+
+    def publish(step: int, rank: int) -> None:
+        details: dict[str, Callable[[], Details]] = {"modes": lambda: {"a": str(rank)}}
+        exchanges[rank].publish(Vitals(step, dict(HEALTHY, modes=rank), details=details))
+
+    def wait_for_questions() -> None:
+        while (state := ranks.read_state()) is None or not state.questions:
+            time.sleep(0.01)
+
+    publish(1, 0)
+    publish(1, 1)
+    comparison = first.compare(1, wait=True)
+    assert comparison is not None
+    first.ask(comparison)
+    wait_for_questions()
+    publish(2, 1)
+    assert first.details(wait=True) is not None
+    begun = time.monotonic()
+    for rank in (1, 0):
+        exchanges[rank].publish(
+            Vitals(
+                1,
+                {"used": rank},
+                kind=GRADIENTS,
+                record=lambda: b"record",
+                choose=lambda comparison: (1,),
+                judge=lambda comparison, told: told,
+            )
+        )
+    wait_for_questions()
+    first.ask(comparison)
+    second.leave()
+    with ThreadPoolExecutor(1) as pool:
+        served = pool.submit(second.serve)
+        assert first.judged(wait=True) == [(1, {1: b"record"})]
+        details = first.details(wait=True)
+        first.close()
+        served.result()
+    assert details is not None
+    assert details.differing == {"modes": {"a": {0: "0", 1: "1"}}}
+    assert time.monotonic() - begun < 30
+    second.close()
+
+
+def test_an_error_in_judging_is_handed_back_and_nothing_more_fails():
+    exchange = Exchange(HashStore(), 0, 1)
+    exchange.publish(Vitals(1, {}, kind=GRADIENTS, judge=lambda comparison, told: [][0]))
+    exchange.publish(Vitals(1, HEALTHY))
+    [(step, error)] = exchange.judged(wait=True)
+    assert (step, type(error)) == (1, IndexError)
+    assert exchange.compare(1, wait=True)
+    exchange.close()
+
+
+def test_a_store_that_fails_at_the_beginning_is_told():
+    class Broken:
+        def add(self, *_):
+            raise RuntimeError("no such host")
+
+    store: Any = Broken()
+    exchange = Exchange(store, 0, 2)
+    assert exchange.failure == "RuntimeError: no such host"
+    exchange.publish(Vitals(1, HEALTHY))
+    assert exchange.compare(1, wait=True) is None
+    exchange.close()
 
 
 def test_a_rank_that_is_not_watched_is_not_waited_for():
@@ -365,10 +465,7 @@ def test_a_restart_on_the_same_store_starts_anew():
         exchange.publish(Vitals(1, HEALTHY))
         exchange.publish(Vitals(2, dict(HEALTHY, modes=exchange._rank)))
     assert first[0].compare(2, wait=True)
-    before = store.get("ddpcall/exchange/state")
     second = [Exchange(store, rank, 2, wait_s=5) for rank in range(2)]
-    while store.get("ddpcall/exchange/state") == before:
-        time.sleep(0.001)
     for exchange in second:
         exchange.publish(Vitals(2, HEALTHY))
     comparison = second[0].compare(2, wait=True)

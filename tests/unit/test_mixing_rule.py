@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ddpcall.mixing.judge import judge_records
 from ddpcall.mixing.record import NO_GRADIENT, PRESENT, UNREAD, Column, RankSketches
 from ddpcall.taps import CallSite
 from ddpcall.watch.rules.mixing import PATIENCE_STEPS, MixingRule, Where
@@ -81,7 +82,7 @@ class Run:
             )
             for rank in range(len(matrix))
         ]
-        self.rule.judge(Where(self.steps, optimizer, STEP, made), records)
+        self.rule.judge(Where(self.steps, optimizer, STEP, made), records, judge_records(records))
         return self
 
     def codes(self):

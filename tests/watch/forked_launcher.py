@@ -44,10 +44,10 @@ def run_rank(rank, request, port_pipe):
             "TORCHELASTIC_RUN_ID": "forked",
         }
     os.environ |= request.get("environment", {})
-    import ddpcall.watch.compare.replica_watch as replica_watch
+    import ddpcall.watch.compare.exchange as exchange
     from ddpcall.cli import main
 
-    replica_watch.WAIT_S = request.get("wait_s", replica_watch.WAIT_S)
+    exchange.WAIT_S = request.get("wait_s", exchange.WAIT_S)
     sys.argv = ["ddpcall", *request["arguments"]]
     main()
 

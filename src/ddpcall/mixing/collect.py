@@ -30,6 +30,7 @@ from ddpcall.mixing.record import FOREIGN, NO_GRADIENT, NOT_FINITE, PRESENT, UNR
 from ddpcall.mixing.result import name_some
 from ddpcall.mixing.shapes import find_eta, fit
 from ddpcall.mixing.shards import find_places
+from ddpcall.replicas import digest_tensor
 from ddpcall.sketch import NUM_BUCKETS
 from ddpcall.taps import Undo, outside_dynamo, replace_attribute
 
@@ -53,6 +54,7 @@ class _Window:
     own: list[_Own] = field(default_factory=list)
     carry: Tensor | None = None
     used: Tensor | None = None
+    digest: int = 0
     state: int = UNREAD
     before: int = 0
     closed: bool = False
@@ -282,9 +284,10 @@ class MixingCollector:
             window = watched.open_window()
             gradient = watched.place.used_gradient()
             window.before = watched.place.digest()
-            window.used, window.state = None, NO_GRADIENT
+            window.used, window.digest, window.state = None, 0, NO_GRADIENT
             if gradient is not None:
                 window.used = watched.place.sketch_used(gradient)
+                window.digest = digest_tensor(gradient)
                 watched.reduced_in = watched.place.reduced_in(gradient)
                 window.state = FOREIGN if watched.place.is_foreign else PRESENT
             watched.used_parts = watched.place.used_parts(gradient)
@@ -359,6 +362,7 @@ class MixingCollector:
             numel=tuple(watched.place.numel for watched in self._watched),
             dtypes=tuple(w.reduced_in or w.dtype or w.place.dtype for w in self._watched),
             used=_to_array(window.used for window, _ in windows),
+            used_digests=np.array([window.digest for window, _ in windows], np.int64),
             states=tuple(_judge_state(window) for window, _ in windows),
             own=own,
             columns=columns,

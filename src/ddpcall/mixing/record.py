@@ -41,6 +41,7 @@ class RankSketches:
         numel: Elements of each whole parameter.
         dtypes: The precision in which each gradient was reduced, as far as it is known: such as "float32".
         used: Shape (parameters, buckets): sketches of what the optimizer consumed; zeros where it had nothing.
+        used_digests: Digest of it, bit by bit, by parameter; 0 of shards, and where it cannot be read.
         states: One of the five states above for each parameter.
         own: Shape (columns, buckets): sketches of what this rank computed.
         columns: Says of each row of `own` what it is.
@@ -66,6 +67,7 @@ class RankSketches:
     numel: tuple[int, ...] = ()
     dtypes: tuple[str, ...] = ()
     used: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    used_digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     states: tuple[int, ...] = ()
     own: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     columns: tuple[Column, ...] = ()
@@ -119,10 +121,10 @@ class RankSketches:
 
 
 _BY_PARAMETER = (
-    "names", "numel", "dtypes", "used", "states", "carry", "before", "after", "own_parts", "own_sum", "own_unit",
-    "used_parts", "weight_parts", "steps_of",
+    "names", "numel", "dtypes", "used", "used_digests", "states", "carry", "before", "after",
+    "own_parts", "own_sum", "own_unit", "used_parts", "weight_parts", "steps_of",
 )  # fmt: skip
-_ARRAYS = ("used", "own", "carry", "before", "after")
+_ARRAYS = ("used", "used_digests", "own", "carry", "before", "after")
 
 
 def _freeze(value: object) -> object:

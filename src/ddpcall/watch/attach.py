@@ -19,6 +19,7 @@ from ddpcall import torch_internals as internals
 from ddpcall.imports import after_import
 from ddpcall.taps import Undo, strip_forward_taps
 from ddpcall.watch.compare.at_steps import CompareAtSteps, MeasureAtSteps
+from ddpcall.watch.compare.exchange import RunExchange
 from ddpcall.watch.compare.hang_watch import HangWatch
 from ddpcall.watch.compare.mixing_watch import MixingWatch
 from ddpcall.watch.compare.replica_watch import ReplicaWatch
@@ -86,17 +87,18 @@ class Attachment:
         self._adopted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._run = run = Run(book)
         self.keep = run.keep
+        self._exchange = exchange = RunExchange()
         self._hangs = hangs = HangWatch(run, hang_after_s, say)
         losses = LossSensor(run, lambda: self._gradients.expects_measuring())
-        self._mixing = mixing = MixingWatch(run, losses)
+        self._mixing = mixing = MixingWatch(run, exchange, losses)
         self._gradients = gradients = GradientSensor(run, every, self._find_roots, mixing.measured)
         self._hooks = HooksRule(run, self._hook_registered)
         self._compiled = CompiledRule(run, self._hooks.sensor.tap)
         self._sharded = ShardedRule(run)
         self._precision = PrecisionRule(run)
         order, shares, draws = OrderRule(run), ShareRule(run), DrawRule(run, lambda: self._compiled.sensor.is_used)
-        self._replicas = ReplicaWatch(run, every, vitals_taken, shares, draws)
-        numbers = OwnNumbers(run, gradients, lambda: not mixing.trouble and gradients.is_compared())
+        self._replicas = ReplicaWatch(run, exchange, every, vitals_taken, shares, draws)
+        numbers = OwnNumbers(run, gradients, lambda: not exchange.trouble and gradients.is_compared())
         unreduced = UnreducedRule(run, numbers)
         # In the order in which they are asked about a step, and about the end.
         self._rules = (
@@ -259,7 +261,7 @@ class Attachment:
         return replace(
             record,
             mixing=asdict(self._mixing.certificate),
-            not_measured=self._gradients.failure or self._mixing.trouble,
+            not_measured=self._gradients.failure or self._exchange.trouble,
             attached=True,
             world_size=max(record.world_size, stacks.group_size),
             elsewhere=tuple(sorted({*record.elsewhere, *replicas.heard} - set(record.ranks))),
@@ -268,7 +270,7 @@ class Attachment:
             idle_ranks=() if run.steps.most else record.ranks,
             comparisons=replicas.num_compared,
             comparisons_due=replicas.num_due,
-            not_compared=replicas.trouble,
+            not_compared=self._exchange.trouble,
             process_group=stacks.group_size,
             own_collectives=run.collectives.num_called,
             may_average=run.steps.most > 0 and run.collectives.may_average(self._steps.numel),

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import atexit
 import os
-import secrets
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import Store, TCPStore
 
 from ddpcall import torch_internals as internals
 from ddpcall.watch.compare.store_protocol import (
@@ -28,15 +27,16 @@ from ddpcall.watch.compare.store_protocol import (
     Answer,
     Comparison,
     DetailsComparison,
-    Ledger,
     Question,
+    RankStore,
     State,
     compare_details,
 )
-from ddpcall.watch.compare.vitals import AT_THE_END, Vitals
+from ddpcall.watch.compare.vitals import AT_THE_END, GRADIENTS, REPLICAS, Vitals
 
-__all__ = ["Comparison", "DetailsComparison", "Exchange", "find_store"]
+__all__ = ["Comparison", "DetailsComparison", "Exchange", "RunExchange", "find_store"]
 
+WAIT_S = 15.0
 _MAX_ASKED = 16
 _KEPT_VITALS = 8
 _POLL_S = 0.1
@@ -45,259 +45,300 @@ _ANNOUNCE_S = 1.0
 
 
 @dataclass
+class _Asked:
+    """A question that was put, and what has come of it; where nobody is asked, the answer is known.
+
+    Attributes:
+        num_posted: How many vitals the comparing rank had posted when it was put.
+        vitals: The comparing rank's, of measured gradients, with what their comparison said.
+    """
+
+    question: Question
+    put_s: float
+    num_posted: int
+    vitals: tuple[Vitals, Comparison] | None = None
+    due_s: float | None = None
+    answers: dict[int, bytes] = field(default_factory=dict)
+    is_closed: bool = False
+
+
+@dataclass
 class _Inbox:
     """What the caller and the thread hand each other, under the condition's lock."""
 
-    vitals: deque[Vitals] = field(default_factory=partial(deque, maxlen=MAX_KEPT_STEPS))
+    vitals: deque[Vitals] = field(default_factory=partial(deque, maxlen=2 * MAX_KEPT_STEPS))
     comparisons: dict[int, Comparison] = field(default_factory=dict)
     to_ask: deque[tuple[int, tuple[str, ...], tuple[int, ...]]] = field(default_factory=deque)
     details: deque[DetailsComparison] = field(default_factory=deque)
+    judged: deque[tuple[int, Any]] = field(default_factory=deque)
     to_measure_from: int = sys.maxsize
-    measure_from: int = sys.maxsize
-    done: int = -1
+    state: State = field(default_factory=State)
     compared: int = -1
+    judged_to: int = -1
     hurried: int = 0
-    comparer_closed: bool = False
-    last: int | None = None
+    last: Mapping[str, int] | None = None
     closing: bool = False
     connected: bool = False
     finished: bool = False
     failure: str | None = None
 
 
+@dataclass
 class _Worker:
     """The thread's side: all requests to the store are made here."""
 
-    def __init__(
-        self,
-        inbox: _Inbox,
-        changed: threading.Condition,
-        rank: int,
-        world_size: int,
-        wait_s: float,
-        *,
-        compares: bool,
-    ) -> None:
-        self._inbox = inbox
-        self._changed = changed
-        self._rank = rank
-        self._world_size = world_size
-        self._wait_s = wait_s
-        self._compares = compares
-        self._state: State | None = None
-        self._began = False
-        self._held: deque[tuple[float, Vitals]] = deque(maxlen=MAX_KEPT_STEPS)
-        self._pending: deque[tuple[int, float]] = deque()
-        self._kept: deque[Vitals] = deque(maxlen=_KEPT_VITALS)
-        self._known_missing: set[int] = set()
-        self._compared: deque[int] = deque(maxlen=4)
-        self._answered = 0
-        self._asked: Question | None = None
-        self._answers_due: float | None = None
-        self._looking = False
-        self._has_left = False
-        self._attempt: str | None = None
-        # Many ranks that look often would keep the store busy.
-        self._least_pause_s = max(0.002, world_size * 5e-5)
+    inbox: _Inbox
+    changed: threading.Condition
+    ranks: RankStore
+    wait_s: float
+    compares: bool
+    _state: State | None = None
+    _held: deque[tuple[float, Vitals]] = field(default_factory=partial(deque, maxlen=2 * MAX_KEPT_STEPS))
+    _pending: dict[str, deque[tuple[float, Vitals]]] = field(default_factory=partial(defaultdict, deque))
+    _kept: dict[str, dict[int, Vitals]] = field(default_factory=partial(defaultdict, dict))
+    _num_posted: int = 0
+    _known_missing: set[int] = field(default_factory=set)
+    _compared: deque[tuple[str, int]] = field(default_factory=partial(deque, maxlen=8))
+    _done: dict[str, int] = field(default_factory=dict)
+    _answered: int = 0
+    _num_questions: int = 0
+    _asked: dict[str, deque[_Asked]] = field(default_factory=partial(defaultdict, deque))
+    _looking: bool = False
+    _has_left: bool = False
 
     def run(self, store: Store) -> None:
         """Serve until closed. The thread's target: what goes wrong is noted, and ends it."""
         try:
-            own = PrefixStore("ddpcall/exchange", _open_own(store, self._wait_s))
-            with self._changed:
-                self._inbox.connected = True
-                self._changed.notify_all()
-            ledger = Ledger(own, self._rank, self._world_size)
-            ledger.announce()
-            self._serve(ledger)
+            self.ranks.connect(store, self.wait_s)
+            with self.changed:
+                self.inbox.connected = True
+                self.changed.notify_all()
+            self._serve()
         except Exception as error:  # the store is gone or late; whatever it was, the training goes on without
-            self._inbox.failure = f"{type(error).__name__}: {error}"
+            self.inbox.failure = _say(error)
         finally:
-            with self._changed:
-                self._inbox.finished = True
-                self._changed.notify_all()
+            with self.changed:
+                self.inbox.finished = True
+                self.changed.notify_all()
 
-    def _serve(self, ledger: Ledger) -> None:
-        if self._compares:
-            self._write(ledger, State(secrets.token_hex(8)))
-        pause_s = self._least_pause_s
+    def _serve(self) -> None:
+        if self.compares:
+            self._write(State())
+        # Many ranks that look often would keep the store busy.
+        pause_s = least_pause_s = max(0.002, self.ranks.world_size * 5e-5)
         while True:
-            with self._changed:
+            with self.changed:
                 # Asleep without a limit, it must be woken when somebody begins to wait.
-                self._looking = self._choose_pause(pause_s) is not None
-                woken = self._changed.wait_for(self._has_work, self._choose_pause(pause_s))
-                self._held.extend((time.monotonic(), vitals) for vitals in self._inbox.vitals)
-                self._inbox.vitals.clear()
-                closing = self._inbox.closing
-            pause_s = self._least_pause_s if woken else min(2 * pause_s, max(_POLL_S, self._least_pause_s))
-            self._follow(ledger)
-            self._publish_held(ledger)
-            self._answer(ledger)
-            self._tell_of_leaving(ledger)
-            if self._compares:
-                self._compare_pending(ledger)
-                self._ask(ledger)
-                self._collect_answers(ledger)
+                self._looking = self._is_expecting()
+                woken = self.changed.wait_for(self._has_work, pause_s if self._looking else None)
+                self._held.extend((time.monotonic(), vitals) for vitals in self.inbox.vitals)
+                self.inbox.vitals.clear()
+                closing = self.inbox.closing
+            pause_s = least_pause_s if woken else min(2 * pause_s, max(_POLL_S, least_pause_s))
+            if not self.compares:
+                self._tell(self.ranks.read_state())
+            if self._state is not None:
+                self.ranks.delete_created(self._state.done)
+            self._post_held()
+            self._answer()
+            self._tell_of_leaving()
+            if self.compares:
+                self._compare_pending()
+                self._ask()
+                self._collect_answers()
+                self._tell_news()
             if closing:
-                return self._leave(ledger)
+                return self._leave()
 
     def _has_work(self) -> bool:
-        inbox = self._inbox
-        is_told = self._state is not None
-        news = bool(inbox.vitals or inbox.closing or (inbox.to_ask and self._asked is None and is_told))
-        is_leaving = inbox.last is not None and not self._has_left and is_told
-        return news or is_leaving or bool(inbox.hurried and not self._looking)
+        inbox = self.inbox
+        is_leaving = inbox.last is not None and not self._has_left
+        news = inbox.vitals or inbox.closing or inbox.to_ask or is_leaving
+        return bool(news or (inbox.hurried and not self._looking))
 
-    def _choose_pause(self, pause_s: float) -> float | None:
-        """Return the seconds until the store is to be looked at without being told to, or None."""
-        expecting = self._inbox.hurried or self._pending or self._held or self._answers_due is not None
-        return pause_s if expecting else None
+    def _is_expecting(self) -> bool:
+        """Say whether the store is to be looked at without being told to."""
+        is_due = any(each.due_s is not None for asked in self._asked.values() for each in asked)
+        return bool(self.inbox.hurried or any(self._pending.values()) or self._held or is_due)
 
-    def _write(self, ledger: Ledger, state: State) -> None:
-        ledger.write_state(state)
+    def _write(self, state: State) -> None:
+        self.ranks.write_state(state)
         self._tell(state)
 
-    def _tell(self, state: State | None, *, closed: bool = False) -> None:
+    def _tell(self, state: State | None) -> None:
+        if state is None:
+            return
         self._state = state
-        with self._changed:
-            self._inbox.done = -1 if state is None else state.done
-            self._inbox.measure_from = sys.maxsize if state is None else state.measure_from
-            self._inbox.comparer_closed = closed
-            self._changed.notify_all()
+        with self.changed:
+            self.inbox.state = state
+            self.changed.notify_all()
 
-    def _follow(self, ledger: Ledger) -> None:
-        """Read the state; forget what was left for an earlier attempt, delete what was compared."""
-        if self._compares:
-            state = self._state
-        else:
-            state = ledger.read_state()
-            if self._state and (state is None or state.attempt != self._state.attempt):
-                ledger.delete_created(sys.maxsize)
-                self._answered = 0
-            closed = state is not None and state.closed
-            # Closed before this rank began: an earlier session's, the coming one's is not there yet.
-            self._tell(None if closed else state, closed=closed and self._began)
-            self._began = self._began or self._state is not None
-        if state is not None:
-            ledger.delete_created(state.done)
-
-    def _publish_held(self, ledger: Ledger) -> None:
-        """Publish in order; without a state there is nobody to publish for, yet."""
+    def _post_held(self) -> None:
+        """Post in order; without a state there is nobody to post for, yet."""
         while self._held and self._state is not None:
-            _, vitals = self._held.popleft()
-            if vitals.step > self._state.done:
-                ledger.post(self._state.attempt, vitals)
-                self._kept.append(vitals)
-                if self._compares:
-                    self._pending.append((vitals.step, time.monotonic()))
-        while self._held and time.monotonic() - self._held[0][0] > self._wait_s:
+            since, vitals = self._held.popleft()
+            if vitals.step <= self._state.done.get(vitals.kind, -1):
+                continue
+            self.ranks.post(vitals)
+            self._num_posted += 1
+            kept = self._kept[vitals.kind]
+            kept[vitals.step] = vitals
+            if len(kept) > (_KEPT_VITALS if vitals.kind == REPLICAS else MAX_KEPT_STEPS):
+                del kept[min(kept)]
+            if self.compares:
+                self._pending[vitals.kind].append((since, vitals))
+        while self._held and time.monotonic() - self._held[0][0] > self.wait_s:
             self._held.popleft()
 
-    def _tell_of_leaving(self, ledger: Ledger) -> None:
-        last = self._inbox.last
-        if last is not None and not self._has_left and self._state is not None:
+    def _tell_of_leaving(self) -> None:
+        if self.inbox.last is not None and not self._has_left:
             self._has_left = True
-            self._attempt = self._state.attempt
-            ledger.leave(self._attempt, last)
+            self.ranks.leave(self.inbox.last)
 
-    def _compare_pending(self, ledger: Ledger) -> None:
-        assert self._state is not None
-        found: list[Comparison] = []
-        attempt = self._state.attempt
-        while self._pending and self._is_ready(ledger, attempt, *self._pending[0]):
-            step, _ = self._pending.popleft()
-            found.append(ledger.compare(attempt, step))
-            self._known_missing = set(found[-1].missing)
-            self._compared.append(step)
-        if found:
-            with self._changed:
-                for comparison in found:
-                    self._inbox.comparisons[comparison.step] = comparison
-                self._inbox.compared = found[-1].step
-                for step in sorted(self._inbox.comparisons)[:-MAX_KEPT_STEPS]:
-                    del self._inbox.comparisons[step]
-            self._write(ledger, replace(self._state, done=found[-1].step))
+    def _answer(self) -> None:
+        """Answer questions about the last steps, whose vitals are kept."""
+        if self._state is None:
+            return
+        for question in self._state.questions:
+            if question.number > self._answered and self.ranks.rank in question.ranks:
+                vitals = self._kept[question.kind].get(question.step)
+                self.ranks.answer(question, b"" if vitals is None else _tell(vitals, question))
+            self._answered = max(self._answered, question.number)
+        kept, done = self._kept[GRADIENTS], self._state.done.get(GRADIENTS, -1)
+        for step in [step for step in kept if step <= done]:  # what is not asked for by now never is
+            del kept[step]
 
-    def _is_ready(self, ledger: Ledger, attempt: str, step: int, since: float) -> bool:
+    # ---- the comparing rank -----------------------------------------------------------------------------------
+
+    def _compare_pending(self) -> None:
+        for kind, pending in self._pending.items():
+            while pending and self._is_ready(kind, *pending[0]):
+                vitals = pending.popleft()[1]
+                comparison = self.ranks.compare(kind, vitals.step)
+                self._compared.append((kind, vitals.step))
+                self._done[kind] = vitals.step
+                if kind == GRADIENTS:
+                    # Asked at once: the others keep a record until they read that its step is done.
+                    self._put(vitals.step, (), tuple(vitals.choose(comparison)), kind, (vitals, comparison))
+                else:
+                    self._known_missing = set(comparison.missing)
+                    self._hand_over(comparison)
+
+    def _hand_over(self, comparison: Comparison) -> None:
+        with self.changed:
+            self.inbox.comparisons[comparison.step] = comparison
+            self.inbox.compared = comparison.step
+            for step in sorted(self.inbox.comparisons)[:-MAX_KEPT_STEPS]:
+                del self.inbox.comparisons[step]
+            self.changed.notify_all()
+
+    def _is_ready(self, kind: str, since: float, vitals: Vitals) -> bool:
         """Say whether nobody is to be waited for: all are there, it is late, the rest left, was missing or silent.
 
         Ranks announce themselves when they wrap a model, which they all do together: one that has not is not
-        watched, and never comes.
+        watched, and never comes. Nor does one that has posted a later step: a step may be measured on one rank
+        alone, where its sensors saw something.
         """
         waited_s = time.monotonic() - since
-        if waited_s >= self._wait_s or ledger.is_complete(attempt, step):
+        if waited_s >= self.wait_s or self.ranks.is_complete(kind, vitals.step):
             return True
-        missing = set(ledger.find_missing(attempt, step))
-        gone = self._known_missing | ledger.find_left(attempt, step)
+        missing = set(self.ranks.compare(kind, vitals.step).missing)
+        gone = self.ranks.find_left(kind, vitals.step, missing)
+        if kind == REPLICAS:
+            gone |= self._known_missing
+        later = [each.step for _, each in self._pending[kind]][1:]
+        for step in {*later[:1], *later[-1:]}:
+            gone |= missing - set(self.ranks.compare(kind, step).missing)
         if waited_s >= _ANNOUNCE_S and not gone >= missing:
-            gone |= ledger.find_silent(missing - gone)
+            gone |= self.ranks.find_silent(missing - gone)
         return gone >= missing
 
-    def _ask(self, ledger: Ledger) -> None:
-        """Put the next question, once the last one is answered; tell from which step on tensors are measured."""
-        assert self._state is not None
-        with self._changed:
-            measure_from = self._inbox.to_measure_from
-            to_ask = self._inbox.to_ask.popleft() if self._inbox.to_ask and self._asked is None else None
-        if to_ask is not None:
-            number = 1 if self._state.question is None else self._state.question.number + 1
-            self._asked = Question(number, *to_ask)
-            self._answers_due = None
-        if to_ask is not None or measure_from != self._state.measure_from:
-            question = self._asked or self._state.question
-            self._write(ledger, replace(self._state, question=question, measure_from=measure_from))
-            self._answer(ledger)
+    def _ask(self) -> None:
+        with self.changed:
+            to_ask = list(self.inbox.to_ask)
+            self.inbox.to_ask.clear()
+        for each in to_ask:
+            self._put(*each, REPLICAS)
 
-    def _answer(self, ledger: Ledger) -> None:
-        """Answer a question about one of the last steps, whose vitals are kept."""
-        question = None if self._state is None else self._state.question
-        if question is None or question.number <= self._answered or self._rank not in question.ranks:
-            return
-        assert self._state is not None
-        self._answered = question.number
-        vitals = next((vitals for vitals in self._kept if vitals.step == question.step), None)
-        ledger.answer(self._state.attempt, question, vitals and Answer.of(vitals, question.parts))
+    def _put(
+        self,
+        step: int,
+        parts: tuple[str, ...],
+        ranks: tuple[int, ...],
+        kind: str,
+        vitals: tuple[Vitals, Comparison] | None = None,
+    ) -> None:
+        self._num_questions += 1
+        question = Question(self._num_questions, step, parts, ranks, kind)
+        self._asked[kind].append(_Asked(question, time.monotonic(), self._num_posted, vitals))
 
-    def _collect_answers(self, ledger: Ledger) -> None:
-        """Take the answers once all are there, or late.
+    def _collect_answers(self) -> None:
+        """Take the answers once all are there, or late; hand them over in the order of the questions."""
+        for asked in self._asked.values():
+            for each in asked:
+                each.is_closed = each.is_closed or self._is_answered(each)
+            while asked and asked[0].is_closed:
+                each = asked.popleft()
+                told = self._judge(each) if each.vitals else compare_details(each.question, each.answers)
+                with self.changed:
+                    if isinstance(told, DetailsComparison):
+                        self.inbox.details.append(told)
+                    else:
+                        self.inbox.judged.append((each.question.step, told))
+                        self.inbox.judged_to = each.question.step
+                    self.changed.notify_all()
 
-        Ranks read the question when they publish their next vitals, or leave: the time runs from then.
-        """
-        assert self._state is not None
-        question, attempt = self._asked, self._state.attempt
-        if question is None:
-            return
-        if self._answers_due is None and (self._inbox.hurried or self._kept[-1].step > question.step):
-            self._answers_due = time.monotonic() + self._wait_s
-        answers = ledger.take_answers(attempt, question)
-        awaited = set(question.ranks) - answers.keys()
-        is_late = self._answers_due is not None and time.monotonic() >= self._answers_due
-        if awaited and not is_late and ledger.find_silent(awaited) != awaited:
-            return
-        ledger.delete_answers(attempt, question)
-        self._asked = self._answers_due = None
-        with self._changed:
-            self._inbox.details.append(compare_details(question, answers))
-            self._changed.notify_all()
+    def _judge(self, asked: _Asked) -> Any:
+        """Return what becomes of measured gradients: an error, too, is the caller's."""
+        assert asked.vitals is not None
+        vitals, comparison = asked.vitals
+        try:
+            return vitals.judge(comparison, asked.answers)
+        except Exception as error:
+            return error
 
-    def _leave(self, ledger: Ledger) -> None:
-        ledger.take_back()
-        if self._compares and self._state is not None:
-            ledger.write_state(replace(self._state, done=sys.maxsize, question=None, closed=True))
-            ledger.delete_created(sys.maxsize)
-            for step in self._compared:
-                ledger.delete_step(self._state.attempt, step)
-            ledger.delete_left(self._state.attempt, comparing=True)
-        elif self._has_left and self._attempt is not None and self._inbox.comparer_closed:
-            ledger.delete_left(self._attempt, comparing=False)
+    def _is_answered(self, each: _Asked) -> bool:
+        """Say whether all have answered that will; ranks read a question when they post again, or leave."""
+        awaited = set(each.question.ranks) - each.answers.keys()
+        if not awaited:
+            return True
+        now_s = time.monotonic()
+        if each.due_s is None and (self.inbox.hurried or self._num_posted > each.num_posted):
+            each.due_s = now_s + self.wait_s
+        each.answers |= self.ranks.take_answers(each.question, awaited)
+        awaited -= each.answers.keys()
+        if not awaited or (each.due_s is not None and now_s >= each.due_s):
+            return True
+        return now_s - each.put_s >= _ANNOUNCE_S and self.ranks.find_silent(awaited) == awaited
+
+    def _tell_news(self) -> None:
+        """Tell all ranks what was compared, what is asked, and from which step on tensors are measured."""
+        is_open = [each.question for asked in self._asked.values() for each in asked if not each.is_closed]
+        is_open.sort(key=lambda question: question.number)  # as they are answered
+        state = State(dict(self._done), tuple(is_open), self.inbox.to_measure_from)
+        if state != self._state:
+            self._write(state)
+            self._answer()
+
+    def _leave(self) -> None:
+        self.ranks.take_back()
+        if self.compares:
+            all_done = dict.fromkeys(self._pending, sys.maxsize)
+            self.ranks.write_state(State(all_done, closed=True))
+            self.ranks.delete_created(all_done)
+            for kind, step in self._compared:
+                self.ranks.delete_step(kind, step)
+            self.ranks.delete_left(comparing=True)
+        elif self._has_left and self.inbox.state.closed:
+            self.ranks.delete_left(comparing=False)
 
 
-def _open_own(store: Store, wait_s: float) -> Store:
-    """Return a connection of our own to the same store, none of whose requests takes longer than `wait_s`."""
-    own: Any = cast(Any, store).clone()
-    if own is not store:
-        own.set_timeout(timedelta(seconds=wait_s))
-    return own
+def _tell(vitals: Vitals, question: Question) -> bytes:
+    return vitals.record() if vitals.kind == GRADIENTS else Answer.of(vitals, question.parts).to_bytes()
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def find_store(wait_s: float = 10.0) -> Store | None:
@@ -329,8 +370,11 @@ class Exchange:
             are not waited for again until they are back.
         comparer: The rank that compares; the others only publish.
 
-    Blind to: what the comparing rank has no time to see: it must not be the first to die. Ranks that see the state
-    of an earlier attempt (a restart) before the comparing rank has replaced it publish their first step in vain.
+    Attributes:
+        compares: Whether this rank does.
+
+    Blind to: what the comparing rank has no time to see: it must not be the first to die. Ranks that did not all
+    begin as many watches on this store are not watched together.
     """
 
     def __init__(
@@ -338,13 +382,21 @@ class Exchange:
     ) -> None:
         self._rank = rank
         self._wait_s = wait_s
-        self._compares = rank == comparer
+        self.compares = rank == comparer
         self._inbox = _Inbox()
         self._changed = threading.Condition()
-        self._last_step = -1
-        worker = _Worker(self._inbox, self._changed, rank, world_size, wait_s, compares=self._compares)
+        self._last: dict[str, int] = {}
         self._process = os.getpid()
+        ranks = RankStore(store, rank, world_size)
+        worker = _Worker(self._inbox, self._changed, ranks, wait_s, self.compares)
         self._thread = threading.Thread(target=worker.run, args=(store,), name="ddpcall exchange", daemon=True)
+        try:
+            # At once: a connection of its own takes seconds where names are looked up slowly, and a rank that has
+            # not announced itself by then is taken for one that is not watched.
+            ranks.begin()
+        except Exception as error:
+            self._inbox.failure, self._inbox.finished = _say(error), True
+            return
         self._thread.start()
         atexit.register(self.close)
 
@@ -355,24 +407,30 @@ class Exchange:
 
     @property
     def has_compared(self) -> bool:
-        """Whether the comparing rank has compared a step, as far as this rank knows."""
-        return self._inbox.done >= 0
+        """Whether the comparing rank has compared replicas, as far as this rank knows."""
+        return self._inbox.state.done.get(REPLICAS, -1) >= 0
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the thread is in this process: not in one that was forked since."""
+        return os.getpid() == self._process
 
     def publish(self, vitals: Vitals) -> None:
         """Hand this rank's vitals of one step to the thread.
 
         Raises:
-            ValueError: The step is not later than the last one.
+            ValueError: The step is not later than the last one of its kind.
         """
-        if vitals.step <= self._last_step:
-            raise ValueError(f"vitals of step {vitals.step} were published after those of step {self._last_step}")
-        self._last_step = vitals.step
+        last = self._last.get(vitals.kind, -1)
+        if vitals.step <= last:
+            raise ValueError(f"vitals of step {vitals.step} were published after those of step {last}")
+        self._last[vitals.kind] = vitals.step
         with self._changed:
             self._inbox.vitals.append(vitals)
             self._changed.notify_all()
 
     def compare(self, step: int, *, wait: bool = False, wait_s: float | None = None) -> Comparison | None:
-        """Return the comparison of a step, once; None while ranks are missing that may still come.
+        """Return the comparison of a step's replicas, once; None while ranks are missing that may still come.
 
         Args:
             step: A step that was published; ask one interval later, so that nobody waits.
@@ -383,15 +441,29 @@ class Exchange:
             None for ever on ranks other than the comparing one, after a failure, and for steps never published.
         """
         with self._changed:
-            if wait and self._compares:
+            if wait and self.compares:
                 # It may have been taken already, by `comparisons`.
-                self._await(lambda: self._inbox.compared >= step, 2 * self._wait_s if wait_s is None else wait_s)
+                self._await(lambda: self._inbox.compared >= step, wait_s)
             return self._inbox.comparisons.pop(step, None)
 
     def comparisons(self) -> list[Comparison]:
-        """Return all comparisons not yet taken, oldest first, each once."""
+        """Return all comparisons of replicas not yet taken, oldest first, each once."""
         with self._changed:
             return [self._inbox.comparisons.pop(step) for step in sorted(self._inbox.comparisons)]
+
+    def judged(self, *, wait: bool = False) -> list[tuple[int, Any]]:
+        """Return measured steps and what `Vitals.judge` made of them, or its error; each once, oldest first.
+
+        Args:
+            wait: Wait for the last one that was published: at the end of a run.
+        """
+        last = self._last.get(GRADIENTS, -1)
+        with self._changed:
+            if wait and self.compares:
+                self._await(lambda: self._inbox.judged_to >= last)
+            found = list(self._inbox.judged)
+            self._inbox.judged.clear()
+        return found
 
     def measure_from(self, step: int) -> None:
         """Let all ranks look at their parameters closely, from a step on; for the comparing rank."""
@@ -400,7 +472,7 @@ class Exchange:
 
     def measures(self, step: int) -> bool:
         """Say whether parameters are to be looked at closely in this step."""
-        return step >= self._inbox.measure_from
+        return step >= self._inbox.state.measure_from
 
     def ask(self, comparison: Comparison, *, at: int | None = None) -> None:
         """Ask one rank of each group what the parts that differ are made of; for the comparing rank.
@@ -409,8 +481,7 @@ class Exchange:
             comparison: What differs, and whom to ask.
             at: The step to ask about, where it is not that of the comparison.
 
-        The threads answer, for the same step, from what they kept of the last few. Questions are put one after the
-        other, and their answers come in this order.
+        The threads answer, for the same step, from what they kept of the last few, in the order of the questions.
         """
         ranks = sorted({group[0] for groups in comparison.differing.values() for group in groups})[:_MAX_ASKED]
         with self._changed:
@@ -422,8 +493,8 @@ class Exchange:
     def details(self, *, wait: bool = False) -> DetailsComparison | None:
         """Return what came of the oldest question, once; None until its answers are there, or late."""
         with self._changed:
-            if wait and self._compares:
-                self._await(lambda: bool(self._inbox.details), 2 * self._wait_s)
+            if wait and self.compares:
+                self._await(lambda: bool(self._inbox.details))
             return self._inbox.details.popleft() if self._inbox.details else None
 
     def leave(self, last_words: Vitals | None = None) -> None:
@@ -433,37 +504,79 @@ class Exchange:
             last_words: What this rank leaves with, in place of a step.
         """
         with self._changed:
-            if not self._compares:
-                self._inbox.last = self._last_step
+            if not self.compares:
+                self._inbox.last = dict(self._last)
             if last_words is not None:
                 self._inbox.vitals.append(last_words)
             self._changed.notify_all()
 
     def serve(self) -> None:
-        """After `leave`: answer until the comparing rank closes, at most twice `wait_s`, unless it goes on."""
+        """After `leave`: answer until the comparing rank closes or goes on, at most twice `wait_s`."""
         with self._changed:
-            inbox = self._inbox
-            self._await(
-                lambda: inbox.comparer_closed or self._last_step < inbox.done < AT_THE_END, 2 * self._wait_s
-            )
+            self._await(lambda: self._inbox.state.closed or self._is_let_go())
+
+    def _is_let_go(self) -> bool:
+        """Say whether the comparing rank has no more to ask: it goes on with replicas, and has measured all."""
+        done, last = self._inbox.state.done, self._last
+        goes_on = REPLICAS not in last or last[REPLICAS] < done.get(REPLICAS, -1) < AT_THE_END
+        return goes_on and last.get(GRADIENTS, -1) <= done.get(GRADIENTS, -1)
 
     def close(self) -> None:
         """Publish what is left, delete the keys and end the thread; returns within `wait_s`, whatever happens."""
         atexit.unregister(self.close)
-        if os.getpid() != self._process:  # forked: the thread is not here, and may have held the lock
+        if not self.is_here or not self._thread.ident:  # forked: the thread may have held the lock
             return
         with self._changed:
             self._inbox.closing = True
             self._changed.notify_all()
         self._thread.join(self._wait_s)
 
-    def _await(self, is_there: Callable[[], bool], seconds: float) -> None:
-        """Wait under the lock, while the thread looks more often.
+    def _await(self, is_there: Callable[[], bool], seconds: float | None = None) -> None:
+        """Wait under the lock, twice `wait_s` by default, while the thread looks more often.
 
         The time runs from when the thread is connected: where names are looked up slowly that alone takes seconds.
         """
         self._changed.wait_for(lambda: self._inbox.connected or self._inbox.finished, _CONNECT_S)
         self._inbox.hurried += 1
         self._changed.notify_all()
+        seconds = 2 * self._wait_s if seconds is None else seconds
         self._changed.wait_for(lambda: is_there() or self._inbox.finished, seconds)
         self._inbox.hurried -= 1
+
+
+class RunExchange:
+    """The one exchange of a watched run: begun when it is first needed, so that this rank is known to be watched.
+
+    Attributes:
+        trouble: Why nothing is compared, or no more; empty where nothing went wrong.
+    """
+
+    def __init__(self) -> None:
+        """Begin nothing yet."""
+        self._exchange: Exchange | None = None
+        self._trouble = ""
+
+    @property
+    def trouble(self) -> str:
+        failure = None if self._exchange is None else self._exchange.failure
+        return failure or self._trouble
+
+    def begin(self) -> Exchange | None:
+        """Return the exchange; None where the ranks share no store."""
+        if self._exchange is None and not self._trouble:
+            store = find_store(WAIT_S)
+            self._trouble = "" if store else "there is no store that all ranks share"
+            if store is not None:
+                self._exchange = Exchange(store, dist.get_rank(), dist.get_world_size(), wait_s=WAIT_S)
+        return self.current()
+
+    def current(self) -> Exchange | None:
+        """Return the exchange that was begun in this process."""
+        return self._exchange if self._exchange is not None and self._exchange.is_here else None
+
+    def end(self) -> None:
+        """Close it."""
+        self._trouble = self.trouble
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.close()

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ddpcall import torch_internals as internals
 from ddpcall.taps import NOWHERE, CallSite, find_call_site, find_tensors
 from ddpcall.watch.compare.drift import Drift, largest, read_drift
-from ddpcall.watch.compare.exchange import Comparison, DetailsComparison, Exchange, find_store
+from ddpcall.watch.compare.exchange import Comparison, DetailsComparison, Exchange, RunExchange
 from ddpcall.watch.compare.vitals import AT_THE_END, LOSS_SCALE, Facts, Vitals, VitalsTaker
 from ddpcall.watch.rules.draws import DrawRule
 from ddpcall.watch.rules.replicas import Divergence, diagnose_divergence
@@ -26,7 +26,6 @@ from ddpcall.watch.rules.statistics import first_line
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.last_sites import BufferUse
 
-WAIT_S = 15.0
 LEAVE_S = 10.0
 EVERY_STEP_UNTIL = 16
 _UNHARMFUL_STEPS = 2
@@ -59,7 +58,6 @@ class ReplicaWatch:
         num_due: How often vitals were to be taken.
         num_compared: Steps whose vitals were compared, on rank 0.
         heard: Ranks that are known to take vitals too.
-        trouble: Why no more is compared.
 
     Blind to: settings of the other optimizers; wrapped models whose process group is not the whole world.
     """
@@ -67,22 +65,22 @@ class ReplicaWatch:
     def __init__(
         self,
         run: Run,
+        exchange: RunExchange,
         every: int,
         vitals_taken: Callable[[], None],
         shares: ShareRule,
         draws: DrawRule,
     ) -> None:
-        """Take the run, the steps between vitals, what is called after they were taken, and who judges data."""
+        """Take the run, its exchange, the steps between vitals, what is called after them, who judges data."""
         self._run = run
         self._shares = shares
         self._draws = draws
         self._every = every
         self._vitals_taken = vitals_taken
-        self._exchange: Exchange | None = None
+        self._exchange = exchange
         self._world_size = 0
         self.num_due = self.num_compared = 0
         self.heard: set[int] = set()
-        self.trouble = ""
         self._rank = 0
         self._taker: VitalsTaker | None = None
         self._models: nn.Module | None = None
@@ -120,16 +118,9 @@ class ReplicaWatch:
             self._connect()
 
     def _connect(self) -> Exchange | None:
-        """Return the exchange, made when it is first asked for: so that this rank is known to be watched."""
-        if self._exchange is None:
-            store = find_store(WAIT_S)
-            if store is None:
-                self.trouble = "there is no store that all ranks share"
-                return None
-            self._world_size = dist.get_world_size()
-            self._rank = dist.get_rank()  # also when the process group is gone
-            self._exchange = Exchange(store, self._rank, self._world_size, wait_s=WAIT_S)
-        return self._exchange
+        """Return the exchange, begun when it is first asked for: so that this rank is known to be watched."""
+        self._world_size, self._rank = dist.get_world_size(), dist.get_rank()  # also when the group is gone
+        return self._exchange.begin()
 
     def note_inputs(self, step: int, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the wrapper was called with, for a step that is being prepared."""
@@ -196,14 +187,14 @@ class ReplicaWatch:
 
     def read(self) -> None:
         """Turn comparisons that have arrived into findings; rank 0 alone gets any."""
-        if self._exchange is None:
+        exchange = self._exchange.current()
+        if exchange is None:
             return
-        self.trouble = self._exchange.failure or ""
-        if self._exchange.has_compared:
+        if exchange.has_compared:
             self.heard.add(0)
-        for comparison in self._exchange.comparisons():
+        for comparison in exchange.comparisons():
             self._compare(comparison)
-        while self._asked and (details := self._exchange.details()) is not None:
+        while self._asked and (details := exchange.details()) is not None:
             self._explain(details)
 
     def _tell_facts(self) -> Callable[[], Facts]:
@@ -219,31 +210,28 @@ class ReplicaWatch:
 
     def close(self, in_order: bool) -> None:
         """Finish: wait, bounded, for the last comparison and its details, unless the script failed."""
-        if self._exchange is None:
-            return
+        exchange = self._exchange.current()
         try:
-            if self._taker is not None:
-                self._finish(self._exchange) if in_order else self._say_what_was_seen()
+            if exchange is not None and not in_order:
+                self._say_what_was_seen()
+            elif exchange is not None:
+                self._finish(exchange)
+                if exchange.has_compared:
+                    self.heard.add(0)
         finally:
-            self.trouble = self._exchange.failure or ""
-            if self._exchange.has_compared:
-                self.heard.add(0)
-            self._exchange.close()
-            self._exchange = self._taker = self._models = None
+            self._exchange.end()
+            self._taker = self._models = None
 
     def _finish(self, exchange: Exchange) -> None:
         """Say what this rank leaves with; on rank 0, judge what is left to judge."""
-        assert self._taker is not None
         last_words = None
-        if self._last_step:
+        if self._taker is not None and self._last_step:
             last_words = self._with_shares(self._taker.take_last(self._num_steps, self._tell_facts()))
-        if self._rank != 0:
+        if not exchange.compares:
             exchange.leave(last_words)
-            if last_words is not None:
-                exchange.serve()
-            return
+            return exchange.serve()
         if last_words is None:
-            return
+            return None
         last = exchange.compare(self._last_step, wait=True)
         self.read()
         self._look_again, self._is_ending = 0, True
@@ -259,7 +247,7 @@ class ReplicaWatch:
         if end is not None:
             self._ask_for_shares(end)
             self._await_answers(exchange)
-        self._judge_end(exchange, end)
+        return self._judge_end(exchange, end)
 
     def _say_what_was_seen(self) -> None:
         """Say that parameters differ, where the run ends before it was asked how far they are apart."""
@@ -336,9 +324,10 @@ class ReplicaWatch:
         if "parameters" in news and comparison.step < self._look_again:
             news.remove("parameters")
         if "parameters" in news and not self._is_measuring:
-            assert self._exchange is not None
+            exchange = self._exchange.current()
+            assert exchange is not None
             self._is_measuring = True
-            self._exchange.measure_from(comparison.step)
+            exchange.measure_from(comparison.step)
             news = []
         if self._is_ending and "parameters" in news:
             news = []
@@ -353,9 +342,10 @@ class ReplicaWatch:
             self._ask(replace(comparison, differing={SHARES: every}))
 
     def _ask(self, comparison: Comparison, use: BufferUse | None = None, at: int | None = None) -> None:
-        assert self._exchange is not None
+        exchange = self._exchange.current()
+        assert exchange is not None
         self._asked.append((comparison, use))
-        self._exchange.ask(comparison, at=at)
+        exchange.ask(comparison, at=at)
 
     def _say(self, divergence: Divergence) -> None:
         for finding in diagnose_divergence(self._with_sites(divergence), self._run.book.explains_divergence()):
@@ -422,8 +412,9 @@ class ReplicaWatch:
 
     def _stop_measuring(self) -> None:
         """Measuring costs 0.1 ms a parameter: only while it is open how far they are apart."""
-        if self._exchange is not None:
-            self._exchange.measure_from(sys.maxsize)
+        exchange = self._exchange.current()
+        if exchange is not None:
+            exchange.measure_from(sys.maxsize)
 
     def _own_modes(self) -> dict[str, dict[int, Any]]:
         if self._taker is None or False not in self._run.sites.modes:
@@ -482,8 +473,9 @@ class ReplicaWatch:
         self._was_rounding = not drifts
         self._judged.discard("parameters")
         self._look_again = 2 * step
-        assert self._exchange is not None
-        self._exchange.measure_from(self._look_again)
+        exchange = self._exchange.current()
+        assert exchange is not None
+        exchange.measure_from(self._look_again)
         return {}
 
     def _depends_on_mode(self, name: str) -> bool:

@@ -1,36 +1,36 @@
-"""The ledger: what ranks leave for each other on the store, and what can be read from it.
+"""What ranks leave for each other on the store, and what can be read from it; no thread, no waiting.
 
-Per check a rank makes three requests, and one rank in eight makes a fourth, however many ranks there are:
+Per step a rank reads the state, which the comparing rank keeps (last steps that were compared, questions), appends
+a summary of its digests to a node that it shares with seven others, and counts itself there. Whoever completes a
+node merges its eight summaries and appends the result one level up: so the root tells of all, and one rank in
+eight makes three requests more, however many ranks there are. Numbers that add up, such as sketches, are added on
+the same path.
 
-1. read the state, which the comparing rank keeps: attempt, last step that was compared, question about a step;
-2. offer its digests as the reference of this step: the first offer stands (`compare_set`), all get it back;
-3. add its bits to a counter that it shares with seven others: arrived, and the parts in which it differs from the
-   reference. Whoever completes a counter adds the summary to the next level's, so the root tells of all ranks.
-
-Only a rank that differs where replicas should agree leaves its digests too. The comparing rank reads the root, and
-below it only what is incomplete or differs. Keys are deleted, by the rank that created them, once compared.
+The comparing rank reads the root, and below it only nodes that are not complete. A node is deleted, once its step
+was compared, by the rank that was first in it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store
+import numpy as np
+from torch.distributed import PrefixStore, Store
 
-from ddpcall.watch.compare.vitals import OWN_PARTS, PARTS, REPLICATED_PARTS, Details, Facts, Vitals
+from ddpcall.watch.compare.summary import Summary, merge
+from ddpcall.watch.compare.vitals import OWN_PARTS, REPLICAS, Details, Facts, Vitals
 
 FAN_OUT = 8
 MAX_KEPT_STEPS = 64
-_BITS = 1 + len(PARTS)  # arrived, and one for each part that differs: 7 × 8 bits fit the store's signed counters
-_REPLICATED_BITS = sum(1 << PARTS.index(part) for part in REPLICATED_PARTS)
 _ABSENT = "absent"
-_MAX_RECORDS = 1024
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,15 @@ class Comparison:
     """What the ranks' vitals of one step say about each other.
 
     Attributes:
-        step: The optimizer step.
+        step: Its number.
         num_ranks: How many ranks' vitals were compared.
         missing: Ranks whose vitals were not there in time: slow, finished, stopped or dead.
         same: Parts that are equal on all the ranks that were compared.
         differing: By replicated part that differs: the groups of ranks that agree with each other, largest first.
         unlike: Own parts (batch, rng) that are not equal on all ranks, as they should be (batch) or may be (rng).
-        ungrouped: Ranks known to differ from others, but not who agrees with whom: more than 1,024 differed.
+        ungrouped: Ranks known to differ from others, but not who agrees with whom: there were too many digests.
         digests: By replicated part that differs: the digest of each group.
+        sums: What the ranks' numbers add up to; None where not all of them left as many.
     """
 
     step: int
@@ -56,6 +57,25 @@ class Comparison:
     unlike: tuple[str, ...]
     ungrouped: tuple[int, ...] = ()
     digests: dict[str, tuple[int | None, ...]] = field(default_factory=dict, compare=False)
+    sums: np.ndarray | None = field(default=None, compare=False)
+
+    @staticmethod
+    def of(step: int, summary: Summary, world_size: int) -> Comparison:
+        """Say what a summary of all ranks that are there tells."""
+        left = summary.ungrouped
+        uneven = {part: groups for part, groups in summary.groups.items() if len(groups) > 1 or part in left}
+        differing = {part: groups for part, groups in uneven.items() if part not in OWN_PARTS}
+        return Comparison(
+            step=step,
+            num_ranks=len(summary.ranks),
+            missing=tuple(rank for rank in range(world_size) if rank not in summary.ranks),
+            same=tuple(part for part, told in summary.groups.items() if part not in uneven and None not in told),
+            differing={part: tuple(tuple(sorted(g)) for g in told.values()) for part, told in differing.items()},
+            unlike=tuple(part for part in OWN_PARTS if part in uneven),
+            ungrouped=tuple(sorted(frozenset().union(*(left.get(part, ()) for part in differing)))),
+            digests={part: tuple(told) for part, told in differing.items()},
+            sums=summary.sums if summary.summed == summary.ranks else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -97,15 +117,27 @@ class Answer:
         measures = {part: vitals.measures[part]() for part in parts if part in vitals.measures}
         return Answer(details, measures, vitals.facts())
 
+    def to_bytes(self) -> bytes:
+        """Return plain values as bytes."""
+        told = [self.details, self.measures, self.facts.to_json()]
+        return zlib.compress(json.dumps(told).encode(), 1)
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Answer:
+        """Read what `to_bytes` wrote."""
+        details, measures, facts = json.loads(zlib.decompress(data))
+        return Answer(details, measures, Facts.from_json(facts))
+
 
 @dataclass(frozen=True)
 class Question:
-    """What the comparing rank asks for: details of `parts` of `step` from `ranks`."""
+    """What the comparing rank asks for: details of `parts` of `step` from `ranks`; of gradients, their records."""
 
     number: int
     step: int
     parts: tuple[str, ...]
     ranks: tuple[int, ...]
+    kind: str = REPLICAS
 
 
 @dataclass(frozen=True)
@@ -113,47 +145,65 @@ class State:
     """What the comparing rank tells all others.
 
     Attributes:
-        attempt: Tells its keys from those of an earlier start.
-        done: The last step that was compared.
-        question: What it asks.
+        done: By kind of vitals, the last step that was compared.
+        questions: What it asks.
         measure_from: The step from which parameters are to be looked at closely.
         closed: Whether it has left.
     """
 
-    attempt: str
-    done: int = -1
-    question: Question | None = None
+    done: Mapping[str, int] = field(default_factory=dict)
+    questions: tuple[Question, ...] = ()
     measure_from: int = sys.maxsize
     closed: bool = False
 
     def to_json(self) -> str:
-        asked = None if self.question is None else list(vars(self.question).values())
-        return json.dumps([self.attempt, self.done, asked, self.measure_from, self.closed])
+        return json.dumps(
+            [self.done, [[*vars(q).values()] for q in self.questions], self.measure_from, self.closed]
+        )
 
     @staticmethod
     def from_json(text: bytes) -> State:
-        attempt, done, asked, measure_from, closed = json.loads(text)
-        if asked is not None:
-            number, step, parts, ranks = asked
-            asked = Question(number, step, tuple(parts), tuple(ranks))
-        return State(attempt, done, asked, measure_from, closed)
+        done, asked, measure_from, closed = json.loads(text)
+        questions = (
+            Question(number, step, tuple(parts), tuple(ranks), kind) for number, step, parts, ranks, kind in asked
+        )
+        return State(done, tuple(questions), measure_from, closed)
 
 
-class Ledger:
-    """What ranks leave for each other on the store, request by request; no thread, no waiting.
+class RankStore:
+    """The store as one rank uses it, request by request.
 
     Args:
-        store: Of this rank's own, so that no other use of it holds requests up.
+        store: One that all ranks share.
         rank: This rank.
         world_size: How many ranks there are.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
-        self._store = store
-        self.rank = rank
+        self._store: Any = store
+        self.rank, self.world_size = rank, world_size
+        self._name = ""
         self._level_sizes = _count_nodes(world_size)
-        self._world_size = world_size
-        self._created: deque[tuple[int, str]] = deque()
+        self._created: deque[tuple[str, int, str]] = deque()
+
+    def begin(self) -> None:
+        """Find the part of the store that this watch has for itself, and say there that this rank is watched.
+
+        Every rank's n-th watch belongs together. torchrun's restarts keep the store: they are counted apart, as
+        torch does for the default group.
+        """
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        number = self._store.add(f"ddpcall/watches/{attempt}/{self.rank}", 1)
+        self._name = f"ddpcall/exchange/{attempt}/{number}"
+        self._store = PrefixStore(self._name, self._store)
+        self._store.set(f"here/{self.rank}", "")
+
+    def connect(self, store: Any, wait_s: float) -> None:
+        """Go over to a connection of this rank's own, none of whose requests takes longer than `wait_s`."""
+        own = store.clone()
+        if own is not store:
+            own.set_timeout(timedelta(seconds=wait_s))
+        self._store = PrefixStore(self._name, own)
 
     def read_state(self) -> State | None:
         """Return what the comparing rank last wrote, or None."""
@@ -164,151 +214,93 @@ class Ledger:
         """Replace the state; for the comparing rank alone."""
         self._store.set("state", state.to_json())
 
-    def post(self, attempt: str, vitals: Vitals) -> None:
+    def post(self, vitals: Vitals) -> None:
         """Leave one step's vitals for the comparing rank."""
-        prefix = f"{attempt}/{vitals.step}"
-        digests = [vitals.parts.get(part) for part in PARTS]
-        offer = json.dumps([self.rank, *digests])
-        reference = json.loads(self._store.compare_set(f"{prefix}/first", "", offer))
-        if reference[0] == self.rank:
-            self._created.append((vitals.step, f"{prefix}/first"))
-        differs = sum(1 << i for i, digest in enumerate(digests) if digest != reference[1 + i])
-        if differs & _REPLICATED_BITS:
-            self._store.set(f"{prefix}/record/{self.rank}", offer)
-            self._created.append((vitals.step, f"{prefix}/record/{self.rank}"))
-        self._arrive(vitals.step, prefix, 1 | differs << 1)
-
-    def _arrive(self, step: int, prefix: str, bits: int) -> None:
-        index = self.rank
-        for level, size in enumerate(self._level_sizes):
-            node, slot = divmod(index, FAN_OUT)
-            key = f"{prefix}/{level}/{node}"
-            contribution = bits << _BITS * slot
-            value = self._store.add(key, contribution)
-            if value == contribution:
-                self._created.append((step, key))
-            children = _split(value, self._num_children(level, node))
-            if size == 1 or not all(child & 1 for child in children):
+        summary, index = Summary.of(self.rank, vitals), self.rank
+        for level in range(len(self._level_sizes)):
+            index //= FAN_OUT
+            key = _name_node(vitals.kind, vitals.step, level, index)
+            self._store.append(key, summary.to_bytes())
+            count = self._store.add(f"{key}/count", 1)
+            if count == 1:
+                self._created.append((vitals.kind, vitals.step, key))
+            if count < self._num_children(level, index):
                 return
-            bits = _summarize(children)
-            index = node
+            summary = merge(self._read_node(key))
 
     def _num_children(self, level: int, node: int) -> int:
-        below = self._world_size if level == 0 else self._level_sizes[level - 1]
+        below = self.world_size if level == 0 else self._level_sizes[level - 1]
         return min(FAN_OUT, below - node * FAN_OUT)
 
-    def delete_created(self, done: int) -> None:
-        """Delete the keys this rank created for steps that were compared, and those that were kept too long."""
-        while self._created and (
-            self._created[0][0] <= done or len({step for step, _ in self._created}) > MAX_KEPT_STEPS
-        ):
-            self._store.delete_key(self._created.popleft()[1])
+    def _read_node(self, key: str) -> list[Summary]:
+        return Summary.read_all(self._read(key) or b"")
 
-    def delete_step(self, attempt: str, step: int) -> None:
-        """Delete all of a step's keys but the records, whoever created them: for the last steps of a run."""
-        prefix = f"{attempt}/{step}"
-        self._store.delete_key(f"{prefix}/first")
+    def delete_created(self, done: Mapping[str, int]) -> None:
+        """Delete the nodes this rank created for steps that were compared, and those that were kept too long."""
+        kept: deque[tuple[str, int, str]] = deque()
+        too_many = len({(kind, step) for kind, step, _ in self._created}) - MAX_KEPT_STEPS
+        for kind, step, key in self._created:
+            if step <= done.get(kind, -1) or too_many > 0:
+                too_many -= 1
+                self._delete_node(key)
+            else:
+                kept.append((kind, step, key))
+        self._created = kept
+
+    def _delete_node(self, key: str) -> None:
+        self._store.delete_key(f"{key}/count")  # first: who comes late counts from 1 again, and deletes the node
+        self._store.delete_key(key)
+
+    def delete_step(self, kind: str, step: int) -> None:
+        """Delete all of a step's nodes, whoever created them: for the last steps of a run."""
         for level, size in enumerate(self._level_sizes):
             for node in range(size):
-                self._store.delete_key(f"{prefix}/{level}/{node}")
+                self._delete_node(_name_node(kind, step, level, node))
 
-    def is_complete(self, attempt: str, step: int) -> bool:
+    def is_complete(self, kind: str, step: int) -> bool:
         """Say whether all ranks have left this step's vitals: one request."""
         top = len(self._level_sizes) - 1
-        return all(child & 1 for child in self._read_node(f"{attempt}/{step}", top, 0))
+        count = self._read(f"{_name_node(kind, step, top, 0)}/count")
+        return int(count or 0) == self._num_children(top, 0)
 
-    def find_missing(self, attempt: str, step: int) -> list[int]:
-        """Return the ranks that have not left this step's vitals; reads only where some have not."""
-        top = len(self._level_sizes) - 1
-        entries = self._walk(f"{attempt}/{step}", top, 0, lambda bits: not bits & 1)
-        return [rank for rank, bits in entries if not bits & 1]
+    def compare(self, kind: str, step: int) -> Comparison:
+        """Compare what is there, now."""
+        summary = merge(self._collect(kind, step, len(self._level_sizes) - 1, 0))
+        return Comparison.of(step, summary, self.world_size)
 
-    def announce(self) -> None:
-        """Say that this rank is watched, before it has anything to compare."""
-        self._store.set(f"here/{self.rank}", "")
+    def _collect(self, kind: str, step: int, level: int, node: int) -> Iterator[Summary]:
+        """Yield what is in a node, and what is below those of its children that are not complete."""
+        found = self._read_node(_name_node(kind, step, level, node))
+        yield from found
+        if level:
+            complete = {min(each.ranks) // FAN_OUT**level for each in found}
+            for child in range(node * FAN_OUT, node * FAN_OUT + self._num_children(level, node)):
+                if child not in complete:
+                    yield from self._collect(kind, step, level - 1, child)
 
     def take_back(self) -> None:
-        """Delete the announcement: this rank is no longer watched."""
+        """Say that this rank is no longer watched."""
         self._store.delete_key(f"here/{self.rank}")
 
     def find_silent(self, ranks: Iterable[int]) -> set[int]:
-        """Return those of `ranks` that have not announced themselves: one request for each."""
+        """Return those of `ranks` that have not begun, or are no longer watched: one request for each."""
         return {rank for rank in ranks if self._read(f"here/{rank}") is None}
 
-    def leave(self, attempt: str, step: int) -> None:
-        """Say that nothing comes from this rank after a step, so that nobody waits for it."""
-        self._store.set(f"{attempt}/left/{self.rank}", str(step))
-        self._store.add(f"{attempt}/left", 1)
+    def leave(self, last: Mapping[str, int]) -> None:
+        """Say that nothing comes from this rank after its last step of each kind, so that nobody waits for it."""
+        self._store.set(f"left/{self.rank}", json.dumps(last))
+        self._store.add("left", 1)
 
-    def find_left(self, attempt: str, step: int, ranks: Iterable[int] | None = None) -> set[int]:
-        """Return those of `ranks` (the missing ones of this step) that left before; one request if none did."""
-        if not int(self._read(f"{attempt}/left") or 0):
+    def find_left(self, kind: str, step: int, ranks: Iterable[int]) -> set[int]:
+        """Return those of `ranks` that left before a step; one request if none did."""
+        if not int(self._read("left") or 0):
             return set()
-        last = {
-            rank: self._read(f"{attempt}/left/{rank}")
-            for rank in (self.find_missing(attempt, step) if ranks is None else ranks)
-        }
-        return {rank for rank, text in last.items() if text is not None and int(text) < step}
+        last = {rank: self._read(f"left/{rank}") for rank in ranks}
+        return {rank for rank, text in last.items() if text is not None and json.loads(text).get(kind, -1) < step}
 
-    def delete_left(self, attempt: str, comparing: bool) -> None:
+    def delete_left(self, comparing: bool) -> None:
         """Delete what `leave` made: this rank's part of it, or what the ranks share."""
-        self._store.delete_key(f"{attempt}/left" if comparing else f"{attempt}/left/{self.rank}")
-
-    def compare(self, attempt: str, step: int) -> Comparison:
-        """Compare what is there, now."""
-        prefix = f"{attempt}/{step}"
-        top = len(self._level_sizes) - 1
-        entries = list(self._walk(prefix, top, 0, lambda b: not b & 1 or bool(b >> 1 & _REPLICATED_BITS)))
-        missing = {rank for rank, bits in entries if rank >= 0 and not bits & 1}
-        anywhere = _summarize([bits for _, bits in entries]) >> 1
-        deviants = sorted(rank for rank, bits in entries if rank >= 0 and bits >> 1 & _REPLICATED_BITS)
-        reference = json.loads(self._read(f"{prefix}/first") or "null")
-        grouped, ungrouped = self._group_parts(prefix, reference, missing, deviants) if deviants else ({}, ())
-        told = [part for index, part in enumerate(PARTS) if reference and reference[1 + index] is not None]
-        return Comparison(
-            step=step,
-            num_ranks=self._world_size - len(missing),
-            missing=tuple(sorted(missing)),
-            same=tuple(part for part in told if not anywhere >> PARTS.index(part) & 1),
-            differing={part: tuple(groups.values()) for part, groups in grouped.items()},
-            unlike=tuple(part for part in OWN_PARTS if anywhere >> PARTS.index(part) & 1),
-            ungrouped=ungrouped,
-            digests={part: tuple(groups) for part, groups in grouped.items()},
-        )
-
-    def _group_parts(
-        self, prefix: str, reference: list[int | None], missing: set[int], deviants: list[int]
-    ) -> tuple[dict[str, dict[int | None, tuple[int, ...]]], tuple[int, ...]]:
-        """Group the ranks by part from the digests that the differing ones left; tell whose were not read."""
-        records = {rank: self._read(f"{prefix}/record/{rank}") for rank in deviants[:_MAX_RECORDS]}
-        for rank in records:
-            self._store.delete_key(f"{prefix}/record/{rank}")
-        digests = {rank: json.loads(text)[1:] for rank, text in records.items() if text is not None}
-        apart = missing.union(deviants)
-        agreeing = [rank for rank in range(self._world_size) if rank not in apart]
-        groups = {
-            part: _group(agreeing, reference[1 + index], {rank: d[index] for rank, d in digests.items()})
-            for index, part in enumerate(REPLICATED_PARTS)
-        }
-        differing = {part: ranks for part, ranks in groups.items() if len(ranks) > 1}
-        return differing, tuple(rank for rank in deviants if rank not in digests)
-
-    def _walk(
-        self, prefix: str, level: int, node: int, interesting: Callable[[int], bool]
-    ) -> Iterator[tuple[int, int]]:
-        """Yield (rank, bits) where it is interesting, and (-1, the summary of a subtree) where it is not."""
-        for slot, bits in enumerate(self._read_node(prefix, level, node)):
-            below = node * FAN_OUT + slot
-            if not interesting(bits):
-                yield (-1 if level else below), bits
-            elif level:
-                yield from self._walk(prefix, level - 1, below, interesting)
-            else:
-                yield below, bits
-
-    def _read_node(self, prefix: str, level: int, node: int) -> list[int]:
-        value = self._read(f"{prefix}/{level}/{node}")
-        return _split(int(value or 0), self._num_children(level, node))
+        self._store.delete_key("left" if comparing else f"left/{self.rank}")
 
     def _read(self, key: str) -> bytes | None:
         """Return a key's value, or None where there is none, without waiting for it to come.
@@ -319,66 +311,35 @@ class Ledger:
         value = self._store.compare_set(key, _ABSENT, _ABSENT)
         return None if value == _ABSENT.encode() else value
 
-    def answer(self, attempt: str, question: Question, answer: Answer | None) -> None:
-        """Leave the answer to a question; None where the step was not kept."""
-        told = None if answer is None else [answer.details, answer.measures, answer.facts.to_json()]
-        text = zlib.compress(json.dumps(told).encode(), 1).hex()
-        self._store.set(f"{attempt}/answer/{question.number}/{self.rank}", text)
+    def answer(self, question: Question, answer: bytes) -> None:
+        """Leave the answer to a question; no bytes where the step was not kept."""
+        self._store.set(f"answer/{question.number}/{self.rank}", answer)
 
-    def take_answers(self, attempt: str, question: Question) -> dict[int, Answer | None]:
-        """Return the answers that are there, by rank."""
-        answers: dict[int, Answer | None] = {}
-        for rank in question.ranks:
-            text = self._read(f"{attempt}/answer/{question.number}/{rank}")
-            if text is not None:
-                told = json.loads(zlib.decompress(bytes.fromhex(text.decode())))
-                answers[rank] = None if told is None else Answer(told[0], told[1], Facts.from_json(told[2]))
+    def take_answers(self, question: Question, ranks: Iterable[int]) -> dict[int, bytes]:
+        """Return the answers of some ranks, as far as they are there, and delete them."""
+        found = {rank: self._read(f"answer/{question.number}/{rank}") for rank in ranks}
+        answers = {rank: answer for rank, answer in found.items() if answer is not None}
+        for rank in answers:
+            self._store.delete_key(f"answer/{question.number}/{rank}")
         return answers
 
-    def delete_answers(self, attempt: str, question: Question) -> None:
-        """Delete the answers to a question."""
-        for rank in question.ranks:
-            self._store.delete_key(f"{attempt}/answer/{question.number}/{rank}")
+
+def _name_node(kind: str, step: int, level: int, node: int) -> str:
+    return f"{kind}/{step}/{level}/{node}"
 
 
 def _count_nodes(world_size: int) -> list[int]:
-    """Return the number of counters on each level, leaves first, the root last."""
+    """Return the number of nodes on each level, leaves first, the root last."""
     sizes = [-(-world_size // FAN_OUT)]
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // FAN_OUT))
     return sizes
 
 
-def _split(value: int, num_children: int) -> list[int]:
-    return [value >> _BITS * slot & (1 << _BITS) - 1 for slot in range(num_children)]
-
-
-def _summarize(children: Sequence[int]) -> int:
-    """Return one child's bits for the level above: complete, and the parts that differ anywhere below."""
-    differs = 0
-    for bits in children:
-        differs |= bits & ~1
-    return differs | 1
-
-
-def _group(
-    agreeing: Iterable[int], reference: int | None, digests: Mapping[int, int | None]
-) -> dict[int | None, tuple[int, ...]]:
-    """Return the ranks by digest, largest group first."""
-    groups: dict[int | None, list[int]] = {reference: list(agreeing)}
-    for rank, digest in digests.items():
-        groups.setdefault(digest, []).append(rank)
-    ordered = {digest: tuple(sorted(ranks)) for digest, ranks in groups.items() if ranks}
-    return dict(sorted(ordered.items(), key=lambda group: (-len(group[1]), group[1][0])))
-
-
-def compare_details(question: Question, answers: Mapping[int, Answer | None]) -> DetailsComparison:
+def compare_details(question: Question, answers: Mapping[int, bytes]) -> DetailsComparison:
     """Compare the answers to a question, name by name."""
-    told = {
-        rank: answer
-        for rank, answer in sorted(answers.items())
-        if answer is not None and answer.details.keys() >= set(question.parts)
-    }
+    read = {rank: Answer.from_bytes(answer) for rank, answer in sorted(answers.items()) if answer}
+    told = {rank: answer for rank, answer in read.items() if answer.details.keys() >= set(question.parts)}
     differing: dict[str, dict[str, dict[int, int | str | float]]] = {}
     for part in question.parts:
         values = _by_name({rank: answer.details[part] for rank, answer in told.items()})

@@ -6,7 +6,7 @@ import dataclasses
 import random
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -25,9 +25,14 @@ from ddpcall.taps import NOWHERE, CallSite
 from ddpcall.watch.compare.drift import measure, sketch_tensor
 
 REPLICATED_PARTS = ("parameters", "buffers", "modes", "optimizer")
-OWN_PARTS = ("rng", "batch")
-PARTS = REPLICATED_PARTS + OWN_PARTS
-"""Replicated parts should be equal on all ranks; own ones should not (batch), or need not (rng)."""
+TARGETS = "targets"
+OWN_PARTS = ("rng", "batch", TARGETS)
+"""Replicated parts should be equal on all ranks; own ones should not (batch), or need not."""
+PARTS = (*REPLICATED_PARTS, "rng", "batch")
+"""Of replicas, not of measured gradients."""
+
+REPLICAS, GRADIENTS = "replicas", "gradients"
+"""Kinds of vitals, each with step numbers of its own: of the leading optimizer's steps; of measured gradients."""
 
 Details = dict[str, int | str | float]
 LOSS_SCALE = "loss scale"
@@ -82,10 +87,16 @@ class Vitals:
 
     Attributes:
         step: Optimizer steps done, the same count on every rank.
-        parts: One digest, an int in [-2**63, 2**63), by part of `PARTS`; a part that cannot be told is absent.
+        parts: One digest, an int in [-2**63, 2**63), by part: of `OWN_PARTS`, or of what should be equal on all
+            ranks; a part that cannot be told is absent.
         details: By part, what it is made of in this step; a part that was not kept is absent.
         measures: By part, what tells how far apart its tensors are between ranks, by name.
         facts: What this rank did until then.
+        kind: `REPLICAS` or `GRADIENTS`.
+        sums: Numbers, as many on every rank, that are added up over the ranks; or None.
+        record: What this rank tells of gradients when it is asked.
+        choose: Called in the comparing rank's thread with the comparison: the ranks to ask for their records.
+        judge: Called there with the comparison and the records that came: makes of them what is handed back.
     """
 
     step: int
@@ -93,6 +104,11 @@ class Vitals:
     details: Mapping[str, Callable[[], Details]] = field(default_factory=dict, compare=False, repr=False)
     measures: Mapping[str, Callable[[], dict[str, str]]] = field(default_factory=dict, compare=False, repr=False)
     facts: Callable[[], Facts] = field(default=Facts, compare=False, repr=False)
+    kind: str = REPLICAS
+    sums: np.ndarray | None = field(default=None, compare=False, repr=False)
+    record: Callable[[], bytes] = field(default=bytes, compare=False, repr=False)
+    choose: Callable[[Any], Sequence[int]] = field(default=lambda comparison: (), compare=False, repr=False)
+    judge: Callable[[Any, Mapping[int, bytes]], Any] = field(default=lambda *_: None, compare=False, repr=False)
 
 
 class VitalsTaker:

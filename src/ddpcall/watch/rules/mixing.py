@@ -7,14 +7,13 @@ it. Where a sensor saw the cause, a finding names the line already; this rule re
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ddpcall.findings import CATALOGUE, Finding, Place
-from ddpcall.mixing.judge import judge_records
-from ddpcall.mixing.record import UNREAD, RankSketches
+from ddpcall.mixing.record import RankSketches
 from ddpcall.mixing.result import Mixing, name_some
 from ddpcall.taps import NOWHERE, CallSite
 from ddpcall.watch.run import Run
@@ -111,6 +110,7 @@ class _Apart:
     step: int
     names: list[str]
     reason: str
+    ranks: tuple[int, ...]
     site: CallSite = NOWHERE
 
 
@@ -137,18 +137,15 @@ class MixingRule:
         self._repeated: dict[tuple[str, str], list[int]] = {}
         self._where = Where()
 
-    def judge(self, where: Where, records: Sequence[RankSketches]) -> Mixing | None:
-        """Judge one measured step, and return who learned from whom in it.
+    def judge(self, where: Where, records: Sequence[RankSketches], mixing: Mixing) -> None:
+        """Judge one measured step.
 
         Args:
             where: What the comparing rank knows of it.
-            records: All ranks' records.
+            records: All ranks' records, or those that were asked for.
+            mixing: Who learned from whom in it.
         """
         step = where.step
-        records = list(_keep_stepped_by_all(records))
-        if sum(record.num_steps > 0 for record in records) < 2:
-            return None
-        mixing = judge_records(records)
         self._where = where
         self._makers.setdefault(where.made, set()).add(where.optimizer)
         self._maker_of.update((name, where.made) for shape in mixing.by_parameter.values() for name in shape)
@@ -173,7 +170,6 @@ class MixingRule:
         for key, apart in list(self._pending.items()):
             if step >= apart.step + PATIENCE_STEPS and self._run.num_sent() is None:
                 self._say(self._pending.pop(key))
-        return mixing
 
     def close(self) -> None:
         """Say what has waited for the weights to be averaged: they never were, unless after the last step."""
@@ -213,7 +209,9 @@ class MixingRule:
         # Where nothing of it is wrapped, the line that handed it to the optimizer says more.
         is_inside = new[0] in self._run.inside | self._run.sharded
         site = self._where.stepped if is_inside or shape not in _OF_ONE_RANK else self._where.made
-        known = self._pending.setdefault(f"{shape} {site}", _Apart(shape, step, [], mixing.reason, site))
+        known = self._pending.setdefault(
+            f"{shape} {site}", _Apart(shape, step, [], mixing.reason, mixing.ranks, site)
+        )
         known.names += [name for name in new if name not in known.names]
 
     def _note_repeated(self, shape: str, names: Iterable[str], step: int, mixing: Mixing) -> None:
@@ -231,7 +229,7 @@ class MixingRule:
         if often:
             step = min(self._repeated[shape, name][0] for name in often)
             site = self._where.made if shape == "thrown_away" else self._where.stepped
-            self._say(_Apart(shape, step, often, mixing.reason, site))
+            self._say(_Apart(shape, step, often, mixing.reason, mixing.ranks, site))
 
     def _note_mixed(self, names: Iterable[str], step: int, mixing: Mixing) -> None:
         """Weights that were never equal, and whose gradients are averaged: replicas that began apart."""
@@ -242,7 +240,7 @@ class MixingRule:
             if name in different and name not in self._ever_equal | self._said and not self._run.is_compared(name)
         ]
         if never_equal:
-            self._say(_Apart("began_apart", step, never_equal, "", self._where.stepped))
+            self._say(_Apart("began_apart", step, never_equal, "", mixing.ranks, self._where.stepped))
 
     def _confirm(self, names: list[str]) -> None:
         """Report what sensors suspected of these parameters' gradients: now it is known to be harm."""
@@ -291,22 +289,12 @@ class MixingRule:
             line=apart.site.line,
             function=apart.site.function,
             called_from=caller,
-            ranks=tuple(range(self.certificate.ranks)),
+            ranks=apart.ranks,
             step=apart.step,
             parameters=tuple(apart.names),
             cause=f"mixing_{apart.shape}",
             fix=_FIXES.get(apart.shape, rule.fix),
         )
-
-
-def _keep_stepped_by_all(records: Sequence[RankSketches]) -> Iterator[RankSketches]:
-    """Yield the records without what only some ranks stepped here: another optimizer's turn on those."""
-    some: set[str] = set()
-    for record in records:
-        if record.num_steps:
-            some |= {name for name, state in zip(record.names, record.states, strict=True) if state == UNREAD}
-    for record in records:
-        yield record.without(some)
 
 
 def _differ(name: str, records: Sequence[RankSketches]) -> bool:
@@ -326,6 +314,8 @@ _FIXES: Mapping[str, str] = {
 
 def _describe(apart: _Apart, num_all: int, num_ranks: int) -> str:
     count, all_ = len(apart.names), "both ranks" if num_ranks == 2 else f"all {num_ranks} ranks"
+    if len(apart.ranks) < num_ranks:
+        all_ = f"{len(apart.ranks)} of {num_ranks} ranks"
     part = f"{count} of {num_all} parameters" if count < num_all else f"all {count} parameters"
     names = name_some(apart.names)
     match apart.shape:
