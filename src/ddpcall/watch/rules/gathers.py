@@ -37,6 +37,7 @@ class GatherRule(Rule):
     def _report(self, gather: Gather, step: Step) -> None:
         used = gather.used
         where = f"line {used.line}" if used is not None and used.file == gather.site.file else "the loss"
+        where = "this line" if used == gather.site else where
         shape = " × ".join(map(str, gather.shape)) or "one number"
         message = (
             f"The tensor ({shape}) that is gathered from {gather.num_ranks} ranks here requires grad, and the "

@@ -78,11 +78,13 @@ class GatherSensor:
         self._follower: _Follower | None = None
         self._thread = 0
         self.gathers: list[Gather] = []
-        run.collectives.listeners.append(lambda name, args: run.contain(self._hear, name, args))
+        run.collectives.listeners.append(self._hear)
 
     def _hear(self, name: str, args: tuple[Any, ...]) -> None:
-        if name not in ("allgather", internals.ALLGATHER_BASE.name) or not torch.is_grad_enabled():
-            return
+        if name in ("allgather", internals.ALLGATHER_BASE.name) and torch.is_grad_enabled():
+            self._contain(self._note, args)
+
+    def _note(self, args: tuple[Any, ...]) -> None:
         group, outputs, inputs = args[:3]
         while isinstance(outputs, list) and len(outputs) == 1 and isinstance(outputs[0], list):
             outputs = outputs[0]
