@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
+from ddpcall.compare.command import main as compare
 from ddpcall.evidence import Cell
+from ddpcall.lab.report.compared import render_page as render_compared
 from ddpcall.lab.report.load import load
 from ddpcall.lab.report.page import render_page
 from ddpcall.lab.report.view import build_view
+from tests.ranks.test_record_and_compare import make_model, record, train
 from tests.report.chromium import CHROMIUM, DRIVER, MISSING, set_view, start_chromium
 from tests.report.made import (
     PATHS,
@@ -155,6 +159,23 @@ def test_pages_open_without_complaint_or_request(browser, pages, name, scheme):
 def test_the_page_itself_never_scrolls_sideways(browser, pages, name, width):
     browser.open(pages[name], width=width)
     assert browser.run("return document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [420, 1200])
+def test_nothing_runs_off_the_page_of_two_recorded_runs(browser, tmp_path, width):
+    place = tmp_path / ("a_directory_with_a_long_name_" * 3)
+    for name, lr in (("A", 0.01), ("B", 0.02)):
+        record(place / name, train, make_model(nn.BatchNorm1d(16)), lr=lr)
+    page = tmp_path / "compared.html"
+    assert compare(place / "A", place / "B", None, None, (page, render_compared)) == 1
+    browser.open(page, width=width)
+    assert browser.complaints() == []
+    assert browser.run("return document.documentElement.scrollWidth") <= width
+    beyond = (
+        "return [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth)"
+    )
+    assert browser.run(f"{beyond}.map(e => e.outerHTML)") == []
+    assert "Learning rates are 0.01 in A and 0.02 in B" in browser.find(".message")[0].text
 
 
 def test_a_click_opens_the_evidence_of_that_cell(browser, pages):
