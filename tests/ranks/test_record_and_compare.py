@@ -153,6 +153,22 @@ def test_dropout_is_named_as_random(tmp_path):
     assert "Its masks are random: record both runs with dropout 0." in result.message
 
 
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize(("seed", "lr", "said"), [(1, 0.01, True), (0, 0.02, False), (0, 0.01, False)])
+def test_another_random_state_is_a_note_where_something_differs(tmp_path, seed, lr, said):
+    def train_seeded(model, seed, lr):
+        torch.manual_seed(seed)
+        train(model, lr=lr)
+
+    record(tmp_path / "A", train_seeded, make_model(nn.Dropout(0.5)), 0, 0.01)
+    record(tmp_path / "B", train_seeded, make_model(nn.Dropout(0.5)), seed, lr)
+    result = compare_runs(open_run(tmp_path / "A"), open_run(tmp_path / "B"))
+    assert result.same is (seed == 0 and lr == 0.01), result.message
+    told = "When step 0 begins, the random state of torch is another in B than in A: dropout"
+    assert any(note.startswith(told) for note in result.notes) is said
+    assert said or not any("random state" in note for note in result.notes)
+
+
 @on_two_ranks
 def test_a_learning_rate_differs_in_the_update(tmp_path):
     result = compare_with_one(tmp_path, lr=0.02, alone={"lr": 0.01})

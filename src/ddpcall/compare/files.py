@@ -9,7 +9,7 @@ import platform
 import re
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ddpcall.compare.steps import StepRecord
 from ddpcall.files import parse_json, read_bytes, read_text
 
 SCHEMA = 1
+RANDOM_STATES = ("torch", "numpy", "Python")
 _PREFIXES = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _MB = 1e6
 MAX_RANKS = 2**16
@@ -87,7 +88,14 @@ class Writer:
                 file=sys.stderr,
             )
 
-    def write(self, step: int, record: StepRecord, weights: np.ndarray, rates: Sequence[float]) -> bool:
+    def write(
+        self,
+        step: int,
+        record: StepRecord,
+        weights: np.ndarray,
+        rates: Sequence[float],
+        random_state: Mapping[str, int],
+    ) -> bool:
         """Write a step's record.
 
         Returns:
@@ -95,7 +103,13 @@ class Writer:
         """
         stream = io.BytesIO()
         data = np.frombuffer(record.to_bytes(), np.uint8)
-        np.savez_compressed(stream, record=data, weights=weights, rates=np.array(rates, np.float64))
+        np.savez_compressed(
+            stream,
+            record=data,
+            weights=weights,
+            rates=np.array(rates, np.float64),
+            random=np.frombuffer(json.dumps(random_state).encode(), np.uint8),
+        )
         self._num_bytes += len(stream.getvalue())
         if self._num_bytes > self._max_bytes:
             self.meta["failure"] = f"step {step} and later ones did not fit into {self._max_bytes / _MB:g} MB"
@@ -118,11 +132,19 @@ class Writer:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """One step of one rank, as it was written."""
+    """One step of one rank, as it was written.
+
+    Attributes:
+        record: What was seen.
+        weights: Shape (parameters, buckets): sketches from before the step.
+        rates: Learning rates, by group.
+        random_state: Digests of the random state when the step began, by whose it is; empty in older records.
+    """
 
     record: StepRecord
     weights: np.ndarray
     rates: tuple[float, ...]
+    random_state: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,7 +179,9 @@ def _read_step(path: Path) -> RecordedStep:
                 raise ValueError(f"it unpacks to more than {MAX_STEP_BYTES} bytes")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             record = StepRecord.from_bytes(arrays["record"].tobytes()).rename(clean_name)
-            return RecordedStep(record, arrays["weights"], tuple(arrays["rates"].tolist()))
+            written = json.loads(arrays["random"].tobytes()) if "random" in arrays else {}
+            random_state = {name: int(written[name]) for name in RANDOM_STATES if name in written}
+            return RecordedStep(record, arrays["weights"], tuple(arrays["rates"].tolist()), random_state)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise NotARecord(f"{path} cannot be read: {error}") from error
 

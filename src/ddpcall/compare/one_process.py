@@ -11,6 +11,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
 
 from ddpcall import torch_internals as internals
 
@@ -51,6 +52,17 @@ def keep_random_state() -> Callable[[], None]:
         torch.random.set_rng_state(of_torch)
 
     return put_back
+
+
+def digest_random_state() -> dict[str, int]:
+    """Return a digest of the random state of torch on the CPU, of numpy and of Python."""
+    _, keys, place, *_ = np.random.get_state()
+    states = {
+        "torch": torch.random.get_rng_state().numpy().tobytes(),
+        "numpy": np.asarray(keys).tobytes() + str(place).encode(),
+        "Python": repr(random.getstate()).encode(),
+    }
+    return {name: xxhash.xxh3_64_intdigest(state) >> 1 for name, state in states.items()}
 
 
 def seed_all(seed: int) -> None:

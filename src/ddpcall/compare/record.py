@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ddpcall import torch_internals as internals
 from ddpcall.compare.files import Writer
+from ddpcall.compare.one_process import digest_random_state
 from ddpcall.compare.samples import NUM_NUMBERS, SampleRecorder
 from ddpcall.compare.steps import StepRecord, choose_named, measure_rounding
 from ddpcall.mixing import MixingCollector
@@ -214,6 +215,7 @@ class Recorder:
         self._places = find_places(self._named, self._held)
         self._collector = MixingCollector.of_model(self._named, self._held)
         self._weights = self._sketch_weights()
+        self._random = digest_random_state()
         self._losses, self._targets, self._rates, self._loss_scale = [], [], [], 1.0
         self._samples.eps = 0.0
         self._collector.start()
@@ -236,7 +238,7 @@ class Recorder:
             num_dropouts=sum(m.training and m.p > 0 for m in self._named.modules() if isinstance(m, _DROPOUTS)),
             eps=max([self._samples.eps, *[torch.finfo(place.stepped.dtype).eps for place in self._places]]),
         )
-        if not self._writer.write(self._step, record, self._weights, self._rates):
+        if not self._writer.write(self._step, record, self._weights, self._rates, self._random):
             self._stop()
 
 

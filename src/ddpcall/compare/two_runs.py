@@ -93,6 +93,7 @@ def compare_runs(a: Run, b: Run, noise: Run | None = None) -> TwoRuns:
     rungs: list[Rung] = []
     curve: dict[int, dict[str, float]] = {}
     answer: TwoRuns | None = None
+    random_notes: tuple[str, ...] = ()
     has_common_samples = False
     for step in steps:
         again = noise.load(step) if noise is not None and step in noise.steps else None
@@ -105,11 +106,12 @@ def compare_runs(a: Run, b: Run, noise: Run | None = None) -> TwoRuns:
             rungs.append(rung)
             if rung.status == "differs":
                 answer = pair.explain(rung)
+                random_notes = pair.note_random_state()
                 break
     if not has_common_samples:
         raise NotARecord(_NO_SAMPLES)
     assumed = () if noise is not None else (_ASSUMED,)
-    notes = (*assumed, *_note_runs(a, b), *_note_rungs(rungs))
+    notes = (*assumed, *random_notes, *_note_runs(a, b), *_note_rungs(rungs))
     if answer is None:
         text = f"Nothing differs in {len(steps)} steps ({_some(steps)}), within the floor of each line."
         return TwoRuns(True, tuple(rungs), curve, text, notes=notes)
@@ -142,6 +144,7 @@ class _StepOfTwo:
         self._a, self._b = _join(a), _join(b)
         self._weights = _join_weights(a), _join_weights(b)
         self._rates = (a[0].rates, b[0].rates)
+        self._random = [one.random_state for one in a], [one.random_state for one in b]
         eps = max(self._a.eps, self._b.eps)
         # Rounding grows from step to step.
         self._floor = min(_COARSEST, max(_FLOOR, _FLOOR_IN_EPS * eps) * (1 + step))
@@ -171,6 +174,21 @@ class _StepOfTwo:
                 f"A and B train other models: {len(other)} of {len({**first, **second})} parameters are not in "
                 f"both with the same number of elements ({_names(other)})"
             )
+
+    def note_random_state(self) -> tuple[str, ...]:
+        """Say where random numbers are drawn otherwise; of runs with as many ranks, since a rank draws its own."""
+        here, there = self._random
+        other = [
+            name
+            for name in (here[0] if len(here) == len(there) else ())
+            if any(name in two and one[name] != two[name] for one, two in zip(here, there, strict=True))
+        ]
+        if not other:
+            return ()
+        return (
+            f"When step {self._step} begins, the random state of {' and '.join(other)} is another in B than in A: "
+            "dropout, augmentation and shuffling that draw from it are, too.",
+        )
 
     # ---- the ladder --------------------------------------------------------------------------------------------
 
