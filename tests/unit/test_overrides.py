@@ -1,5 +1,6 @@
 """Keys that nothing reads are refused with what was meant; what Hydra and the user's own code read is not."""
 
+import importlib.metadata
 import re
 
 import pytest
@@ -44,7 +45,11 @@ def test_what_is_read_and_what_hydra_parses_itself_is_left_alone(written):
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_slurm"])
-def test_a_launcher_that_is_a_plugin_says_what_to_install(launcher):
+def test_a_launcher_that_is_a_plugin_says_what_to_install(launcher, monkeypatch):
+    def find_nothing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", find_nothing)
     package = launcher.split("_")[0]
     with pytest.raises(WrongUse, match=f"Write: pip install hydra-{package}-launcher"):
         check_overrides([f"hydra/launcher={launcher}"])

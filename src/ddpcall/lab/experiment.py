@@ -17,6 +17,7 @@ from ddpcall.lab.data import check_batch_size, load_split
 from ddpcall.lab.errors import EXIT_WRONG_USE, WrongUse
 from ddpcall.lab.grid import Grid, check_expectations, expand_grid, expected_verdicts, unmet
 from ddpcall.lab.guarded_run import GATHER_SECONDS, GuardedRun
+from ddpcall.lab.loggers import check_logger, log_curves
 from ddpcall.lab.rank_report import RankReport, median_step_ms
 from ddpcall.lab.resume import Earlier, find_earlier
 from ddpcall.lab.run_directory import RunDirectory, json_floats
@@ -116,6 +117,7 @@ def check_config(config: TrainConfig, world: World) -> None:
             f"checkpoint.every={checkpoint.every} checkpoint.keep={checkpoint.keep} checkpoint.resume="
             f"{checkpoint.resume}: write every=0 or more, keep=1 or more, and resume=auto or never"
         )
+    check_logger(config.logger.name)
     choose_accelerator(config.device, config.backend, world.local_rank, world.local_world_size)
     if config.one_process:
         check_comparisons(config)
@@ -303,6 +305,7 @@ class _TrialsRun(GuardedRun):
         self._directory.append("timeline.jsonl", timeline_records(cell, reports))
         if self._config.tensorboard:
             write_events(self._directory.path / "tensorboard", result.evidence, reports)
+        log_curves(self._config.logger.name, self._directory.path, result.evidence, reports)
 
 
 def merge_reports(

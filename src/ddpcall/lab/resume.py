@@ -17,7 +17,7 @@ from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.run_directory import RECORDS, RunDirectory
 
 # These say how a run is kept and shown, not what it measures.
-MAY_DIFFER = ("checkpoint", "ranks", "report", "tensorboard", "trial_timeout_s")
+MAY_DIFFER = ("checkpoint", "logger", "ranks", "report", "tensorboard", "trial_timeout_s")
 MAX_BYTES = 256 * 2**20
 MAX_CONFIG_BYTES = 256 * 2**10
 _FACTS = ("torch", "python", "device", "device_name", "backend")

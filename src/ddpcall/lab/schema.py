@@ -77,6 +77,13 @@ class OptimizerConfig:
 
 
 @dataclass(kw_only=True)
+class LoggerConfig:
+    """Where a trial's curves go beside TensorBoard's files: `name` is none, wandb (offline) or mlflow (local)."""
+
+    name: str = "none"
+
+
+@dataclass(kw_only=True)
 class CellConfig:
     """One cell, or those that agree with it: an axis that is null has every value that the grid gives it."""
 
@@ -215,6 +222,7 @@ class TrainConfig:
         backend: auto, gloo or nccl.
         trial_timeout_s: A trial that takes longer, in seconds, is cut and reported with every rank's stack.
         tensorboard: Whether to write TensorBoard events.
+        logger: Where the same curves go too.
         report: Whether to write report.html at the end.
         checkpoint: Whether and how trials are saved and resumed.
         one_process: Comparisons with one process, in place of a grid of trials.
@@ -238,6 +246,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: dict[str, Any] = field(default_factory=dict)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     probes: ProbesConfig = field(default_factory=ProbesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
