@@ -343,6 +343,11 @@ CREATE_SCRIPT_MODULE = Private(
     "a model under the watch cannot be scripted",
     WATCH_AND_LAB,
 )
+SCRIPT_IMPL = Private(
+    "torch.jit._script._script_impl",
+    "to script functions that draw random numbers",
+    "torch.jit.script may refuse such functions in steps 2, 4, 8 and 16",
+)
 
 # ---- data loaders -----------------------------------------------------------------------------------------------
 

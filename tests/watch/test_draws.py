@@ -97,6 +97,13 @@ def send(batch):
     return batch + noise
 
 
+def script_a_function(batch):
+    def jitter(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand([8, 6]) * 0.1
+
+    return torch.jit.script(jitter)(batch)
+
+
 def draw_by_hand(generator):
     return lambda batch: batch + torch.randn(batch.shape, generator=generator)
 
@@ -120,9 +127,11 @@ MAY_BE_THE_SAME = {
     "few": few,
     "order": permute,
     "nothing": nothing,
+    "scripted": script_a_function,
 }
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("augment", MAY_BE_THE_SAME.values(), ids=MAY_BE_THE_SAME)
 def test_what_may_be_the_same_is_silent(training, augment):
     assert training.train(augment).found() == []

@@ -45,8 +45,8 @@ class Draw:
 class DrawSensor:
     """Stands around torch's random functions while it is `open`, and hears of draws from when a batch is taken.
 
-    Blind to: draws in compiled code, in other threads, by Python's and numpy's generators; `torch.randperm`;
-    functions that were imported by name before it opened.
+    Blind to: draws in compiled code, after `torch.jit.script` was called in the step, in other threads, by
+    Python's and numpy's generators; `torch.randperm`; functions that were imported by name before it opened.
     """
 
     def __init__(self, run: Run) -> None:
@@ -69,7 +69,21 @@ class DrawSensor:
             for owner, names in ((torch, _FUNCTIONS), (Tensor, _METHODS)):
                 for name in names:
                     stack.callback(replace_attribute(owner, name, self._noting(getattr(owner, name))))
+            stack.callback(self._leave_when_scripting())
             self._undo = stack.pop_all().close
+
+    def _leave_when_scripting(self) -> Undo:
+        """`torch.jit.script` knows torch's functions by identity: give them back before it looks them up."""
+        script: Any = internals.SCRIPT_IMPL.get(None)
+        if script is None:
+            return lambda: None
+
+        @functools.wraps(script)
+        def _script_impl(*args: Any, **kwargs: Any) -> Any:
+            self._close()
+            return script(*args, **kwargs)
+
+        return replace_attribute(internals.SCRIPT_IMPL.owner(), script.__name__, _script_impl)
 
     def close(self) -> list[Draw]:
         """Return what was drawn since the first batch that was taken; torch is left as it was."""
