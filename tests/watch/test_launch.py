@@ -1,10 +1,14 @@
 """Where a process stands, as the variables of torchrun, srun and mpirun say."""
 
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
 from ddpcall.watch.launch import current_launch, is_running, name_process, read_place
+from tests.ranks.lab_process import clean_environment
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {
@@ -64,3 +68,52 @@ def test_a_process_is_told_from_a_later_one_of_the_same_number():
     assert not is_running(name), "a zombie has ended"
     os.waitpid(child, 0)
     assert not is_running(name)
+
+
+BYPASSES = """
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("gloo")
+ddp = DistributedDataParallel(torch.nn.Linear(4, 2))
+optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+torch.manual_seed(dist.get_rank())
+for _ in range(3):
+    ddp.module(torch.randn(8, 4)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+dist.destroy_process_group()
+"""
+# What stands between the launcher and each rank: a shell; a Python program, or a terminal of its own.
+BETWEEN = {
+    "shell": ["sh", "-c", '"$@"; exit $?', "sh"],
+    "program": [sys.executable, "-c", "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"],
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_ranks_with_a_parent_each_are_not_green(tmp_path, between):
+    """Each waited for the other to report, in a file of its own, and both left with 0 and without a word."""
+    script = tmp_path / "train.py"
+    script.write_text(BYPASSES)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [*BETWEEN[between], sys.executable, "-m", "ddpcall", "watch", script],
+            env=clean_environment(**place, RANK=rank, LOCAL_RANK=rank, OMP_NUM_THREADS="1"),
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    answers = ["1 error" in text for text in said]
+    if between == "shell":
+        assert sorted(answers) == [False, True], said
+        assert "ranks 0, 1" in said[answers.index(True)]
+    else:
+        assert answers == [True, True], said
+    assert [process.returncode for process in ranks] == [int(answer) for answer in answers]

@@ -122,7 +122,9 @@ def current_launch() -> Launch:
     first = place.rank - place.local_rank if place.num_local > 1 else place.rank
     attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
     # A launcher with another parent for each rank, as Ray's workers are, gives the launch a name of its own.
-    unique = os.environ.get("DDPCALL_LAUNCH") or name_process(os.getppid() if place.num_local > 1 else os.getpid())
+    unique = os.environ.get("DDPCALL_LAUNCH") or name_process(
+        _find_launcher(place) if place.num_local > 1 else os.getpid()
+    )
     job = os.environ.get("TORCHELASTIC_RUN_ID", "")
     everywhere = frozenset(f"{attempt}/{other}" for other in range(place.num_ranks))
     on_host = frozenset(f"{attempt}/{other}" for other in range(first, first + place.num_local))
@@ -137,6 +139,31 @@ def current_launch() -> Launch:
         num_ranks=place.num_ranks,
         file=Path(tempfile.gettempdir()) / f"ddpcall-{os.getuid()}-{unique}.json",
     )
+
+
+def _find_launcher(place: Place) -> int:
+    """Return the process that started this host's ranks.
+
+    A shell or another program between it and this process (`srun bash -c "python …"`) was told this rank as well,
+    and is passed by. A Python program is not: it may be a rank, watched itself, that starts another program.
+    """
+    process = os.getppid()
+    while _was_told(process, place.variables):
+        state = _stat(process)
+        if not state:
+            break
+        process = int(state[1])
+    return process
+
+
+def _was_told(process: int, variables: dict[str, str]) -> bool:
+    try:
+        program = os.readlink(f"/proc/{process}/exe")
+        told = set(Path(f"/proc/{process}/environ").read_bytes().split(b"\0"))
+    except OSError:  # another user's, as slurmstepd is, or no /proc
+        return False
+    is_rank = all(os.fsencode(f"{name}={value}") in told for name, value in variables.items())
+    return is_rank and not os.path.basename(program).startswith("python")
 
 
 def is_started_alone() -> bool:

@@ -277,7 +277,11 @@ class Session:
         if reporter is not None and not is_running(reporter):  # it died: what is left of the run reports
             left = not self.journal.find_present(self.launch.above)
         else:
-            left = bool(self.launch.on_host) and (said is None or self.launch.on_host <= said.done | {author})
+            expected = self.launch.on_host
+            if self._watched is not None and self._watched.process_group >= len(self.launch.everywhere):
+                # All ranks are there: one that has not come to this file is not watched, or writes another.
+                expected &= self.journal.authors()
+            left = bool(self.launch.on_host) and (said is None or expected <= said.done | {author})
         self._has_left = True
         if not left:
             return

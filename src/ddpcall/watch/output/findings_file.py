@@ -200,6 +200,10 @@ class FindingsFile:
                 return Contents({_ALL: findings}, {_ALL: read_watched(content["watched"])})
         return _contents(self._load())
 
+    def authors(self) -> set[str]:
+        """Return the authors that were there when this one last wrote, whether they have left or not."""
+        return set(self._known)
+
     def read_done(self) -> set[str]:
         """Return the authors that have left, in good order or without a word."""
         return self._done(self._load())
