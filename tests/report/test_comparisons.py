@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import Any
 
 from rich.console import Console
 
@@ -45,7 +46,7 @@ def test_a_run_that_was_killed_says_how_many_comparisons_are_missing(tmp_path):
     summary = make_comparisons() | {"outcome": "running", "num_comparisons": 9}
     (run,) = build_view([load_run(make_run(tmp_path / "run", (), **summary))]).runs
     assert run.status[1].startswith("The run goes on, or was killed before it could say more: 4 of 9 comparisons")
-    empty = summary | {"comparisons": []}
+    empty: dict[str, Any] = summary | {"comparisons": []}
     (run,) = build_view([load_run(make_run(tmp_path / "empty", (), **empty))]).runs
     assert run.answer == "Nothing was measured."
     assert "0 of 9 comparisons measured" in run.status[1]

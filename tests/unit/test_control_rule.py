@@ -1,6 +1,7 @@
 """DC502 and DC503 from positions alone: ranks that can never meet, and ranks that are only slow."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,8 @@ OF_SOME = replace(BARRIER, group="1", is_of_all=False, sequence=3)
 
 def judge(*positions, rank=0, num_ranks=None):
     look = Silence(rank, dict(enumerate(positions)), 60.0)
-    return look.judge(num_ranks or len(positions))
+    finding: Any = look.judge(num_ranks or len(positions))
+    return finding
 
 
 @pytest.mark.parametrize("reader", [0, 1])
@@ -97,7 +99,7 @@ def test_all_ranks_are_described():
 
 def test_a_collective_that_failed_names_the_rank_whose_script_was_over_earlier():
     over = replace(RUNNING, state=ENDED, forwards=4)
-    finding = judge_ends(BACKWARD, {1: over}, BACKWARD.site)
+    finding: Any = judge_ends(BACKWARD, {1: over}, BACKWARD.site)
     assert (finding.code, finding.line, finding.ranks) == ("DC502", 31, (1,))
     assert "its script was over after 4 forwards, 4 backwards, 4 steps" in finding.message
 

@@ -34,7 +34,7 @@ class Training:
         torch.manual_seed(self.rank)
 
     def step(self, *batches):
-        sum(self.model(batch).square().mean() for batch in batches).backward()
+        torch.stack([self.model(batch).square().mean() for batch in batches]).sum().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -1,6 +1,7 @@
 """DC205 of statistics in buffers that nothing sends around, on the line that changes them; what looks alike."""
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ pytestmark = [pytest.mark.ranks(2), pytest.mark.filterwarnings("ignore:`broadcas
 
 class Normalized(nn.Module):
     """A linear layer behind a running mean that is kept in a buffer."""
+
+    mean: torch.Tensor
+    update: Callable[[torch.Tensor], None]
 
     def __init__(self, size=3, **options):
         super().__init__()
