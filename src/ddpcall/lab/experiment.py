@@ -282,16 +282,25 @@ class _TrialsRun(GuardedRun):
         return reports
 
     def _collect(self, name: str, report: RankReport, patience_s: float) -> list[RankReport]:
+        """Collect the ranks' reports.
+
+        Raises:
+            RankFailed: On a rank that raised alone: the others waited for it in a collective, or wait still.
+            RankLost: Some rank gave no report; on a rank that failed only because another one did.
+        """
         try:
-            return self._world.collect(f"{name}/report", report, patience_s)
+            reports = self._world.collect(f"{name}/report", report, patience_s)
         except RankLost:
             if report.failure is None or is_consequence(report.failure):
                 raise
-            failure = report.failure
-            raise RankFailed(
-                f"rank {failure.rank} raised in step {failure.step}, and the others wait for it in a collective:\n"
-                f"{failure.traceback}"
-            ) from None
+            raise _failed_alone(report.failure) from None
+        failure = find_lone_failure(reports)
+        if failure is None:
+            return reports
+        if failure.rank == self._world.rank:
+            raise _failed_alone(failure)
+        self._world.wait_for("the end that the rank which raised calls", AFTER_FAILURE_SECONDS)
+        raise RankLost([failure.rank], name)
 
     def _write_trial(self, cell: Cell, result: TrialResult, reports: list[RankReport]) -> None:
         record = {
@@ -352,6 +361,21 @@ def restore_result(record: dict[str, Any]) -> TrialResult:
         raise WrongUse(
             f"evidence.jsonl holds a trial of another version: {error}. Choose another run directory"
         ) from None
+
+
+def find_lone_failure(reports: list[RankReport]) -> Failure | None:
+    """Return the failure of the rank that raised while all others waited for it, and failed only by that."""
+    failures = [report.failure for report in reports if report.failure is not None]
+    causes = [failure for failure in failures if not is_consequence(failure)]
+    alone = len(failures) == len(reports) and 0 < len(causes) < len(reports)
+    return min(causes, key=lambda failure: failure.seconds) if alone else None
+
+
+def _failed_alone(failure: Failure) -> RankFailed:
+    return RankFailed(
+        f"rank {failure.rank} raised in step {failure.step}, and the others wait for it in a collective:\n"
+        f"{failure.traceback}"
+    )
 
 
 def is_consequence(failure: Failure) -> bool:

@@ -1,5 +1,6 @@
 """The loader has a DistributedSampler, and accelerate divides what it gets among the processes once more.
 
+Source: our own.
 Harm: of 160 samples an epoch gives 80 to the ranks, and takes half as many steps as it should.
 """
 

@@ -1,5 +1,6 @@
 """The configuration names one rank and one number of replicas for all: every rank trains on the same share.
 
+Source: our own.
 Harm: every batch is one that the other rank has too, and half of the samples are never seen.
 """
 
