@@ -131,7 +131,7 @@ MAY_BE_THE_SAME = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
 @pytest.mark.parametrize("augment", MAY_BE_THE_SAME.values(), ids=MAY_BE_THE_SAME)
 def test_what_may_be_the_same_is_silent(training, augment):
     assert training.train(augment).found() == []
