@@ -350,6 +350,9 @@ def test_what_differs_is_named_by_rank_for_the_step_that_was_compared():
             assert comparison.differing["optimizer"] == ((0, 1, 2), (3,))
             assert comparison.differing["parameters"] == ((0, 1), (2, 3))
             exchange.ask(comparison)
+            # The others look when they next publish, and never again here: the question must be there by then.
+            with exchange._changed:
+                exchange._await(lambda: bool(exchange._inbox.state and exchange._inbox.state.questions))
         dist.barrier()
         exchange.publish(taker.take(20))  # which wakes the threads: they read the question
         found = exchange.details(wait=True)
