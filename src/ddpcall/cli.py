@@ -275,7 +275,7 @@ def claims(arguments: list[str]) -> None:
     options = _claims_parser().parse_args(arguments)
     _exit_without_torch()
     try:
-        from ddpcall.lab.claims.command import main as claims_main
+        from ddpcall.teach.claims.command import main as claims_main
     except ModuleNotFoundError as error:
         _exit_without_lab("claims", error)
     sys.exit(claims_main(options.ids, show=options.show, list_only=options.list, json_path=options.json))
@@ -333,7 +333,7 @@ def lab(arguments: list[str]) -> None:
     """List or run lessons, write or grade exercises."""
     _exit_without_torch()
     try:
-        from ddpcall.course.command import main as lab_main
+        from ddpcall.teach.command import main as lab_main
     except ModuleNotFoundError as error:
         _exit_without_lab("lab", error)
     sys.exit(lab_main(arguments))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ddpcall.course import grade as grading
-from ddpcall.course.exercises import find_exercise
-from ddpcall.course.grade import Report
+from ddpcall.teach import grade as grading
+from ddpcall.teach.exercises import find_exercise
+from ddpcall.teach.grade import Report
 from tests.labs import quick_launch
 
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ddpcall.course.exercises import find_exercise
+from ddpcall.teach.exercises import find_exercise
 
 Edit = tuple[str, str]
 

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from ddpcall.course.exercises import EXERCISES
+from ddpcall.teach.exercises import EXERCISES
 from tests.labs.solutions import CHEATS, SOLUTIONS, broken, cheating, mended
 
 NAMES = [exercise.name for exercise in EXERCISES]

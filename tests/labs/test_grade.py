@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from ddpcall.course import command
-from ddpcall.course.exercises import find_exercise
-from ddpcall.course.grade import find_faults
+from ddpcall.teach import command
+from ddpcall.teach.exercises import find_exercise
+from ddpcall.teach.grade import find_faults
 from tests.labs.solutions import mended
 from tests.ranks.lab_process import clean_environment
 

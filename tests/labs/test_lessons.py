@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from ddpcall.course import command, pages
-from ddpcall.course import run as lesson_run
-from ddpcall.course.exercises import EXERCISES
-from ddpcall.course.lesson import Choice, Question, find_trial
-from ddpcall.course.lessons import LESSONS, find_lesson, number_of
-from ddpcall.course.run import Run, compare, judge_run, list_contradictions
-from ddpcall.course.sources import Source, locate
 from ddpcall.lab.columns import TITLES
 from ddpcall.lab.errors import WrongUse
+from ddpcall.teach import command, pages
+from ddpcall.teach import run as lesson_run
+from ddpcall.teach.exercises import EXERCISES
+from ddpcall.teach.lesson import Choice, Question, find_trial
+from ddpcall.teach.lessons import LESSONS, find_lesson, number_of
+from ddpcall.teach.run import Run, compare, judge_run, list_contradictions
+from ddpcall.teach.sources import Source, locate
 from tests.labs.test_grade import lab
 from tests.ranks.lab_process import ROOT, clean_environment
 

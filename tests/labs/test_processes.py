@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpcall.course.processes import KEPT_OUTPUT_BYTES, descendants, run_limited
+from ddpcall.teach.processes import KEPT_OUTPUT_BYTES, descendants, run_limited
 
 ENDLESS = """
 import os, subprocess, sys, time

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddpcall.course import testimony
-from ddpcall.course.testimony import GO, Hearing, unpack
-from ddpcall.course.witness import PROJECTIONS, Line, pack, project
+from ddpcall.teach import testimony
+from ddpcall.teach.testimony import GO, Hearing, unpack
+from ddpcall.teach.witness import PROJECTIONS, Line, pack, project
 
 
 @pytest.fixture

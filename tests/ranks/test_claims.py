@@ -15,16 +15,16 @@ import pytest
 import torch
 from torch import nn
 
-from ddpcall.lab.claims import catalogue, command, distributed, hooks, observing, scripted_hooks, scripting
-from ddpcall.lab.claims.calling import judge_call_sets_up_autograd, judge_modes
-from ddpcall.lab.claims.catalogue import CLAIMS, find_claims
-from ddpcall.lab.claims.claim import SOURCES, Claim, Result, Ruling, Verdict, times
-from ddpcall.lab.claims.document import read_verdicts, replace_blocks
-from ddpcall.lab.claims.report import count_verdicts, list_disagreements, list_warnings, to_json
-from ddpcall.lab.claims.run import observe, run_claim
-from ddpcall.lab.claims.show import show_code
 from ddpcall.lab.errors import WrongUse
 from ddpcall.ranks import RankPool
+from ddpcall.teach.claims import catalogue, command, distributed, hooks, observing, scripted_hooks, scripting
+from ddpcall.teach.claims.calling import judge_call_sets_up_autograd, judge_modes
+from ddpcall.teach.claims.catalogue import CLAIMS, find_claims
+from ddpcall.teach.claims.claim import SOURCES, Claim, Result, Ruling, Verdict, times
+from ddpcall.teach.claims.document import read_verdicts, replace_blocks
+from ddpcall.teach.claims.report import count_verdicts, list_disagreements, list_warnings, to_json
+from ddpcall.teach.claims.run import observe, run_claim
+from ddpcall.teach.claims.show import show_code
 from tests.ranks import claim_premises
 from tests.ranks.lab_process import ROOT, TIMEOUT_S, clean_environment
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpcall.course.exercises import EXERCISES
-from ddpcall.course.lessons import LESSONS
-from ddpcall.course.pages import page_name
-from ddpcall.lab.claims.catalogue import CLAIMS
+from ddpcall.teach.claims.catalogue import CLAIMS
+from ddpcall.teach.exercises import EXERCISES
+from ddpcall.teach.lessons import LESSONS
+from ddpcall.teach.pages import page_name
 from tests.report.chromium import CHROMIUM, DRIVER, MISSING, set_view, start_chromium
 
 ROOT = Path(__file__).parents[2]

@@ -48,24 +48,24 @@ MAY_IMPORT = {
     "probes": MIDDLE,
     "lab": MIDDLE | {"lab", "watch"},
     "watch": MIDDLE | {"watch"},
-    "course": MIDDLE | {"lab", "watch", "course", "ddpcall"},
+    "teach": MIDDLE | {"lab", "watch", "teach", "ddpcall"},
     "asserts": MIDDLE,
     "pytest_plugin": MIDDLE | {"asserts"},
-    "cli": MIDDLE | {"lab", "watch", "course", "ddpcall"},
+    "cli": MIDDLE | {"lab", "watch", "teach", "ddpcall"},
     "__main__": {"cli"},
     "__init__": set(),
 }
 ONLY_IN_LAB = {"hydra", "omegaconf", "sklearn", "jinja2", "markupsafe", "yaml"}
 # Claims are experiments that a learner reads and copies, so they spell out what `paths` and `wrappers` are for.
 # Exercises are scripts as users write them; they are handed out, never imported.
-MAY_SPELL_FORWARD = {"paths.py", "lab/claims", "course/exercises"}
+MAY_SPELL_FORWARD = {"paths.py", "teach/claims", "teach/exercises"}
 # taps, watch and the course's witness look at what users have wrapped; compare wraps in DDP by default.
 MAY_WRAP = {
     "wrappers.py",
     "torch_internals.py",
-    "lab/claims",
-    "course/exercises",
-    "course/witness.py",
+    "teach/claims",
+    "teach/exercises",
+    "teach/witness.py",
     "taps",
     "compare/same.py",
     "watch",
@@ -186,7 +186,7 @@ def test_the_rules_on_forward_and_wrapping_see_what_they_forbid():
 
 
 def test_the_claims_room_needs_nothing_but_the_core():
-    code = "import sys, ddpcall.lab.claims.command; print(*sys.modules)"
+    code = "import sys, ddpcall.teach.claims.command; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert not set(done.stdout.split()) & (ONLY_IN_LAB | {"accelerate", "tensorboard"})
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ddpcall.course.lesson import Choice, Lesson, Question, found
-from ddpcall.course.sources import Source
+from ddpcall.teach.lesson import Choice, Lesson, Question, found
+from ddpcall.teach.sources import Source
 
 _SAME = Choice("same", "what one process with the whole batch computes")
 _SCALED = Choice("scaled", "a multiple of it")

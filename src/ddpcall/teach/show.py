@@ -11,9 +11,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ddpcall.course.exercises import EXERCISES, Exercise
-from ddpcall.course.grade import Report
-from ddpcall.course.lessons import LESSONS
+from ddpcall.teach.exercises import EXERCISES, Exercise
+from ddpcall.teach.grade import Report
+from ddpcall.teach.lessons import LESSONS
 
 TEXT_WIDTH = 100
 OUTPUT_LINES = 12

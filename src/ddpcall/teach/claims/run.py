@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ddpcall.lab.claims.claim import Claim, ControlFailed, Result, Ruling, Verdict
 from ddpcall.ranks import RankPool
+from ddpcall.teach.claims.claim import Claim, ControlFailed, Result, Ruling, Verdict
 
 TIMEOUT_S = 60.0
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddpcall.course.processes import Ended
-from ddpcall.course.testimony import Testimony, unpack
+from ddpcall.teach.processes import Ended
+from ddpcall.teach.testimony import Testimony, unpack
 
 if TYPE_CHECKING:
-    from ddpcall.course.reference import Reference  # imports torch, which the command line does without
+    from ddpcall.teach.reference import Reference  # imports torch, which the command line does without
 TOLERANCE = 1e-4  # relative; reductions round, and a gradient that is not the mean is far from it
 COVERAGE = 0.95
 RANKS_OF_THE_PLAN = 2  # the numbers of steps in the catalogue are for two ranks

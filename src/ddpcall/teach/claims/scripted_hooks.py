@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, times
+from ddpcall.teach.claims.claim import Claim, Ruling, Verdict, times
 
 TRACE = ("jit.trace",)
 SCRIPT = ("jit.script",)

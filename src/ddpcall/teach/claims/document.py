@@ -1,6 +1,6 @@
 """Claims as Markdown: the table of docs/claims.md is written by this from a run.
 
-python -m ddpcall.lab.claims.document docs/claims.md
+python -m ddpcall.teach.claims.document docs/claims.md
 
 A table stands between `<!-- claims all -->`, or `<!-- claims CF-1 CF-3 -->` for some, and `<!-- end claims -->`.
 """
@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpcall.lab.claims.catalogue import find_claims
-from ddpcall.lab.claims.claim import Result
-from ddpcall.lab.claims.command import run_all
-from ddpcall.lab.claims.report import list_disagreements, list_warnings
+from ddpcall.teach.claims.catalogue import find_claims
+from ddpcall.teach.claims.claim import Result
+from ddpcall.teach.claims.command import run_all
+from ddpcall.teach.claims.report import list_disagreements, list_warnings
 
 _BLOCK = re.compile(r"<!-- claims (?P<ids>[^>]+?) -->\n.*?<!-- end claims -->", re.DOTALL)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, require, times
+from ddpcall.teach.claims.claim import Claim, Ruling, Verdict, require, times
 
 TRACE = ("jit.trace",)
 SCRIPT = ("jit.script",)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpcall.course import criteria
-from ddpcall.course.criteria import Criterion
+from ddpcall.teach import criteria
+from ddpcall.teach.criteria import Criterion
 
 SCRIPTS = Path(__file__).parent / "exercises"
 

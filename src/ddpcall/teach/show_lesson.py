@@ -13,11 +13,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ddpcall.course.lesson import Lesson, Question
-from ddpcall.course.lessons import number_of
-from ddpcall.course.run import Answer, Run, list_contradictions, train_command
-from ddpcall.course.show import dimmed, show_bullet, styled, text_width
-from ddpcall.course.sources import Source, locate
+from ddpcall.teach.lesson import Lesson, Question
+from ddpcall.teach.lessons import number_of
+from ddpcall.teach.run import Answer, Run, list_contradictions, train_command
+from ddpcall.teach.show import dimmed, show_bullet, styled, text_width
+from ddpcall.teach.sources import Source, locate
 
 _STYLES = {"good": "green", "other": "green", "lost": "bold red", "crash": "bold red"}
 _PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "show_edge": False, "header_style": "bold"}

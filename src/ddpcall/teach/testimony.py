@@ -34,7 +34,7 @@ class Testimony:
             sample), and `step`: how many optimizer steps had been made.
         begin: The state of the wrapped models before the first optimizer step: a dict of tensors for each.
         steps: A record for each optimizer step: `world_size`, `evaluating` (modules in eval mode), `fired` (hooks
-            by role), `parameters` (see `ddpcall.course.witness`).
+            by role), `parameters` (see `ddpcall.teach.witness`).
         end: How the script ended: `code`, `error`, `tampered`, `state`; None where the rank never said so.
     """
 

@@ -8,11 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-from ddpcall.course.exercises import Exercise, find_exercise
-from ddpcall.course.lesson import Lesson
-from ddpcall.course.lessons import find_lesson
 from ddpcall.lab.console import open_console, warn
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
+from ddpcall.teach.exercises import Exercise, find_exercise
+from ddpcall.teach.lesson import Lesson
+from ddpcall.teach.lessons import find_lesson
 from ddpcall.watch.launch import let_rank_0_speak
 
 EXIT_INTERRUPTED = 130
@@ -82,15 +82,15 @@ def _refuse_launcher() -> None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from ddpcall.course.show import show_list
+    from ddpcall.teach.show import show_list
 
     show_list(open_console())
     return EXIT_OK
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ddpcall.course import run as lesson_run
-    from ddpcall.course import show_lesson as show
+    from ddpcall.teach import run as lesson_run
+    from ddpcall.teach import show_lesson as show
 
     lesson = _find_lesson(options.name)
     _check_ranks(lesson, options.ranks)
@@ -165,7 +165,7 @@ def _need_terminal(lesson: Lesson) -> None:
 
 
 def _start(options: argparse.Namespace) -> int:
-    from ddpcall.course.show import show_task
+    from ddpcall.teach.show import show_task
 
     exercise = _find_exercise(options.name)
     file: Path = options.file or Path(f"{exercise.name}.py")
@@ -199,8 +199,8 @@ def _grade(options: argparse.Namespace) -> int:
     _check_writable(options.json)
     from rich.console import Console
 
-    from ddpcall.course.grade import grade
-    from ddpcall.course.show import show_report
+    from ddpcall.teach.grade import grade
+    from ddpcall.teach.show import show_report
 
     terminal = Console(stderr=True)
     with terminal.status(f"running {options.script.name} on {options.ranks} ranks, under watch"):

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ddpcall.course.case import (
+from ddpcall.lab.report.words import plural
+from ddpcall.teach.case import (
     COVERAGE,
     Case,
     Criterion,
@@ -29,7 +30,6 @@ from ddpcall.course.case import (
     trained_forwards,
     used_the_mean,
 )
-from ddpcall.lab.report.words import plural
 
 AS_ONE = 1e-3  # of a step's gradient: what rounding makes of it in a hundred steps is far less
 

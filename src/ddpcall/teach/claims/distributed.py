@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, require
+from ddpcall.teach.claims.claim import Claim, Ruling, Verdict, require
 
 REPLICATE = ("distributed._composable.replicate",)
 

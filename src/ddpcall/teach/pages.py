@@ -1,6 +1,6 @@
 """The lessons as pages: docs/labs is written by this from the catalogue and from runs, and a test compares it.
 
-python -m ddpcall.course.pages docs/labs RUN_DIR …     one run directory for each lesson's experiment, in any order
+python -m ddpcall.teach.pages docs/labs RUN_DIR …     one run directory for each lesson's experiment, in any order
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ddpcall.course.exercises import EXERCISES
-from ddpcall.course.lesson import Lesson, Question
-from ddpcall.course.lessons import LESSONS, number_of
-from ddpcall.course.run import train_command
 from ddpcall.lab.run_directory import RunDirectory
 from ddpcall.lab.truth_table import verdict_table
+from ddpcall.teach.exercises import EXERCISES
+from ddpcall.teach.lesson import Lesson, Question
+from ddpcall.teach.lessons import LESSONS, number_of
+from ddpcall.teach.run import train_command
 
 PAGE = """# {number}. {title}
 

@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.syntax import Syntax
 
-from ddpcall.lab.claims.catalogue import find_claims
-from ddpcall.lab.claims.claim import Claim, Result
-from ddpcall.lab.claims.report import print_list, print_results, write_json
-from ddpcall.lab.claims.run import run_claims
-from ddpcall.lab.claims.show import show_code
 from ddpcall.lab.console import open_console, warn
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
 from ddpcall.ranks import RankPool
+from ddpcall.teach.claims.catalogue import find_claims
+from ddpcall.teach.claims.claim import Claim, Result
+from ddpcall.teach.claims.report import print_list, print_results, write_json
+from ddpcall.teach.claims.run import run_claims
+from ddpcall.teach.claims.show import show_code
 
 
 def main(ids: Sequence[str], *, show: bool, list_only: bool, json_path: Path | None) -> int:

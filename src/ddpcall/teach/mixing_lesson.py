@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ddpcall.course.lesson import Choice, Lesson, Question, verdict
-from ddpcall.course.sources import Source
+from ddpcall.teach.lesson import Choice, Lesson, Question, verdict
+from ddpcall.teach.sources import Source
 
 MIXING = Lesson(
     name="mixing",

@@ -6,7 +6,7 @@ import ast
 import inspect
 import textwrap
 
-from ddpcall.lab.claims.claim import Claim
+from ddpcall.teach.claims.claim import Claim
 
 _Definition = ast.FunctionDef | ast.ClassDef | ast.Assign
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ddpcall.course.witness import digest_rows, project
+from ddpcall.teach.witness import digest_rows, project
 
 
 class Reference:

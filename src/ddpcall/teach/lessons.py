@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ddpcall.course.lesson import Choice, Lesson, Question, compare_accuracy, compare_replicas, trains, verdict
-from ddpcall.course.mixing_lesson import MIXING
-from ddpcall.course.one_process_lesson import ONE_PROCESS
-from ddpcall.course.sources import Source
+from ddpcall.teach.lesson import Choice, Lesson, Question, compare_accuracy, compare_replicas, trains, verdict
+from ddpcall.teach.mixing_lesson import MIXING
+from ddpcall.teach.one_process_lesson import ONE_PROCESS
+from ddpcall.teach.sources import Source
 
 _MODULE = "torch.nn.modules.module"
 _DDP = "torch.nn.parallel.distributed"

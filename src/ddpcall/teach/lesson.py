@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ddpcall.course.sources import Source
+from ddpcall.teach.sources import Source
 
 Trials = list[dict[str, Any]]
 Measure = Callable[[Trials], str]

@@ -1,4 +1,4 @@
-"""One rank of a graded run: `python -m ddpcall.course.rank SCRIPT`, under torchrun.
+"""One rank of a graded run: `python -m ddpcall.teach.rank SCRIPT`, under torchrun.
 
 The witness is put on before the watch, the watch before the script; the script finds neither in its arguments or
 its environment, and runs as it would under `ddpcall watch`.
@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from ddpcall.course.witness import FINDINGS, SOCKET, Line, Witness
 from ddpcall.findings import Finding
+from ddpcall.teach.witness import FINDINGS, SOCKET, Line, Witness
 from ddpcall.watch import session
 from ddpcall.watch.options import Options
 from ddpcall.watch.program.script import load_script, run_program

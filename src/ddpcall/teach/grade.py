@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import ddpcall
-from ddpcall.course.criteria import Case, Score, judge_all
-from ddpcall.course.exercises import Exercise
-from ddpcall.course.processes import Ended, run_limited
-from ddpcall.course.testimony import Hearing, Testimony
 from ddpcall.lab.launcher_variables import is_of_a_launch
+from ddpcall.teach.criteria import Case, Score, judge_all
+from ddpcall.teach.exercises import Exercise
+from ddpcall.teach.processes import Ended, run_limited
+from ddpcall.teach.testimony import Hearing, Testimony
 
 SCHEMA = 1
 LONGEST_SOCKET_PATH = 100  # bytes; the system's limit is 108, on macOS 104
@@ -126,7 +126,7 @@ def grade(exercise: Exercise, script: Path, ranks: int, limit_s: float) -> Repor
         prefix="ddpcall-", dir=_short_directory(), ignore_cleanup_errors=True
     ) as name:
         ended, testimonies, findings = _run(script.absolute(), ranks, limit_s, Path(name))
-    from ddpcall.course.reference import Reference
+    from ddpcall.teach.reference import Reference
 
     case = Case(
         Reference(exercise.script),
@@ -180,9 +180,9 @@ def _run(
 
 
 def launch_command(script: Path, ranks: int) -> list[str]:
-    """Return the command that runs a script on ranks, each under `ddpcall.course.rank`."""
+    """Return the command that runs a script on ranks, each under `ddpcall.teach.rank`."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*torchrun, "-m", "ddpcall.course.rank", str(script)]
+    return [*torchrun, "-m", "ddpcall.teach.rank", str(script)]
 
 
 def _read_findings(path: Path) -> list[dict[str, Any]] | None:

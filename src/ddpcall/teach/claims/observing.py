@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, require
+from ddpcall.teach.claims.claim import Claim, Ruling, Verdict, require
 
 
 class SignBranch(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddpcall.lab.claims.claim import Claim, Ruling, Verdict, require, times
+from ddpcall.teach.claims.claim import Claim, Ruling, Verdict, require, times
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ddpcall.lab.claims.claim import Claim, Result, Verdict
+from ddpcall.teach.claims.claim import Claim, Result, Verdict
 
 SCHEMA = 1
 _COLOURS = {

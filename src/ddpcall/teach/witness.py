@@ -30,9 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ddpcall.course.testimony import GO
 from ddpcall.replicas import digest_tensor
 from ddpcall.taps import ForwardTap, ReducerLog, find_tensors, in_backward, replace_attribute, tap_reducer
+from ddpcall.teach.testimony import GO
 
 PROJECTIONS = 8  # numbers kept of a gradient
 MOST_ROWS = 1024  # samples of a batch that are told apart

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpcall.course.lesson import Lesson, Question, Trials
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
 from ddpcall.lab.run_directory import RunDirectory, new_run_id
+from ddpcall.teach.lesson import Lesson, Question, Trials
 
 SCHEMA = 1
 OUTPUT_SHOWN = 4_000  # characters of a failed run's output

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from ddpcall.lab.claims import calling, distributed, hooks, observing, scripted_hooks, scripting
-from ddpcall.lab.claims.claim import SOURCES, Claim
 from ddpcall.lab.errors import WrongUse
+from ddpcall.teach.claims import calling, distributed, hooks, observing, scripted_hooks, scripting
+from ddpcall.teach.claims.claim import SOURCES, Claim
 
 _MODULES = (calling, hooks, scripting, scripted_hooks, observing, distributed)
 
