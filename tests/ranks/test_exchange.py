@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from torch import nn
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from ddpcall.watch.compare.drift import read_drift
-from ddpcall.watch.compare.exchange import Comparison, Exchange, find_store
+from ddpcall.watch.compare.exchange import Comparison, Exchange, RunExchange, find_store
 from ddpcall.watch.compare.store_protocol import RankStore
 from ddpcall.watch.compare.vitals import (
     AT_THE_END,
@@ -302,6 +303,19 @@ def test_a_store_that_fails_at_the_beginning_is_told():
     exchange.publish(Vitals(1, HEALTHY))
     assert exchange.compare(1, wait=True) is None
     exchange.close()
+
+
+def test_a_launcher_that_does_not_answer_is_a_trouble_that_is_told(monkeypatch):
+    with socket.socket() as held:  # bound, but nobody listens
+        held.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(held.getsockname()[1]))
+        monkeypatch.setattr("ddpcall.watch.compare.exchange._CONNECT_S", 0.2)
+        exchange = RunExchange()
+        assert exchange.begin() is None
+    assert exchange.trouble.startswith("DistNetworkError: ")
+    exchange.end()
 
 
 def test_a_rank_that_is_not_watched_is_not_waited_for():

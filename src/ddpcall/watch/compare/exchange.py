@@ -40,7 +40,7 @@ WAIT_S = 15.0
 _MAX_ASKED = 16
 _KEPT_VITALS = 8
 _POLL_S = 0.1
-_CONNECT_S = 30.0
+_CONNECT_S = 30.0  # a busy machine takes seconds to answer, however short the wait for a late rank is
 _ANNOUNCE_S = 1.0
 
 
@@ -341,17 +341,17 @@ def _say(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def find_store(wait_s: float = 10.0) -> Store | None:
+def find_store() -> Store | None:
     """Return the store all ranks share: the agent's under torchrun, else the default process group's, else None.
 
-    Args:
-        wait_s: Seconds to wait for the agent.
+    Raises:
+        torch.distributed.DistError: The agent does not answer within 30 s.
 
     The agent's outlives every rank; the default group's ends with rank 0, where that rank holds it.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        timeout = timedelta(seconds=wait_s)
+        timeout = timedelta(seconds=_CONNECT_S)
         return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
     return internals.GET_DEFAULT_STORE.get()() if dist.is_initialized() else None
 
@@ -564,8 +564,11 @@ class RunExchange:
     def begin(self) -> Exchange | None:
         """Return the exchange; None where the ranks share no store."""
         if self._exchange is None and not self._trouble:
-            store = find_store(WAIT_S)
-            self._trouble = "" if store else "there is no store that all ranks share"
+            try:
+                store = find_store()
+                self._trouble = "" if store else "there is no store that all ranks share"
+            except dist.DistError as error:
+                store, self._trouble = None, _say(error)
             if store is not None:
                 self._exchange = Exchange(store, dist.get_rank(), dist.get_world_size(), wait_s=WAIT_S)
         return self.current()

@@ -21,7 +21,6 @@ from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.positions import ENDED, FAILED, LEFT, RUNS, Position, PositionSensor, communicates
 
 STORE_S = 5.0
-CONNECT_S = 30.0
 LOOKS = 8
 """Looks at this rank within the time that it may be silent."""
 _LONGEST_PAUSE_S = 10.0
@@ -124,7 +123,7 @@ class HangWatch(Rule):
             self._run.faults += [f"{type(error).__name__}: {error}".splitlines()[0]] * (self._state == RUNS)
 
     def _open(self) -> Store | None:
-        shared: Any = find_store(CONNECT_S)
+        shared: Any = find_store()
         if shared is None:
             return None
         own = shared.clone()

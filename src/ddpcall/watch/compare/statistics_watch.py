@@ -80,7 +80,7 @@ class StatisticsWatch(Rule):
     def close(self, in_order: bool) -> None:
         """Compare what nothing sends around."""
         self._sensor.stop()
-        store = find_store(WAIT_S) if in_order and self._told else None
+        store = find_store() if in_order and self._told else None
         if store is not None:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._compare(PrefixStore(f"ddpcall/statistics/{attempt}/{self._number}", store), self._told)
