@@ -292,7 +292,7 @@ def test_ranks_die_with_their_parent(tmp_path, number):
         pids = wait_until(lambda: read_pids(tmp_path))
         script.send_signal(number)
         script.wait()
-    assert len(pids) == 3, "two ranks and the zygote they were forked from"
+    assert len(pids) == 3, "two ranks and the fork server they were forked from"
     assert wait_until(lambda: not any(map(is_alive, pids)))
 
 

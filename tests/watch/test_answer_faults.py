@@ -228,22 +228,22 @@ def test_a_plain_file_is_looked_at_without_a_trace(tmp_path):
 
 
 def _stay_and_go(path, says_so):
-    journal = FindingsFile(path, "run")
-    journal.stay("0/1", "train.py")
-    journal.write("0/1", [], done=says_so)
+    findings_file = FindingsFile(path, "run")
+    findings_file.hold_presence("0/1", "train.py")
+    findings_file.write("0/1", [], done=says_so)
     os._exit(0)
 
 
 @pytest.mark.parametrize("says_so", [True, False])
 def test_a_rank_that_is_gone_without_a_word_is_not_waited_for(tmp_path, says_so):
-    journal = FindingsFile(tmp_path / "f.json", "run")
-    journal.stay("0/0", "train.py")
-    child = multiprocessing.get_context("spawn").Process(target=_stay_and_go, args=(journal.path, says_so))
+    findings_file = FindingsFile(tmp_path / "f.json", "run")
+    findings_file.hold_presence("0/0", "train.py")
+    child = multiprocessing.get_context("spawn").Process(target=_stay_and_go, args=(findings_file.path, says_so))
     child.start()
     child.join(60)
-    assert journal.write("0/0", [], done=True).done == {"0/0", "0/1"}
-    journal.depart()
-    assert json.loads(journal.path.read_text())["findings"] == []
+    assert findings_file.write("0/0", [], done=True).done == {"0/0", "0/1"}
+    findings_file.release_presence()
+    assert json.loads(findings_file.path.read_text())["findings"] == []
 
 
 def test_a_rank_that_cannot_leave_as_it_should_speaks_for_itself(tmp_path, monkeypatch, capsys):

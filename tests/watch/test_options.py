@@ -9,7 +9,7 @@ from ddpcall.watch.options import Options, is_ignored_inline, parse_codes
 from ddpcall.watch.output.sarif import to_sarif
 from ddpcall.watch.output.text import describe_parameters, render_text
 from ddpcall.watch.output.watched import Watched
-from tests.watch.test_journal import FINDING
+from tests.watch.test_findings_file import FINDING
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from ddpcall.watch.output.sarif import to_sarif
 from ddpcall.watch.output.source_line import read_source_line
 from ddpcall.watch.output.terminal import print_findings
 from ddpcall.watch.output.watched import Watched, WatchedModel, read_watched, weigh
-from tests.watch.test_journal import FINDING
+from tests.watch.test_findings_file import FINDING
 
 SOURCE = """\
 for x in data:

@@ -101,14 +101,14 @@ class Guard:
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:
                 self._expire(self._name)
-            self._world.answer_roll()
+            self._world.answer_presence()
             if self._world.is_over():
                 _leave()
 
     def _stop(self, signal_name: str) -> None:
         self._world.publish("stacks", dump_stacks())
         try:
-            self._on_signal(signal_name, self._world.call_roll(FAREWELL_SECONDS))
+            self._on_signal(signal_name, self._world.ask_presence(FAREWELL_SECONDS))
             self._world.end()
         finally:
             _leave()

@@ -105,16 +105,16 @@ class World:
         assert self.store is not None
         return pickle.loads(self.store.get(f"{key}/{rank}"))
 
-    def call_roll(self, timeout_s: float) -> list[int]:
+    def ask_presence(self, timeout_s: float) -> list[int]:
         """Ask every rank for a sign of life, also those that are blocked; return the ranks that gave none."""
         if self.store is not None:
-            self.store.set("roll_call", "yes")
+            self.store.set("presence_asked", "yes")
         self.publish("alive", True)
         return self.wait_for("alive", timeout_s)
 
-    def answer_roll(self) -> None:
+    def answer_presence(self) -> None:
         """Give the sign of life, if somebody asked for it."""
-        if self.store is not None and self.store.check(["roll_call"]):
+        if self.store is not None and self.store.check(["presence_asked"]):
             self.publish("alive", True)
 
     def end(self) -> None:

@@ -1,7 +1,7 @@
-"""Where worker processes come from: forked from a warm zygote (0.1 s) or started fresh (seconds).
+"""Where worker processes come from: forked from a warm fork server (0.1 s) or started fresh (seconds).
 
-The zygote is one extra process that imports torch and torch._dynamo once and then forks a worker whenever it is
-asked to. It runs no thread and touches no CUDA, so forking it is safe. Ours rather than multiprocessing's fork
+The fork server is one extra process that imports torch and torch._dynamo once and then forks a worker whenever it
+is asked to. It runs no thread and touches no CUDA, so forking it is safe. Ours rather than multiprocessing's fork
 server, because that one is shared with the user's code and takes its settings.
 """
 
@@ -77,15 +77,15 @@ def worker_defaults() -> dict[str, str]:
     return {name: value for name, value in defaults.items() if name not in os.environ}
 
 
-class Zygote:
+class ForkServer:
     """Workers forked from one process that has torch imported already."""
 
     def __init__(self, directory: Path) -> None:
         ours, theirs = socket.socketpair()
-        self._log = directory / "zygote.log"
+        self._log = directory / "fork_server.log"
         arguments = [theirs.fileno(), os.getpid(), str(directory), list(PRELOADED)]
         with theirs:
-            self._process = _launch("run_zygote", arguments, theirs.fileno(), self._log)
+            self._process = _launch("run_fork_server", arguments, theirs.fileno(), self._log)
         self._control = Connection(ours.detach())
 
     def start(self) -> tuple[int, Connection]:
@@ -105,7 +105,7 @@ class Zygote:
             self._control.send(("reap", pid))
             return self._control.recv()
         except (EOFError, OSError):
-            return -signal.SIGKILL  # the zygote is gone, and its workers with it
+            return -signal.SIGKILL  # the fork server is gone, and its workers with it
 
     def close(self) -> None:
         self._control.close()
@@ -113,7 +113,7 @@ class Zygote:
         self._process.wait()
 
 
-def run_zygote(control_fd: int, parent_pid: int, directory: str, modules: list[str]) -> None:
+def run_fork_server(control_fd: int, parent_pid: int, directory: str, modules: list[str]) -> None:
     """Fork workers on request until the parent is gone; then remove the pool's directory and end."""
     control = Connection(control_fd)
     for module in modules:
@@ -136,13 +136,13 @@ def _wait_for(pid: int) -> int:
 
 def _fork_worker(control: Connection) -> int:
     connection_fd = recv_handle(control)
-    zygote_pid = os.getpid()
+    server_pid = os.getpid()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 counts the idle threads of BLAS
         pid = os.fork()
     if pid == 0:
         control.close()
-        run_worker(connection_fd, zygote_pid)
+        run_worker(connection_fd, server_pid)
     os.close(connection_fd)
     return pid
 

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ddpcall.ranks.interpreters import FreshInterpreters, Interpreters, Zygote, worker_defaults
+from ddpcall.ranks.interpreters import ForkServer, FreshInterpreters, Interpreters, worker_defaults
 from ddpcall.ranks.outcomes import (
     RankOutcome,
     RanksFailed,
@@ -28,7 +28,7 @@ from ddpcall.ranks.outcomes import (
     trim_stacks,
     waits_for_peers,
 )
-from ddpcall.ranks.worker import STACKS_SIGNAL, Reply, Seat, Task
+from ddpcall.ranks.worker import STACKS_SIGNAL, Reply, Task, WorkerSlot
 
 GRACE_S = 5.0  # how long the other ranks may go on once one has failed
 _STACKS_WAIT_S = 2.0
@@ -40,7 +40,7 @@ _GROUP_TIMEOUT_MARGIN_S = 60.0  # the pool's timeout comes first: it shows stack
 class _Worker:
     """A rank's process, as its parent sees it."""
 
-    seat: Seat
+    slot: WorkerSlot
     pid: int
     connection: Connection
     sentinel: int | None  # readable when the process has ended; None where the system has no pidfd
@@ -92,7 +92,7 @@ class RankPool:
         """Begin to start the pool without waiting for it."""
         if self._interpreters is None:
             self._directory = Path(tempfile.mkdtemp(prefix="ddpcall-ranks-"))
-            self._interpreters = (FreshInterpreters if self._fresh else Zygote)(self._directory)
+            self._interpreters = (FreshInterpreters if self._fresh else ForkServer)(self._directory)
 
     def run(
         self,
@@ -139,7 +139,7 @@ class RankPool:
         timeout_s: float,
         echo: Callable[[int, str], None] | None,
     ) -> list[RankOutcome]:
-        workers = self._seat_workers(world_size)
+        workers = self._place_workers(world_size)
         task = self._make_task(payload, world_size, backend, timeout_s)
         for worker in workers:
             worker.echoed_bytes.clear()
@@ -170,7 +170,7 @@ class RankPool:
             environ=os.environ | worker_defaults(),
         )
 
-    def _seat_workers(self, world_size: int) -> list[_Worker]:
+    def _place_workers(self, world_size: int) -> list[_Worker]:
         if any(worker.has_ended() for worker in self._workers):
             self._drop_workers()  # died between two tasks
         if not self._workers:
@@ -183,18 +183,18 @@ class RankPool:
     def _start_worker(self, rank: int) -> _Worker:
         assert self._interpreters is not None
         assert self._directory is not None
-        seat = Seat(rank, self._directory)
+        slot = WorkerSlot(rank, self._directory)
         pid, connection = self._interpreters.start()
         with contextlib.suppress(OSError):
-            connection.send(seat)
+            connection.send(slot)
         sentinel = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
-        return _Worker(seat, pid, connection, sentinel)
+        return _Worker(slot, pid, connection, sentinel)
 
     def _collect(
         self, workers: Sequence[_Worker], timeout_s: float, echo: Callable[[int, str], None] | None
     ) -> list[RankOutcome]:
         """Wait for every rank, for a while longer once one has failed, then take the stacks of the rest."""
-        pending = {worker.seat.rank: worker for worker in workers}
+        pending = {worker.slot.rank: worker for worker in workers}
         outcomes: dict[int, RankOutcome] = {}
         deadline_s = time.monotonic() + timeout_s
         while pending and time.monotonic() < deadline_s:
@@ -206,15 +206,15 @@ class RankPool:
                         deadline_s = min(deadline_s, time.monotonic() + GRACE_S)
             _echo_output(workers, echo)
         for worker in pending.values():
-            outcomes[worker.seat.rank] = _describe_hang(worker, timeout_s)
+            outcomes[worker.slot.rank] = _describe_hang(worker, timeout_s)
         _echo_output(workers, echo)
-        return [outcomes[worker.seat.rank] for worker in workers]
+        return [outcomes[worker.slot.rank] for worker in workers]
 
     def _receive(self, worker: _Worker) -> RankOutcome | None:
         """Take a worker's reply, or its death; None if there is neither yet."""
         try:
             if worker.connection.poll():
-                return _to_outcome(worker.seat, worker.connection.recv())
+                return _to_outcome(worker.slot, worker.connection.recv())
             if not worker.has_ended():
                 return None
         except (EOFError, OSError):
@@ -222,7 +222,7 @@ class RankPool:
         ended_s = time.monotonic()
         worker.kill()
         error = describe_exit(self._reap(worker))
-        return RankOutcome(worker.seat.rank, "died", error=error, ended_s=ended_s, **_read_output(worker.seat))
+        return RankOutcome(worker.slot.rank, "died", error=error, ended_s=ended_s, **_read_output(worker.slot))
 
     def _reap(self, worker: _Worker) -> int:
         if worker.status is None:
@@ -293,29 +293,29 @@ def _wait_for_any(workers: Sequence[_Worker], deadline_s: float, echoes: bool) -
         if worker.sentinel is not None:
             sources[worker.sentinel] = worker
     ready = wait(list(sources), min(remaining_s, _ECHO_INTERVAL_S) if echoes else remaining_s)
-    return list({sources[source].seat.rank: sources[source] for source in ready}.values())
+    return list({sources[source].slot.rank: sources[source] for source in ready}.values())
 
 
-def _to_outcome(seat: Seat, reply: Reply) -> RankOutcome:
-    output = _read_output(seat)
+def _to_outcome(slot: WorkerSlot, reply: Reply) -> RankOutcome:
+    output = _read_output(slot)
     if reply.error:
         error = reply.error + "".join(f"; {leak}" for leak in reply.leaks)
         # Leaks come with an exception too: the pool must be replaced then as well.
         ending = "leaked" if reply.leaks else "raised"
-        return RankOutcome(seat.rank, ending, error=error, details=reply.details, ended_s=reply.ended_s, **output)
+        return RankOutcome(slot.rank, ending, error=error, details=reply.details, ended_s=reply.ended_s, **output)
     try:
         value = pickle.loads(reply.value or b"")
     except Exception as error:
         text = f"the result cannot be loaded here: {type(error).__name__}: {error}"
-        return RankOutcome(seat.rank, "raised", error=text, ended_s=reply.ended_s, **output)
+        return RankOutcome(slot.rank, "raised", error=text, ended_s=reply.ended_s, **output)
     if reply.leaks:
         text = "the task left something running: " + "; ".join(reply.leaks)
-        return RankOutcome(seat.rank, "leaked", value, text, ended_s=reply.ended_s, **output)
-    return RankOutcome(seat.rank, "returned", value, ended_s=reply.ended_s, **output)
+        return RankOutcome(slot.rank, "leaked", value, text, ended_s=reply.ended_s, **output)
+    return RankOutcome(slot.rank, "returned", value, ended_s=reply.ended_s, **output)
 
 
-def _read_output(seat: Seat) -> dict[str, str]:
-    return {"stdout": _read_shortened(seat.stdout), "stderr": _read_shortened(seat.stderr)}
+def _read_output(slot: WorkerSlot) -> dict[str, str]:
+    return {"stdout": _read_shortened(slot.stdout), "stderr": _read_shortened(slot.stderr)}
 
 
 def _read_shortened(path: Path, limit_bytes: int = 64_000) -> str:
@@ -335,9 +335,9 @@ def _echo_output(workers: Sequence[_Worker], echo: Callable[[int, str], None] | 
     if echo is None:
         return
     for worker in workers:
-        for path in (worker.seat.stdout, worker.seat.stderr):
+        for path in (worker.slot.stdout, worker.slot.stderr):
             for line in _new_lines(worker, path):
-                echo(worker.seat.rank, line)
+                echo(worker.slot.rank, line)
 
 
 def _new_lines(worker: _Worker, path: Path) -> list[str]:
@@ -358,8 +358,8 @@ def _describe_hang(worker: _Worker, timeout_s: float) -> RankOutcome:
     if stopped:
         doing = "stopped (SIGSTOP) in"
     error = f"{doing} {place or 'native code'} when the time was up (timeout {timeout_s:g} s)"
-    output = _read_output(worker.seat)
-    return RankOutcome(worker.seat.rank, "hung", error=error, details=stacks, ended_s=time.monotonic(), **output)
+    output = _read_output(worker.slot)
+    return RankOutcome(worker.slot.rank, "hung", error=error, details=stacks, ended_s=time.monotonic(), **output)
 
 
 def _is_stopped(pid: int) -> bool:
@@ -377,10 +377,10 @@ def _dump_stacks(worker: _Worker) -> str:
     size_bytes = 0
     while time.monotonic() < deadline_s:
         time.sleep(0.05)
-        previous, size_bytes = size_bytes, _size_bytes(worker.seat.stacks)
+        previous, size_bytes = size_bytes, _size_bytes(worker.slot.stacks)
         if size_bytes and size_bytes == previous:
             break
-    return _read_shortened(worker.seat.stacks, 1_000_000)
+    return _read_shortened(worker.slot.stacks, 1_000_000)
 
 
 def _size_bytes(path: Path) -> int:

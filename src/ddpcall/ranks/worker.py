@@ -27,7 +27,7 @@ _CONNECTING = datetime.timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
-class Seat:
+class WorkerSlot:
     """A worker's place in its pool: its rank and the files that its output and its stacks go to."""
 
     rank: int
@@ -88,9 +88,9 @@ def die_with_parent(parent_pid: int) -> None:
 def serve(connection_fd: int) -> None:
     """Run tasks until the parent closes the connection. Does not return."""
     connection = Connection(connection_fd)
-    seat: Seat = connection.recv()
-    _take_seat(seat)
-    from ddpcall.ranks import isolation  # imports torch: after the seat, so that its warnings are captured
+    slot: WorkerSlot = connection.recv()
+    _take_slot(slot)
+    from ddpcall.ranks import isolation  # imports torch: after the slot, so that its warnings are captured
 
     baseline = isolation.RankState()
     gc.collect()
@@ -100,11 +100,11 @@ def serve(connection_fd: int) -> None:
             task: Task = connection.recv()
         except EOFError:
             os._exit(0)
-        connection.send(_run(task, seat, baseline))
+        connection.send(_run(task, slot, baseline))
 
 
-def _take_seat(seat: Seat) -> None:
-    for path, descriptor in ((seat.stdout, 1), (seat.stderr, 2)):
+def _take_slot(slot: WorkerSlot) -> None:
+    for path, descriptor in ((slot.stdout, 1), (slot.stderr, 2)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
         os.dup2(file, descriptor)
         os.close(file)
@@ -120,18 +120,18 @@ def _take_seat(seat: Seat) -> None:
         setattr(sys, f"__{stream}__", text)
 
 
-def _run(task: Task, seat: Seat, baseline: Any) -> Reply:
+def _run(task: Task, slot: WorkerSlot, baseline: Any) -> Reply:
     """Run one task from a clean state to a clean state."""
     from ddpcall.ranks import isolation
 
-    for path in (seat.stdout, seat.stderr):
+    for path in (slot.stdout, slot.stderr):
         os.truncate(path, 0)
-    with seat.stacks.open("w") as stacks:
+    with slot.stacks.open("w") as stacks:
         faulthandler.register(STACKS_SIGNAL, stacks, all_threads=True, chain=False)
         faulthandler.enable(sys.stderr)
-        _enter(task, seat)
+        _enter(task, slot)
         isolation.seed_everything()
-        reply = _attempt(task, seat)
+        reply = _attempt(task, slot)
         _leave_group(task)
         baseline.restore()
         reply.leaks = isolation.find_leaks()
@@ -142,9 +142,9 @@ def _run(task: Task, seat: Seat, baseline: Any) -> Reply:
     return reply
 
 
-def _enter(task: Task, seat: Seat) -> None:
+def _enter(task: Task, slot: WorkerSlot) -> None:
     """Take over the caller's environment, directory, import path and arguments."""
-    environ = task.environ | rank_environment(task, seat.rank)
+    environ = task.environ | rank_environment(task, slot.rank)
     for name in set(os.environ) - set(environ):
         del os.environ[name]
     for name, value in environ.items():
@@ -174,14 +174,14 @@ def rank_environment(task: Task, rank: int) -> dict[str, str]:
     }
 
 
-def _attempt(task: Task, seat: Seat) -> Reply:
+def _attempt(task: Task, slot: WorkerSlot) -> Reply:
     """Run the function; nothing of it, not even its frames, is alive when this returns."""
     reply = Reply()
     try:
         if task.main is not None:
             _adopt_main(*task.main)
         function, args, kwargs = pickle.loads(task.payload)
-        _join_group(task, seat)
+        _join_group(task, slot)
         value = function(*args, **kwargs)
         reply.ended_s = time.monotonic()
         reply.value = _pickle_value(value)
@@ -209,18 +209,18 @@ def _format_traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, frames))
 
 
-def _join_group(task: Task, seat: Seat) -> None:
+def _join_group(task: Task, slot: WorkerSlot) -> None:
     import torch
     import torch.distributed as dist
 
     if task.backend == "nccl":
-        torch.cuda.set_device(seat.rank)
+        torch.cuda.set_device(slot.rank)
     store = dist.PrefixStore(f"task{task.number}", _connect_store(task.store_port))
     with _reuse_gloo_device(os.environ.get("GLOO_SOCKET_IFNAME", "")):
         dist.init_process_group(
             backend=task.backend,
             store=store,
-            rank=seat.rank,
+            rank=slot.rank,
             world_size=task.world_size,
             timeout=datetime.timedelta(seconds=task.group_timeout_s),
         )

@@ -182,7 +182,7 @@ class Attachment:
 
     def _find_roots(self) -> list[nn.Module]:
         """Return the modules inside the wrapped models that are known."""
-        wrapped = [root for ledger in self._run.models.ledgers if (root := ledger.root()) is not None]
+        wrapped = [root for state in self._run.models.reducer_states if (root := state.root()) is not None]
         return [*wrapped, *self._sharded.sensor.roots()]
 
     def _hook_registered(self, module: nn.Module, kind: str, hook: Any) -> None:
@@ -253,10 +253,10 @@ class Attachment:
     def look(self, record: Watched) -> Watched:
         """Return a record with what this rank has seen so far, also after the end."""
         run, replicas, stacks = self._run, self._replicas, self._stacks
-        ledgers = run.models.ledgers
-        followed = [WatchedModel(each.name, each.wrapper, each.num_steps) for each in ledgers if each.in_use]
+        states = run.models.reducer_states
+        followed = [WatchedModel(each.name, each.wrapper, each.num_steps) for each in states if each.in_use]
         not_followed = list(stacks.not_followed)
-        if any(ledger.num_reductions > 1 and not ledger.num_steps for ledger in ledgers):
+        if any(state.num_reductions > 1 and not state.num_steps for state in states):
             not_followed.append(BY_HAND)
         return replace(
             record,

@@ -19,9 +19,9 @@ class Launch:
     Attributes:
         run: An id that the processes of one launch share and no other launch has.
         rank: This process's rank, as the launcher says.
-        author: Its name in the journal: attempt and rank, so that a restart adds to what was found before it.
-        on_host: The authors of this host; the last of them to leave reports.
-        everywhere: The authors of all hosts.
+        writer: Its name in the findings file: attempt and rank, so that a restart adds to what was found before.
+        on_host: The writers of this host; the last of them to leave reports.
+        everywhere: The writers of all hosts.
         may_restart: Whether the launcher starts everything again when a rank fails.
         file: Where findings go that nobody asked a file for; the same for all processes of this host.
         num_ranks: How many ranks there are, as the launcher says.
@@ -30,7 +30,7 @@ class Launch:
 
     run: str
     rank: int
-    author: str
+    writer: str
     on_host: frozenset[str]
     everywhere: frozenset[str]
     may_restart: bool
@@ -46,17 +46,17 @@ class Launch:
     @property
     def ranks_elsewhere(self) -> tuple[int, ...]:
         """The ranks of other hosts."""
-        return tuple(sorted(int(author.split("/")[1]) for author in self.everywhere - self.on_host))
+        return tuple(sorted(int(writer.split("/")[1]) for writer in self.everywhere - self.on_host))
 
     @property
     def above(self) -> str:
-        """The author whose process started this one."""
-        return self.author.rpartition(".")[0]
+        """The writer whose process started this one."""
+        return self.writer.rpartition(".")[0]
 
     @property
     def begins_run(self) -> bool:
         """Whether this process is the first rank of the first attempt."""
-        return self.author == "0/0"
+        return self.writer == "0/0"
 
     def forked(self) -> Launch:
         """Return the place of this process, which one of that place has forked."""
@@ -65,8 +65,8 @@ class Launch:
 
     def spawned(self, index: int) -> Launch:
         """Return the place of a process that this one spawns: one of no host, for this one reports."""
-        author = f"{self.author}.{os.getpid()}"  # called there; the index comes back with the next spawn
-        return replace(self, rank=index, author=author, on_host=frozenset(), everywhere=frozenset(), num_ranks=1)
+        writer = f"{self.writer}.{os.getpid()}"  # called there; the index comes back with the next spawn
+        return replace(self, rank=index, writer=writer, on_host=frozenset(), everywhere=frozenset(), num_ranks=1)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def current_launch() -> Launch:
     return Launch(
         run=f"{job}-{unique}" if place.num_local >= place.num_ranks else shared,
         rank=place.rank,
-        author=f"{attempt}/{place.rank}",
+        writer=f"{attempt}/{place.rank}",
         on_host=on_host,
         everywhere=everywhere,
         may_restart=attempt < _number("TORCHELASTIC_MAX_RESTARTS", 0),

@@ -96,13 +96,13 @@ class Run:
     def may_use_buffers(self, module: nn.Module) -> int | None:
         """Return the steps done, if this module's buffers may be rank-local now: not broadcast since the last."""
         done = self.steps.lead_done()
-        for ledger in self.models.ledgers:
-            ddp = ledger.ddp()
+        for state in self.models.reducer_states:
+            ddp = state.ddp()
             if ddp is None or done is None or module not in (ddp, ddp.module) or not ddp.modules_buffers:
                 continue
             # Counters such as num_batches_tracked need no averaging.
             buffers = [buffer for buffer in ddp.modules_buffers if buffer.is_floating_point()]
-            if not ledger.forwarded and buffers and not self.collectives.covers(buffers):
+            if not state.forwarded and buffers and not self.collectives.covers(buffers):
                 return done
         return None
 

@@ -17,7 +17,7 @@ from ddpcall.watch.findings_book import FindingsBook
 from ddpcall.watch.launch import Launch, current_launch, is_running, is_started_alone
 from ddpcall.watch.options import Options, parse_codes
 from ddpcall.watch.output import text
-from ddpcall.watch.output.findings_file import Contents, FindingsFile, Said, key_of
+from ddpcall.watch.output.findings_file import Contents, FindingsFile, WriteResult, key_of
 from ddpcall.watch.output.streams import check_output, print_anywhere, say
 from ddpcall.watch.output.text import WatchError
 from ddpcall.watch.output.watched import Answer, Watched, weigh
@@ -64,9 +64,9 @@ class Session:
         self._may_raise = options.on_finding == "raise"
         self._lock = threading.RLock()
         paths = dict.fromkeys(path.absolute() for path in (options.json or self.launch.file, self.launch.file))
-        self._journals = [FindingsFile(path, self.launch.run) for path in paths]
-        self._writable = list(self._journals)
-        self.journal = self._journals[0]
+        self._files = [FindingsFile(path, self.launch.run) for path in paths]
+        self._writable = list(self._files)
+        self.findings_file = self._files[0]
         self.is_alone = False
         self._has_left = False
         self.has_said = False
@@ -84,8 +84,8 @@ class Session:
                 check_output(path, option)
         if self._is_shared():
             begins = self.launch.begins_run and self.launch.spans_hosts
-            self.journal.stay(self.launch.author, self.script, begins)
-            self.journal.write(self.launch.author, [], self.watched)
+            self.findings_file.hold_presence(self.launch.writer, self.script, begins)
+            self.findings_file.write(self.launch.writer, [], self.watched)
         return self
 
     def start(self) -> Session:
@@ -211,11 +211,11 @@ class Session:
         if self._collected is not None:
             return self._collected
         contents = Contents()
-        for journal in self._journals:
-            contents.update(journal.read())
-        contents.update(Contents({self.launch.author: self.findings}, {self.launch.author: self.watched}))
+        for file in self._files:
+            contents.update(file.read())
+        contents.update(Contents({self.launch.writer: self.findings}, {self.launch.writer: self.watched}))
         if self.launch.spans_hosts:  # other hosts may go on still, and say themselves what they watched
-            here = self.launch.on_host | {self.launch.author}
+            here = self.launch.on_host | {self.launch.writer}
             contents.watched = {a: each for a, each in contents.watched.items() if a.partition(".")[0] in here}
         return contents.merged()
 
@@ -228,7 +228,7 @@ class Session:
         return weigh(self.collect()[1])
 
     def close(self, in_order: bool = True, stays: bool = False) -> None:
-        """Detach, and leave this rank's last word in the journal.
+        """Detach, and leave this rank's last word in the findings file.
 
         Args:
             in_order: Whether the script came to its end; where it did not, no other rank is waited for.
@@ -250,7 +250,7 @@ class Session:
                 self._await_children(CHILDREN_LEAVE_S if in_order else FAILED_LEAVE_S)
                 self._leave()
             if not stays:
-                self.journal.depart()
+                self.findings_file.release_presence()
 
     def _await_children(self, patience_s: float) -> None:
         """Wait for ranks that this process started: they are at their end too, and about to say what they found.
@@ -260,8 +260,10 @@ class Session:
         """
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
-            present = self.journal.find_present(self.launch.author) if self.journal.has_begun() else set()
-            if not any(is_running(author.rsplit(".", 1)[1]) for author in present):
+            present = (
+                self.findings_file.find_present(self.launch.writer) if self.findings_file.has_begun() else set()
+            )
+            if not any(is_running(writer.rsplit(".", 1)[1]) for writer in present):
                 return
             time.sleep(0.01)
 
@@ -270,18 +272,18 @@ class Session:
 
         A rank whose last word nobody can read reports by itself, with what it can read.
         """
-        author = self.launch.author
-        said = self._write(done=True) if self._is_shared() else Said(set(), {author})
+        writer = self.launch.writer
+        said = self._write(done=True) if self._is_shared() else WriteResult(set(), {writer})
         self.is_alone = said is None
         reporter = self.launch.reporter
         if reporter is not None and not is_running(reporter):  # it died: what is left of the run reports
-            left = not self.journal.find_present(self.launch.above)
+            left = not self.findings_file.find_present(self.launch.above)
         else:
             expected = self.launch.on_host
             if self._watched is not None and self._watched.process_group >= len(self.launch.everywhere):
                 # All ranks are there: one that has not come to this file is not watched, or writes another.
-                expected &= self.journal.authors()
-            left = bool(self.launch.on_host) and (said is None or expected <= said.done | {author})
+                expected &= self.findings_file.writers()
+            left = bool(self.launch.on_host) and (said is None or expected <= said.done | {writer})
         self._has_left = True
         if not left:
             return
@@ -297,20 +299,20 @@ class Session:
         is_kept = self.options.json is not None or bool(self._withheld_code())
         if self._not_written:  # what the other file holds, this one may hold now
             try:
-                self.journal.publish(findings, watched)
+                self.findings_file.publish(findings, watched)
             except OSError:
-                self._journals[-1].remove_state(keep=True)
+                self._files[-1].remove_state(keep=True)
                 return
-        for journal in self._journals[1:]:
-            journal.remove_state(keep=False)
+        for file in self._files[1:]:
+            file.remove_state(keep=False)
         if not is_kept:
-            self.journal.remove_state(keep=False)
+            self.findings_file.remove_state(keep=False)
         elif not self.launch.spans_hosts or self.launch.everywhere <= done:
-            self.journal.remove_state(keep=True)
+            self.findings_file.remove_state(keep=True)
 
     @staticmethod
     def _forked() -> None:
-        """Go on in a forked child as another author: it may be a rank that `multiprocessing.Process` started."""
+        """Go on in a forked child as another writer: it may be a rank that `multiprocessing.Process` started."""
         session = Session._running
         if session is not None:
             session.launch = session.launch.forked()
@@ -383,7 +385,7 @@ class Session:
         if code:
             line += (
                 f". Exit code {code} is withheld: with --max-restarts the launcher would train again. "
-                f"The findings are in {self.journal.path}"
+                f"The findings are in {self.findings_file.path}"
             )
         return line
 
@@ -399,7 +401,7 @@ class Session:
         return self._exit_code() if self.launch.may_restart and not watched.error else 0
 
     def _is_shared(self) -> bool:
-        return self.options.json is not None or len(self.launch.on_host) != 1 or self.journal.has_begun()
+        return self.options.json is not None or len(self.launch.on_host) != 1 or self.findings_file.has_begun()
 
     @property
     def rank(self) -> int:
@@ -420,24 +422,24 @@ class Session:
             if self._is_shared():
                 self._write()
 
-    def _write(self, done: bool = False) -> Said | None:
+    def _write(self, done: bool = False) -> WriteResult | None:
         """Put on disk what was found: in the findings file; where that fails, in the temporary directory.
 
         Returns:
             What that changed; None where neither can be written. The run goes on all the same.
         """
         self.has_said = True
-        for journal in list(self._writable):
+        for file in list(self._writable):
             try:
-                said = journal.write(self.launch.author, self.findings, self.watched, done)
+                said = file.write(self.launch.writer, self.findings, self.watched, done)
             except OSError as error:
-                self._writable.remove(journal)
-                self._not_written.append(f"{journal.path} ({error.strerror or error})")
+                self._writable.remove(file)
+                self._not_written.append(f"{file.path} ({error.strerror or error})")
                 others = f"; findings go to {self._writable[0].path}" if self._writable else ""
                 say(f"ddpcall watch: cannot write findings to {self._not_written[-1]}{others}")
             else:
-                elsewhere = [other.read_done() for other in self._journals if done and other is not journal]
-                return Said(said.new, said.done.union(*elsewhere))
+                elsewhere = [other.read_done() for other in self._files if done and other is not file]
+                return WriteResult(said.new, said.done.union(*elsewhere))
         return None
 
     def _keep_up(self) -> None:

@@ -86,7 +86,7 @@ class StatisticsWatch(Rule):
             self._compare(PrefixStore(f"ddpcall/statistics/{attempt}/{self._number}", store), self._told)
 
     def _is_sent(self, root: nn.Module) -> bool:
-        wrappers = (state.ddp() for state in self._run.models.ledgers if state.root() is root)
+        wrappers = (state.ddp() for state in self._run.models.reducer_states if state.root() is root)
         return any(ddp is not None and ddp.broadcast_buffers for ddp in wrappers)
 
     def _tell(self, root: nn.Module, step: int) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class BusyError(ValueError):
 
 
 @dataclass(frozen=True)
-class Said:
+class WriteResult:
     """What one write changed, told under the lock: of several ranks that ask, one alone gets each answer.
 
     Attributes:
@@ -70,7 +70,7 @@ class Said:
     done: set[str]
 
 
-_ALL = "all ranks"  # the author of what is left when the ranks' own parts are cleared up
+_ALL = "all ranks"  # the writer of what is left when the ranks' own parts are cleared up
 
 
 @dataclass
@@ -78,15 +78,15 @@ class Contents:
     """What the ranks have said so far.
 
     Attributes:
-        findings: By author.
-        watched: By author, those of the last attempt.
+        findings: By writer.
+        watched: By writer, those of the last attempt.
     """
 
     findings: dict[str, list[Finding]] = field(default_factory=dict)
     watched: dict[str, Watched] = field(default_factory=dict)
 
     def update(self, other: Contents) -> None:
-        """Take what was said later, or elsewhere, in place of what each author said here."""
+        """Take what was said later, or elsewhere, in place of what each writer said here."""
         self.findings.update(other.findings)
         self.watched.update(other.watched)
 
@@ -113,11 +113,11 @@ class FindingsFile:
         self._presence: int | None = None
         self._known: dict[str, list[int]] = {}
 
-    def stay(self, author: str, script: str, begins: bool = False) -> None:
+    def hold_presence(self, writer: str, script: str, begins: bool = False) -> None:
         """Begin, and let others see that this process is there: by a lock that its end releases.
 
         Args:
-            author: This rank, or a name for it.
+            writer: This rank, or a name for it.
             script: What is watched, for the message to another run.
             begins: Whether what is there under the same id is an earlier run's, unless somebody of it is there.
 
@@ -148,17 +148,17 @@ class FindingsFile:
             fcntl.lockf(presence, fcntl.LOCK_EX, 1, place)
             state.setdefault("script", script)
             state.setdefault("process", os.getpid())
-            state["present"][author] = [place, os.getpid()]
+            state["present"][writer] = [place, os.getpid()]
             self._known = dict(state["present"])
             write_atomically(self._beside("ranks"), json.dumps(state))
 
     def write(
-        self, author: str, findings: Iterable[Finding], watched: Watched | None = None, done: bool = False
-    ) -> Said:
-        """Put an author's findings, all it has so far, in place of what it said before; return what that changed.
+        self, writer: str, findings: Iterable[Finding], watched: Watched | None = None, done: bool = False
+    ) -> WriteResult:
+        """Put an writer's findings, all it has so far, in place of what it said before; return what that changed.
 
         Args:
-            author: This rank, or a name for it.
+            writer: This rank, or a name for it.
             findings: All of its findings so far; fewer than before where some were withdrawn.
             watched: What it has watched so far; None for what it said before.
             done: Whether it is leaving.
@@ -169,17 +169,17 @@ class FindingsFile:
         with self._locked():
             state = self._load()
             before = {key_of(finding) for found in _contents(state).findings.values() for finding in found}
-            state["by_author"][author] = [dataclasses.asdict(finding) for finding in findings]
+            state["by_writer"][writer] = [dataclasses.asdict(finding) for finding in findings]
             if watched is not None:
-                state["watched"][author] = dataclasses.asdict(watched)
+                state["watched"][writer] = dataclasses.asdict(watched)
             if done:
-                state["done"] = sorted({*state["done"], author})
+                state["done"] = sorted({*state["done"], writer})
             self._known.update(state["present"])
             write_atomically(self._beside("ranks"), json.dumps(state))
             contents = _contents(state)
             self.publish(*contents.merged())
             now = {key_of(finding) for found in contents.findings.values() for finding in found}
-            return Said(now - before, self._done(state))
+            return WriteResult(now - before, self._done(state))
 
     def publish(self, findings: Iterable[Finding], watched: Watched) -> None:
         """Write the file that others read.
@@ -200,16 +200,16 @@ class FindingsFile:
                 return Contents({_ALL: findings}, {_ALL: read_watched(content["watched"])})
         return _contents(self._load())
 
-    def authors(self) -> set[str]:
-        """Return the authors that were there when this one last wrote, whether they have left or not."""
+    def writers(self) -> set[str]:
+        """Return the writers that were there when this one last wrote, whether they have left or not."""
         return set(self._known)
 
     def read_done(self) -> set[str]:
-        """Return the authors that have left, in good order or without a word."""
+        """Return the writers that have left, in good order or without a word."""
         return self._done(self._load())
 
     def _done(self, state: dict[str, Any]) -> set[str]:
-        gone = {author for author, (place, process) in self._known.items() if self._is_gone(place, process)}
+        gone = {writer for writer, (place, process) in self._known.items() if self._is_gone(place, process)}
         return gone | set(state["done"])
 
     def _is_gone(self, place: int, process: int) -> bool:
@@ -243,7 +243,7 @@ class FindingsFile:
         return {}
 
     def _empty(self) -> dict[str, Any]:
-        return {"run": self._run, "by_author": {}, "watched": {}, "present": {}, "done": []}
+        return {"run": self._run, "by_writer": {}, "watched": {}, "present": {}, "done": []}
 
     def _beside(self, part: str) -> Path:
         return self.path.with_name(f".{self.path.name}.{part}")
@@ -252,17 +252,17 @@ class FindingsFile:
         """Say whether any process of this run has written yet."""
         return os.path.exists(self._beside("ranks"))  # False, too, where it cannot be read
 
-    def find_present(self, author: str) -> set[str]:
-        """Return the authors below this one, of any attempt, that have begun and not left.
+    def find_present(self, writer: str) -> set[str]:
+        """Return the writers below this one, of any attempt, that have begun and not left.
 
         Args:
-            author: The one above; theirs go on with a dot and their process id.
+            writer: The one above; theirs go on with a dot and their process id.
         """
-        state, above = self._load(), author.partition("/")[2]
-        below = {other for other in state["by_author"] if other.partition("/")[2].startswith(f"{above}.")}
+        state, above = self._load(), writer.partition("/")[2]
+        below = {other for other in state["by_writer"] if other.partition("/")[2].startswith(f"{above}.")}
         return below - set(state["done"])
 
-    def outstay(self, patience_s: float) -> None:
+    def wait_for_others_to_exit(self, patience_s: float) -> None:
         """Wait until all other processes that stayed have ended.
 
         Args:
@@ -274,7 +274,7 @@ class FindingsFile:
         while self._presence is not None and not _try_lock(self._presence) and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    def depart(self) -> None:
+    def release_presence(self) -> None:
         """Let others see that this process writes no more, though it lives on."""
         presence, self._presence = self._presence, None
         if presence is not None:
@@ -291,9 +291,9 @@ class FindingsFile:
 def _contents(state: dict[str, Any]) -> Contents:
     """Return what a state says; of what was watched, the last attempt's: an earlier one came to no end."""
     findings = {
-        author: [from_record(record) for record in records] for author, records in state["by_author"].items()
+        writer: [from_record(record) for record in records] for writer, records in state["by_writer"].items()
     }
-    attempts = {author: int(author.partition("/")[0]) for author in state["watched"]}
+    attempts = {writer: int(writer.partition("/")[0]) for writer in state["watched"]}
     last = max(attempts.values(), default=0)
     watched = {a: read_watched(state["watched"][a]) for a, attempt in attempts.items() if attempt == last}
     return Contents(findings, watched)
@@ -307,7 +307,7 @@ def from_record(record: dict[str, Any]) -> Finding:
 
 
 def _lock(file: int, patience_s: float) -> None:
-    """Take the lock, or give up: its holder may have been stopped, and each author writes all it has each time."""
+    """Take the lock, or give up: its holder may have been stopped, and each writer writes all it has each time."""
     deadline = time.monotonic() + patience_s
     while True:
         try:

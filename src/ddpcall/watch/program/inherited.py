@@ -30,7 +30,7 @@ class Inherited:
         run: The run's id.
         file: Where its processes write their findings.
         is_kept: Whether the file was asked for, and stays.
-        author: The author above.
+        writer: The writer above.
         reporter: The process that reports, as `name_process` names it.
         place: The launcher's variables above; the child is a rank of its own where it has others.
         options: The options that hold for it, as JSON has them.
@@ -40,7 +40,7 @@ class Inherited:
     run: str
     file: str
     is_kept: bool
-    author: str
+    writer: str
     reporter: str
     place: dict[str, str]
     options: dict[str, object]
@@ -66,12 +66,12 @@ class Inherited:
     def get_launch(self) -> Launch:
         """Return the child's place: it has no host, for the process above reports."""
         place = read_place()
-        attempt, above = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), self.author.partition("/")[2]
+        attempt, above = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), self.writer.partition("/")[2]
         return Launch(
             run=self.run,
             rank=place.rank,
             num_ranks=place.num_ranks,
-            author=f"{attempt}/{above}.{os.getpid()}",
+            writer=f"{attempt}/{above}.{os.getpid()}",
             on_host=frozenset(),
             everywhere=frozenset(),
             may_restart=False,
@@ -101,9 +101,9 @@ def hand_on(session: Session, *, to_all: bool = True) -> None:
     told = Inherited(
         script=session.script,
         run=launch.run,
-        file=str(session.journal.path),
+        file=str(session.findings_file.path),
         is_kept=options.json is not None,
-        author=launch.author,
+        writer=launch.writer,
         reporter=launch.reporter or name_process(os.getpid()),
         place=read_place().variables,
         options={

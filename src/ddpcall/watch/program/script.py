@@ -276,7 +276,9 @@ class Ending:
         They came to their end too, and may be busy in exit handlers.
         """
         if self._is_failing:
-            self._session.journal.outstay(math.inf if self._session.is_alone else OTHERS_LEAVE_S)
+            self._session.findings_file.wait_for_others_to_exit(
+                math.inf if self._session.is_alone else OTHERS_LEAVE_S
+            )
 
     def _depart(self) -> None:
         """Die by the signal, where there was one, as the interpreter does on an unhandled KeyboardInterrupt."""

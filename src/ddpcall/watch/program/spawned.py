@@ -17,14 +17,14 @@ from ddpcall.watch.session import Session
 def watch_spawned(session: Session) -> None:
     """Watch what `spawn` and `start_processes` start from now on, until the session is closed.
 
-    The processes write their findings to the session's journal; the session's process, which outlives them,
+    The processes write their findings to the session's findings file; the session's process, which outlives them,
     reports.
 
     Blind to: `multiprocessing.Process` and pools, which data loaders use too.
 
     Source: `torch/multiprocessing/spawn.py`: what is started runs `_wrap(fn, index, args, error_file)`.
     """
-    options = dataclasses.replace(session.options, json=session.journal.path, sarif=None)
+    options = dataclasses.replace(session.options, json=session.findings_file.path, sarif=None)
     start, owner = _WatchedStart(options, session.launch, session.script), internals.SPAWN_WRAP.owner()
     session.keep(replace_attribute(owner, internals.SPAWN_WRAP.name, start))
 

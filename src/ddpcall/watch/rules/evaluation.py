@@ -52,7 +52,7 @@ class EvaluationRule(Rule):
             self._passes = [*self._passes[1 - _MOST_PASSES :], current]
 
     def _is_evaluating(self) -> bool:
-        roots = [state.root() for state in self._run.models.ledgers]
+        roots = [state.root() for state in self._run.models.reducer_states]
         return not torch.is_grad_enabled() or any(root is not None and not root.training for root in roots)
 
     def after_step(self, step: Step) -> None:

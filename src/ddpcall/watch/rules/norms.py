@@ -72,7 +72,7 @@ class NormRule(Rule):
         scalar = find_summed(args) if name == "allreduce" else None
         if scalar is None or scalar.numel() != 1 or not scalar.is_floating_point() or in_backward():
             return
-        averaged = [state for state in self._run.models.ledgers if _is_averaged(state)]
+        averaged = [state for state in self._run.models.reducer_states if _is_averaged(state)]
         site = find_call_site() if averaged else None
         if site is None or not self._matches.get(site, len(self._matches) < MOST_LINES):
             return

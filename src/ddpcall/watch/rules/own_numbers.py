@@ -80,7 +80,7 @@ class OwnNumbers(Rule):
 
     def before_backward(self) -> None:
         """Have the coming step measured if a backward begins that no reducer is prepared for."""
-        if dist.is_initialized() and any(state.is_unprepared() for state in self._run.models.ledgers):
+        if dist.is_initialized() and any(state.is_unprepared() for state in self._run.models.reducer_states):
             self._gradients.ask()
 
     def before_step(self, step: Step) -> None:

@@ -1,4 +1,4 @@
-"""Backwards: prepare the ledgers for each, and see gradients that `torch.autograd.grad` hands out."""
+"""Backwards: prepare the reducer states for each, and see gradients that `torch.autograd.grad` hands out."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ class BackwardWatch:
                 for listener in self._listeners:
                     listener.before_backward()
             self._gradients.prepare()
-            for ledger in self._models.ledgers:
-                ledger.begin_backward() if accumulates else ledger.begin_taking()
+            for state in self._models.reducer_states:
+                state.begin_backward() if accumulates else state.begin_taking()
 
     def _end(self, accumulates: bool) -> None:
         if not in_backward():
             self._losses.is_paused = False
-            for ledger in self._models.ledgers:
-                ledger.end_backward() if accumulates else ledger.end_taking()
+            for state in self._models.reducer_states:
+                state.end_backward() if accumulates else state.end_taking()
 
     def _gradients_taken(self, inputs: Iterable[Any]) -> None:
         owner = self._models.owner

@@ -31,11 +31,11 @@ class WeightLocator(TorchFunctionMode):
     It is slow and is only put on for one step, after gradients were seen to arrive without any forward.
     """
 
-    def __init__(self, keys: list[int], ledger: ReducerState) -> None:
-        """Take the wanted parameters, by id, and the ledger they belong to."""
+    def __init__(self, keys: list[int], state: ReducerState) -> None:
+        """Take the wanted parameters, by id, and the reducer state they belong to."""
         super().__init__()
         self._keys = frozenset(keys)
-        self._ledger = ledger
+        self._state = state
         self.site: CallSite | None = None
 
     def start(self) -> None:
@@ -50,7 +50,7 @@ class WeightLocator(TorchFunctionMode):
         """Call the function and note it."""
         outputs = func(*args, **(kwargs or {}))
         if self.site is None and self._is_use(func, args, kwargs or {}, outputs):
-            self.site = find_call_site(self._ledger.contains)
+            self.site = find_call_site(self._state.contains)
         return outputs
 
     def _is_use(self, func: Any, args: Any, kwargs: Any, outputs: Any) -> bool:

@@ -41,32 +41,32 @@ class ParameterWatch:
         def _apply(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
             if self._applying:
                 return apply(module, *args, **kwargs)
-            touched = [ledger for ledger in self._models.ledgers if self._touches(module, ledger)]
-            before = [(ledger, _accumulators(ledger.parameters())) for ledger in touched]
+            touched = [state for state in self._models.reducer_states if self._touches(module, state)]
+            before = [(state, _accumulators(state.parameters())) for state in touched]
             self._applying += 1
             try:
                 return apply(module, *args, **kwargs)
             finally:
                 self._applying -= 1
-                for ledger, nodes in before:
-                    self._contain(self._compare_accumulators, ledger, nodes)
+                for state, nodes in before:
+                    self._contain(self._compare_accumulators, state, nodes)
 
         return replace_attribute(nn.Module, internals.APPLY.name, _apply)
 
-    def _touches(self, module: nn.Module, ledger: ReducerState) -> bool:
-        return ledger.contains(module) or any(child is ledger.ddp() for child in module.modules())
+    def _touches(self, module: nn.Module, state: ReducerState) -> bool:
+        return state.contains(module) or any(child is state.ddp() for child in module.modules())
 
-    def _compare_accumulators(self, ledger: ReducerState, before: list[Any]) -> None:
+    def _compare_accumulators(self, state: ReducerState, before: list[Any]) -> None:
         """A conversion that changes dtype or device makes a new AccumulateGrad; the reducer hangs on the old one.
 
         Source: `VariableHooks::set_data` in torch/csrc/autograd/variable.cpp.
         """
-        parameters = ledger.parameters()
+        parameters = state.parameters()
         if len(parameters) != len(before):
             return
         for parameter, old in zip(parameters, before, strict=True):
             if old is not None and _accumulators([parameter])[0] is not old:
-                ledger.detach(parameter, find_call_site())
+                state.detach(parameter, find_call_site())
 
     def _patch_unfreezing(self) -> Undo:
         slot = internals.TENSOR_REQUIRES_GRAD.get()
@@ -93,17 +93,17 @@ class ParameterWatch:
         """See modules and parameters that are put into a wrapped model."""
 
         def registered_module(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-            ledger = next(iter(self._models.ledgers_with(parent)), self._models.ledger_of(parent))
-            if ledger is None or child is None:
+            state = next(iter(self._models.states_with(parent)), self._models.state_of(parent))
+            if state is None or child is None:
                 return
-            self._tap(child.modules(), ledger)
+            self._tap(child.modules(), state)
             for parameter in child.parameters():
-                if id(parameter) not in ledger.names:
+                if id(parameter) not in state.names:
                     self._models.note_origin(parameter)
 
         def registered_parameter(parent: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-            ledger = next(iter(self._models.ledgers_with(parent)), None)
-            if ledger is not None and parameter is not None and id(parameter) not in ledger.names:
+            state = next(iter(self._models.states_with(parent)), None)
+            if state is not None and parameter is not None and id(parameter) not in state.names:
                 self._models.note_origin(parameter)
 
         return remove_handles(

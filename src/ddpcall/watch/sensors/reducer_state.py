@@ -1,4 +1,4 @@
-"""One DDP's ledger: whether its reducer is armed, which gradients arrived while it was not, and who sent them.
+"""The state of one DDP's reducer: whether it is armed, which gradients came while it was not, and from whom.
 
 The signal that decides is a gradient's arrival while the reducer is not armed. Which attribute was called only
 serves to name the line. An armed arrival clears earlier unarmed ones of the same parameter: the reducer averages
@@ -126,7 +126,7 @@ class ReducerState:
         had_backward: Whether gradients ever came from a backward.
         dirty: Parameters, by id, whose last gradient arrived unarmed, with the backward it came from.
         owned: The parameters of `names`.
-        sharing: Ledgers of other wrappers that own some of the same parameters.
+        sharing: States of other wrappers that own some of the same parameters.
         detached: Parameters, by id, that a conversion took away from the reducer, with its line.
         entries: Forwards outside an armed wrapper's since the last optimizer step.
         mark: Returns this moment in the log of collectives.

@@ -50,7 +50,7 @@ class SaveWatch:
         return saving
 
     def _look(self, content: Any) -> None:
-        wrappers = [ddp for ledger in self._run.models.ledgers if (ddp := ledger.ddp()) is not None]
+        wrappers = [ddp for state in self._run.models.reducer_states if (ddp := state.ddp()) is not None]
         buffers = {id(ddp): {b.data_ptr() for b in ddp.modules_buffers} for ddp in wrappers}
         if any(buffers.values()):
             written = {tensor.data_ptr() for tensor in _tensors_in(content)}

@@ -164,7 +164,7 @@ def _look_at(parameters: list[Tensor], models: Models, signature: tuple[int, ...
     states = {id(state): state for p in parameters if (state := models.owner.get(id(p))) is not None}
     stepped = {id(parameter) for parameter in parameters}
     unowned: dict[int, tuple[str, ReducerState]] = {}
-    for state in models.ledgers:
+    for state in models.reducer_states:
         ddp = state.ddp()
         if ddp is None:
             continue

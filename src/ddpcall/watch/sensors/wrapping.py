@@ -32,7 +32,7 @@ from ddpcall.watch.sensors.stacks import StackWatch
 
 
 class WrapWatch:
-    """Opens a ledger for every DDP and `replicate`, and taps the forwards of the modules under it.
+    """Opens a reducer state for every DDP and `replicate`, and taps the forwards of the modules under it.
 
     Blind to: DDP's python reducer and delayed all-reduce, which reduce without being armed.
     """
@@ -134,26 +134,26 @@ class WrapWatch:
         @functools.wraps(switch)
         def set_requires_gradient_sync(module: Any, requires_gradient_sync: bool) -> None:
             switch(module, requires_gradient_sync)
-            for ledger in self._models.ledgers_with(module):
-                ledger.announce_switch(None if requires_gradient_sync else find_call_site())
+            for state in self._models.states_with(module):
+                state.announce_switch(None if requires_gradient_sync else find_call_site())
 
         return replace_attribute(replicated, switch.__name__, set_requires_gradient_sync)
 
     def _entering(self, ddp: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._models.ledger_of(ddp) is not None:
+        if self._models.state_of(ddp) is not None:
             self._called(self._count.preparing_lead(), inputs, kwargs)
 
     def _passed(self, ddp: nn.Module, output: Any) -> None:
-        ledger = self._models.ledger_of(ddp)
-        if ledger is not None:
-            ledger.passed(output)
+        state = self._models.state_of(ddp)
+        if state is not None:
+            state.passed(output)
 
     def _prepared(self, reducer: Any) -> None:
         """Note whose reducer was prepared for a backward, by its forward or by anybody else."""
-        for ledger in self._models.ledgers:
-            ddp = ledger.ddp()
+        for state in self._models.reducer_states:
+            ddp = state.ddp()
             if ddp is not None and ddp.reducer is reducer:
-                ledger.arm(reducer)
+                state.arm(reducer)
 
     def adopt(self, ddp: DistributedDataParallel, earlier: bool = False) -> None:
         """Watch one DDP, if its process group has more than one rank.
@@ -165,7 +165,7 @@ class WrapWatch:
         """
         if not dist.is_initialized() or dist.get_world_size(ddp.process_group) == 1:
             return
-        if self._models.ledger_of(ddp) is not None:
+        if self._models.state_of(ddp) is not None:
             return
         in_python, delayed = (entry.of(ddp, False) for entry in internals.OTHER_REDUCERS.values())
         if in_python or delayed:
@@ -175,22 +175,22 @@ class WrapWatch:
             self._stacks.note(DELAYED_ALL_REDUCE)
         owned = dict(owned_parameters(ddp, earlier))
         owner = self._models.owner
-        ledger = next((owner[id(p)] for p in owned.values() if id(p) in owner), None)
-        if ledger is None or not ledger.come_true():
-            ledger = ReducerState(type(ddp.module).__name__, {id(p): n for n, p in owned.items()})
-            self._open(ledger, ddp.module, list(owned.values()))
-        self._models.bind(ledger, ddp)
+        state = next((owner[id(p)] for p in owned.values() if id(p) in owner), None)
+        if state is None or not state.come_true():
+            state = ReducerState(type(ddp.module).__name__, {id(p): n for n, p in owned.items()})
+            self._open(state, ddp.module, list(owned.values()))
+        self._models.bind(state, ddp)
         if earlier:
-            ledger.presume(ddp.reducer)
+            state.presume(ddp.reducer)
         else:
-            self._compared.append(ledger)
+            self._compared.append(state)
             self._adopt_replicas()
 
-    def stepping(self, ledgers: Iterable[ReducerState]) -> None:
+    def stepping(self, states: Iterable[ReducerState]) -> None:
         """Note that an optimizer is about to step parameters of these reducers."""
-        for ledger in ledgers:
-            if ledger.use():
-                self._compared.append(ledger)
+        for state in states:
+            if state.use():
+                self._compared.append(state)
                 self._adopt_replicas()
 
     def hook_registered(self, module: nn.Module, kind: str, hook: Any) -> None:
@@ -200,27 +200,27 @@ class WrapWatch:
             self._contain(self._announce, module)
 
     def _announce(self, root: nn.Module) -> None:
-        known = any(ledger.is_announced for ledger in self._models.ledgers_with(root))
+        known = any(state.is_announced for state in self._models.states_with(root))
         if known or not dist.is_initialized() or dist.get_world_size() == 1:
             return
         owned = {name: p for name, p in root.named_parameters() if p.requires_grad and not is_lazy(p)}
         names = {id(parameter): name for name, parameter in owned.items()}
-        ledger = ReducerState(type(root).__name__, names, is_announced=True, wrapper="replicate")
-        self._open(ledger, root, list(owned.values()))
+        state = ReducerState(type(root).__name__, names, is_announced=True, wrapper="replicate")
+        self._open(state, root, list(owned.values()))
 
-    def _open(self, ledger: ReducerState, root: nn.Module, owned: list[nn.Parameter]) -> None:
-        self._models.open(ledger, root, owned)
+    def _open(self, state: ReducerState, root: nn.Module, owned: list[nn.Parameter]) -> None:
+        self._models.open(state, root, owned)
         self._run.sites.adopt(root)
-        self.tap(root.modules(), ledger)
+        self.tap(root.modules(), state)
 
-    def tap(self, modules: Iterable[nn.Module], ledger: ReducerState) -> None:
+    def tap(self, modules: Iterable[nn.Module], state: ReducerState) -> None:
         """Count modules as parts of a wrapped model, and tap their forwards."""
-        new = ledger.add_modules(filter(can_be_tapped, modules))
+        new = state.add_modules(filter(can_be_tapped, modules))
         self._run.keep(self._tap.put(*new))
 
     def _adopt_replicas(self) -> None:
         """Compare the replicas of wrapped models that span the world and are meant to stay equal."""
-        wrappers = [ddp for ledger in self._compared if (ddp := ledger.ddp()) is not None]
+        wrappers = [ddp for state in self._compared if (ddp := state.ddp()) is not None]
         models = [ddp.module for ddp in wrappers if _is_replicated(ddp)]
         self._compare(models)
 
@@ -240,9 +240,9 @@ class WrapWatch:
         """The first forward under no_grad after a step: an evaluation past the wrapper, in eval mode."""
         self._count.evaluated()
         if not module.training:
-            for ledger in self._models.ledgers_with(module):
-                if (ddp := ledger.ddp()) is not None:
-                    self._run.sites.use_buffers(ddp, "evaluated", ledger.contains)
+            for state in self._models.states_with(module):
+                if (ddp := state.ddp()) is not None:
+                    self._run.sites.use_buffers(ddp, "evaluated", state.contains)
         return original(*args, **kwargs)
 
     def _observe_forward(
@@ -253,30 +253,30 @@ class WrapWatch:
             return self._observe_evaluation(module, original, args, kwargs)
         if in_backward():
             return original(*args, **kwargs)
-        ledgers = self._models.ledgers_with(module)
-        if not ledgers:
+        states = self._models.states_with(module)
+        if not states:
             return original(*args, **kwargs)
-        ledger = ledgers[-1]
-        line, caller = find_call_frames(ledger.contains)
+        state = states[-1]
+        line, caller = find_call_frames(state.contains)
         entry = Entry(site_of(line, caller))
-        self._contain(ledger.read_names, entry, line, caller)
+        self._contain(state.read_names, entry, line, caller)
         self._inside_entry = True
         try:
             outputs = original(*args, **kwargs)
         finally:
             self._inside_entry = False
-        self._contain(ledger.enter, entry, outputs)
+        self._contain(state.enter, entry, outputs)
         return outputs
 
     # ---- windows --------------------------------------------------------------------------------------------
 
     def _sync_switched(self, ddp: nn.Module, value: bool) -> None:
-        ledger = self._models.ledger_of(ddp)
-        if ledger is None:
+        state = self._models.state_of(ddp)
+        if state is None:
             return
         if not value:
-            ledger.switch_off(find_call_site())
-        elif (site := ledger.switch_on()) is not None:
+            state.switch_off(find_call_site())
+        elif (site := state.switch_on()) is not None:
             self._window_without_effect(site)
 
 

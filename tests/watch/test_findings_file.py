@@ -58,19 +58,19 @@ def test_an_empty_run_leaves_an_empty_list(tmp_path):
 
 
 def test_the_line_that_led_there_is_in_the_file_and_comes_back_from_it(tmp_path):
-    journal = FindingsFile(tmp_path / "findings.json", "run")
+    findings_file = FindingsFile(tmp_path / "findings.json", "run")
     inside = replace(FINDING, called_from=Place("main.py", 40, "main"))
-    journal.write("0", [inside])
-    assert read(journal.path)[0]["called_from"] == {"file": "main.py", "line": 40, "function": "main"}
-    assert journal.read().findings == {"0": [inside]}
+    findings_file.write("0", [inside])
+    assert read(findings_file.path)[0]["called_from"] == {"file": "main.py", "line": 40, "function": "main"}
+    assert findings_file.read().findings == {"0": [inside]}
 
 
 def test_what_a_rank_withdraws_is_gone_and_what_others_said_stays(tmp_path):
-    journal = FindingsFile(tmp_path / "f.json", "run")
-    journal.write("0", [FINDING])
-    journal.write("1", [replace(FINDING, ranks=(1,)), replace(FINDING, line=9, ranks=(1,))])
+    findings_file = FindingsFile(tmp_path / "f.json", "run")
+    findings_file.write("0", [FINDING])
+    findings_file.write("1", [replace(FINDING, ranks=(1,)), replace(FINDING, line=9, ranks=(1,))])
     assert [(f["line"], f["ranks"]) for f in read(tmp_path / "f.json")] == [(3, [0, 1]), (9, [1])]
-    journal.write("1", [])
+    findings_file.write("1", [])
     assert [(f["line"], f["ranks"]) for f in read(tmp_path / "f.json")] == [(3, [0])]
 
 
@@ -83,11 +83,11 @@ def test_another_run_starts_anew(tmp_path):
 
 
 def _write_many(path: Path, rank: int) -> None:
-    journal = FindingsFile(path, "run")
+    findings_file = FindingsFile(path, "run")
     told = []
     for line in range(1, 21):
         found = [replace(FINDING, line=n, ranks=(rank,)) for n in range(1, line + 1)]
-        told.append(journal.write(str(rank), found, done=line == 20))
+        told.append(findings_file.write(str(rank), found, done=line == 20))
     is_last = told[-1].done == {"0", "1", "2"}
     path.with_name(f"told{rank}").write_text(json.dumps([sum(len(said.new) for said in told), is_last]))
 
@@ -107,21 +107,21 @@ def test_ranks_that_write_at_once_lose_nothing(tmp_path):
 
 
 def test_the_ranks_own_files_are_removed_at_the_end(tmp_path):
-    journal = FindingsFile(tmp_path / "f.json", "run")
-    journal.write("0", [FINDING], done=True)
-    journal.remove_state(keep=True)
+    findings_file = FindingsFile(tmp_path / "f.json", "run")
+    findings_file.write("0", [FINDING], done=True)
+    findings_file.remove_state(keep=True)
     assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
-    journal.remove_state(keep=False)
+    findings_file.remove_state(keep=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rank_that_was_stopped_while_writing_holds_nobody_up(tmp_path):
-    journal = FindingsFile(tmp_path / "f.json", "run", patience_s=0.2)
-    journal.write("0", [FINDING])
+    findings_file = FindingsFile(tmp_path / "f.json", "run", patience_s=0.2)
+    findings_file.write("0", [FINDING])
     with open(tmp_path / ".f.json.lock") as stopped:
         fcntl.flock(stopped, fcntl.LOCK_EX)
         begun = time.monotonic()
-        assert journal.write("1", [replace(FINDING, ranks=(1,))]).new == set()
+        assert findings_file.write("1", [replace(FINDING, ranks=(1,))]).new == set()
         assert time.monotonic() - begun >= 0.2, "it was waited for first"
     assert [f["ranks"] for f in read(tmp_path / "f.json")] == [[0, 1]]
 
@@ -162,7 +162,7 @@ def test_hosts_that_share_a_file_add_to_each_other(monkeypatch, tmp_path):
         launch(monkeypatch, RANK=str(rank), LOCAL_RANK=str(rank % 2), TORCHELASTIC_RESTART_COUNT="0")
         for rank in range(4)
     ]
-    assert [(each.author, sorted(each.on_host), each.spans_hosts) for each in ranks[1:3]] == [
+    assert [(each.writer, sorted(each.on_host), each.spans_hosts) for each in ranks[1:3]] == [
         ("0/1", ["0/0", "0/1"], True),
         ("0/2", ["0/2", "0/3"], True),
     ]
@@ -178,9 +178,9 @@ def test_hosts_that_share_a_file_add_to_each_other(monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
 
 
-def test_a_restart_is_another_author_of_the_same_run(monkeypatch):
+def test_a_restart_is_another_writer_of_the_same_run(monkeypatch):
     first, second = (launch(monkeypatch, TORCHELASTIC_RESTART_COUNT=count) for count in ("0", "1"))
-    assert (first.run, first.author, second.author) == (second.run, "0/3", "1/3")
+    assert (first.run, first.writer, second.writer) == (second.run, "0/3", "1/3")
 
 
 def test_launches_on_one_host_have_ids_of_their_own(monkeypatch):
@@ -190,5 +190,5 @@ def test_launches_on_one_host_have_ids_of_their_own(monkeypatch):
     for name in ENVIRONMENT:
         monkeypatch.delenv(name)
     alone = current_launch()
-    assert (alone.author, alone.on_host, alone.everywhere) == ("0/0", {"0/0"}, {"0/0"})
+    assert (alone.writer, alone.on_host, alone.everywhere) == ("0/0", {"0/0"}, {"0/0"})
     assert alone.run != here.run
