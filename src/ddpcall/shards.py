@@ -8,12 +8,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ddpcall.wrappers import Subject, Wrapper
+from ddpcall.wrappers import Subject
 
 
 def is_sharded(subject: Subject, parameter: nn.Parameter) -> bool:
     """Say whether this rank holds only a part of a parameter."""
-    if subject.wrapper is Wrapper.FSDP1:
+    if subject.spec.flat_parameters:
         return dist.get_world_size() > 1
     placements = getattr(parameter, "placements", ())
     return any(placement.is_shard() for placement in placements) and _mesh_size(parameter) > 1
@@ -41,7 +41,7 @@ def gather_state(subject: Subject, parameters: dict[str, nn.Parameter]) -> dict[
         Names as in `inner`; detached copies on the CPU.
     """
     with ExitStack() as stack:
-        if subject.wrapper is Wrapper.FSDP1:
+        if subject.spec.flat_parameters:
             fsdp1: Any = type(subject.wrapped)
             stack.enter_context(fsdp1.summon_full_params(subject.wrapped, writeback=False))
         state = {**parameters, **dict(subject.inner.named_buffers())}

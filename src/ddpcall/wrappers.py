@@ -1,7 +1,8 @@
 """The ways a model is prepared: the only room that imports DDP, FSDP, torch.compile, accelerate and the like.
 
-One `apply_*` a wrapper. Each takes the user's module and returns what a training script would hold;
-`apply_wrapper` puts that beside the user's own module, in a `Subject`.
+One `apply_*` a wrapper, with what is to be known of it in the decorator. Each takes the user's module and returns
+what a training script would hold; `apply_wrapper` puts that beside the user's own module, in a `Subject`. Grids,
+Hydra's group `wrapper` and the documents are made from `WRAPPERS`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,87 +31,7 @@ from ddpcall.reductions import (
 )
 
 CompileBackend = str | Callable[..., Any]
-
-
-class Wrapper(StrEnum):
-    """How a model was prepared. `ddp_of_compile` is `DDP(torch.compile(m))`, and so on."""
-
-    NONE = "none"
-    DDP = "ddp"
-    DDP_STATIC_GRAPH = "ddp_static_graph"
-    DDP_FIND_UNUSED = "ddp_find_unused"
-    DDP_BUCKET_VIEW = "ddp_bucket_view"
-    DDP_COMM_HOOK = "ddp_comm_hook"
-    DDP_LOCAL_BUFFERS = "ddp_local_buffers"
-    DDP_BUFFERS_AFTER = "ddp_buffers_after"
-    DDP_JOIN = "ddp_join"
-    DDP_JOIN_UNEVEN = "ddp_join_uneven"
-    DDP_PYTHON_REDUCER = "ddp_python_reducer"
-    DDP_SUMMED = "ddp_summed"
-    DDP_GROUPS = "ddp_groups"
-    DDP_DROPPED_RANK = "ddp_dropped_rank"
-    DDP_RING = "ddp_ring"
-    DDP_POWERSGD = "ddp_powersgd"
-    LOCAL_SGD = "local_sgd"
-    REPLICATE = "replicate"
-    REPLICATE_WITH_FSDP = "replicate_with_fsdp"
-    FSDP1 = "fsdp1"
-    FSDP2 = "fsdp2"
-    FSDP2_LAYERS = "fsdp2_layers"
-    FSDP2_REGISTERED = "fsdp2_registered"
-    FSDP2_HYBRID_INNER = "fsdp2_hybrid_inner"
-    TP = "tp"
-    COMPILE = "compile"
-    COMPILE_AOT_EAGER = "compile_aot_eager"
-    COMPILE_INDUCTOR = "compile_inductor"
-    COMPILE_INPLACE = "compile_inplace"
-    DDP_OF_COMPILE = "ddp_of_compile"
-    COMPILE_OF_DDP = "compile_of_ddp"
-    DDP_COMPILE_INPLACE = "ddp_compile_inplace"
-    ACCELERATE = "accelerate"
-    ACCELERATE_BF16 = "accelerate_bf16"
-    ACCELERATE_UNWRAPPED = "accelerate_unwrapped"
-    ACCELERATE_STRIPPED = "accelerate_stripped"
-    FABRIC = "fabric"
-    DATA_PARALLEL = "data_parallel"
-    SCRIPT = "script"
-    TRACE = "trace"
-    EXPORT = "export"
-    CUSTOM = "custom"  # the user's own function; not for `apply_wrapper`
-
-
-IN_PLACE = frozenset({
-    Wrapper.NONE, Wrapper.LOCAL_SGD, Wrapper.REPLICATE, Wrapper.REPLICATE_WITH_FSDP, Wrapper.FSDP2,
-    Wrapper.FSDP2_LAYERS, Wrapper.FSDP2_REGISTERED, Wrapper.FSDP2_HYBRID_INNER, Wrapper.TP,
-    Wrapper.COMPILE_INPLACE,
-})  # fmt: skip
-COMPILING = frozenset({
-    Wrapper.COMPILE, Wrapper.COMPILE_AOT_EAGER, Wrapper.COMPILE_INDUCTOR, Wrapper.COMPILE_INPLACE,
-    Wrapper.DDP_OF_COMPILE, Wrapper.COMPILE_OF_DDP, Wrapper.DDP_COMPILE_INPLACE,
-})  # fmt: skip
-# Nothing in these joins what different ranks learn from different batches.
-WITHOUT_DATA_PARALLELISM = frozenset({
-    Wrapper.NONE, Wrapper.TP, Wrapper.COMPILE, Wrapper.COMPILE_AOT_EAGER, Wrapper.COMPILE_INDUCTOR,
-    Wrapper.COMPILE_INPLACE, Wrapper.DATA_PARALLEL, Wrapper.SCRIPT, Wrapper.TRACE, Wrapper.EXPORT,
-})  # fmt: skip
-# Every rank holds a part of one model, so all of them must be given the same batch.
-SAME_BATCH = frozenset({Wrapper.TP})
-# The last rank has fewer batches than the others.
-UNEVEN_INPUTS = frozenset({Wrapper.DDP_JOIN_UNEVEN})
-# These reduce without DDP's C++ reducer, or by other means than all-reduces over all ranks: the taps on that one
-# say nothing about them.
-OWN_REDUCER = frozenset({
-    Wrapper.DDP_GROUPS, Wrapper.LOCAL_SGD, Wrapper.DDP_PYTHON_REDUCER,
-    Wrapper.REPLICATE_WITH_FSDP, Wrapper.FSDP1, Wrapper.FSDP2, Wrapper.FSDP2_LAYERS, Wrapper.FSDP2_REGISTERED,
-    Wrapper.FSDP2_HYBRID_INNER, Wrapper.TP, Wrapper.CUSTOM,
-})  # fmt: skip
-_COMPILE_BACKENDS = {Wrapper.COMPILE_AOT_EAGER: "aot_eager", Wrapper.COMPILE_INDUCTOR: "inductor"}
-_WITH_NO_SYNC = frozenset(
-    wrapper
-    for wrapper in Wrapper
-    if wrapper.startswith(("ddp", "accelerate", "fsdp1")) and not wrapper.startswith("ddp_join")
-)
-_INNER_PATHS = frozenset({CallPath.INNER_CALL, CallPath.INNER_FORWARD})
+_Apply = TypeVar("_Apply", bound=Callable[..., nn.Module])
 
 
 class WrapperMissing(RuntimeError):
@@ -122,18 +43,23 @@ class Subject:
     """A wrapped model.
 
     Attributes:
-        wrapper: How it was prepared.
+        wrapper: How it was prepared: a name in `WRAPPERS`.
         wrapped: The object the training script holds.
         inner: The user's own module; the very same object as `wrapped` where the wrapper works in place.
         session: What a script puts around its training loop for this wrapper: a `Join`, a setting of dynamo's.
         prepare_optimizer: What it puts around its optimizer; returns what has `step()` and `zero_grad()`.
     """
 
-    wrapper: Wrapper
+    wrapper: str
     wrapped: nn.Module
     inner: nn.Module
     session: Callable[[], AbstractContextManager[Any]] = nullcontext
     prepare_optimizer: Callable[[Optimizer], Any] = lambda optimizer: optimizer
+
+    @property
+    def spec(self) -> WrapperSpec:
+        """What is known of the wrapper."""
+        return WRAPPERS[self.wrapper]
 
 
 @dataclass(frozen=True)
@@ -153,23 +79,79 @@ class Settings:
     example: Tensor | None = None
 
 
-def meaningful_paths(wrapper: Wrapper) -> list[CallPath]:
-    """List the call paths that differ under a wrapper: in place, the inner module is the wrapped one."""
-    return [path for path in CallPath if not (wrapper in IN_PLACE and path in _INNER_PATHS)]
+@dataclass(frozen=True, kw_only=True)
+class WrapperSpec:
+    """What is to be known of a wrapper.
+
+    Attributes:
+        apply: Prepares a model; its docstring says what the wrapper does. None for the user's own function.
+        in_place: Whether the wrapped object is the inner module itself.
+        data_parallel: Whether it joins what different ranks learn from different batches.
+        no_sync: Whether the wrapped object has the method `no_sync()`; DDP and FSDP1 have it.
+        own_reducer: Whether gradients are reduced without DDP's C++ reducer, or by other means than all-reduces
+            over all ranks: the taps on that reducer say nothing then.
+        compiles: Whether it hands the model to torch.compile.
+        compile_backend: The backend that its name fixes; None: the configured one.
+        same_batch: Whether all ranks must be given the same batch, since each holds a part of one model.
+        uneven_inputs: Whether the last rank has fewer batches than the others.
+        flat_parameters: Whether it trains a flat parameter that only the wrapped object knows, as FSDP1 does.
+        resumable: Whether its whole state is in the model and the optimizer, so that a trial can go on in mid-run
+            to the same bits, which a test must show. Others keep some of it elsewhere (PowerSGD's error, the
+            counter of local SGD, what the first step of a static graph learned), hold shards, or compile anew.
+        session: What a script puts around its training loop, given the wrapped object.
+        prepare_optimizer: What it puts around its optimizer.
+    """
+
+    apply: Callable[[nn.Module, Settings], nn.Module] | None
+    in_place: bool = False
+    data_parallel: bool = True
+    no_sync: bool = False
+    own_reducer: bool = False
+    compiles: bool = False
+    compile_backend: str | None = None
+    same_batch: bool = False
+    uneven_inputs: bool = False
+    flat_parameters: bool = False
+    resumable: bool = False
+    session: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    prepare_optimizer: Callable[[Optimizer], Any] = lambda optimizer: optimizer
+
+    @property
+    def description(self) -> str:
+        """What the wrapper does, in the words of its `apply_*`."""
+        return " ".join(inspect.cleandoc((self.apply and self.apply.__doc__) or "").split("\n\n")[0].split())
+
+    def meaningful_paths(self) -> list[CallPath]:
+        """List the call paths that differ: in place, the inner module is the wrapped one."""
+        return [path for path in CallPath if not (self.in_place and path in _INNER_PATHS)]
+
+    def meaningful_windows(self) -> list[SyncWindow]:
+        """List the sync windows that it can stand in."""
+        return [window for window in SyncWindow if self.no_sync or not window.value.startswith("no_sync")]
 
 
-def meaningful_windows(wrapper: Wrapper) -> list[SyncWindow]:
-    """List the sync windows a wrapper can stand in: `no_sync()` is a method of DDP and FSDP1 alone."""
-    return [window for window in SyncWindow if wrapper in _WITH_NO_SYNC or not window.value.startswith("no_sync")]
+# By name, in the order of this file.
+WRAPPERS: dict[str, WrapperSpec] = {}
+_INNER_PATHS = frozenset({CallPath.INNER_CALL, CallPath.INNER_FORWARD})
 
 
-def choose_compile_backend(wrapper: Wrapper, configured: str) -> str:
-    """Return the compile backend that a wrapper's name fixes, or else the configured one."""
-    return _COMPILE_BACKENDS.get(wrapper, configured)
+def _wrapper(**facts: Any) -> Callable[[_Apply], _Apply]:
+    """Enter an `apply_*` into `WRAPPERS`, under the rest of its name."""
+
+    def enter(apply: _Apply) -> _Apply:
+        WRAPPERS[apply.__name__.removeprefix("apply_")] = WrapperSpec(apply=apply, **facts)
+        return apply
+
+    return enter
+
+
+_ddp = partial(_wrapper, no_sync=True)
+_sharding = partial(_wrapper, own_reducer=True)
+_compiling = partial(_wrapper, compiles=True)
 
 
 def apply_wrapper(
-    wrapper: Wrapper,
+    wrapper: str,
     model: nn.Module,
     *,
     device: torch.device,
@@ -180,7 +162,7 @@ def apply_wrapper(
     """Prepare a model, already on its device, the way `wrapper` says.
 
     Args:
-        wrapper: The way.
+        wrapper: A name in `WRAPPERS`, other than `custom`.
         model: The user's module; its parameters are broadcast from rank 0 by the DDP wrappers.
         device: Where the model lives; DDP gets it as `device_ids` on CUDA.
         compile_backend: Backend handed to torch.compile by the compiling wrappers.
@@ -191,41 +173,63 @@ def apply_wrapper(
         WrapperMissing: The package or torch feature behind the wrapper is not installed.
         ValueError: No default process group, for wrappers that need one (torch's own error).
     """
-    wrapped = _APPLY[wrapper](model, Settings(device, compile_backend, ddp_options, example))
-    session = _SESSIONS.get(wrapper, nullcontext)
-    if wrapper in (Wrapper.DDP_JOIN, Wrapper.DDP_JOIN_UNEVEN):
-        return Subject(wrapper, wrapped, model, lambda: _join(wrapped))
-    if wrapper is Wrapper.LOCAL_SGD:
-        return Subject(wrapper, wrapped, model, session, average_parameters_periodically)
-    return Subject(wrapper, wrapped, model, session)
+    spec = WRAPPERS[wrapper]
+    if spec.apply is None:
+        raise ValueError(f"{wrapper} is the user's own function")
+    wrapped = spec.apply(model, Settings(device, compile_backend, ddp_options, example))
+    return Subject(wrapper, wrapped, model, lambda: spec.session(wrapped), spec.prepare_optimizer)
 
 
+@contextmanager
+def _join(ddp: Any) -> Iterator[None]:
+    from torch.distributed.algorithms.join import Join
+
+    with Join([ddp]):
+        yield
+
+
+@contextmanager
+def _accelerate_session(_: Any) -> Iterator[None]:
+    from accelerate.state import AcceleratorState
+
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+@_wrapper(in_place=True, data_parallel=False, resumable=True)
 def apply_none(model: nn.Module, settings: Settings) -> nn.Module:
     """Leave the model as it is."""
     return model
 
 
+@_ddp(resumable=True)
 def apply_ddp(model: nn.Module, settings: Settings, **options: Any) -> DistributedDataParallel:
     """Wrap in DistributedDataParallel: the reducer that averages gradients, armed by `DDP.forward`."""
     device_ids = [settings.device] if settings.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, **(options | settings.ddp))
 
 
+@_ddp()
 def apply_ddp_static_graph(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DDP that expects the same graph in every step."""
     return apply_ddp(model, settings, static_graph=True)
 
 
+@_ddp(resumable=True)
 def apply_ddp_find_unused(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DDP that searches each forward's graph for parameters without a part in it."""
     return apply_ddp(model, settings, find_unused_parameters=True)
 
 
+@_ddp(resumable=True)
 def apply_ddp_bucket_view(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DDP whose gradients are views into the communication buckets."""
     return apply_ddp(model, settings, gradient_as_bucket_view=True)
 
 
+@_ddp(resumable=True)
 def apply_ddp_comm_hook(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DDP with a communication hook: gradients travel as float16."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
@@ -233,6 +237,7 @@ def apply_ddp_comm_hook(model: nn.Module, settings: Settings) -> nn.Module:
     return _with_comm_hook(apply_ddp(model, settings), fp16_compress_hook)
 
 
+@_ddp(resumable=True)
 def apply_ddp_local_buffers(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DDP that leaves each rank its own buffers; torch 2.13 renamed the argument."""
     known = inspect.signature(DistributedDataParallel).parameters
@@ -240,6 +245,7 @@ def apply_ddp_local_buffers(model: nn.Module, settings: Settings) -> nn.Module:
     return apply_ddp(model, settings, **{name: False})
 
 
+@_ddp()
 def apply_ddp_buffers_after(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DDP that sends rank 0's buffers after the forward instead of before it.
 
@@ -256,21 +262,25 @@ def _send_buffers_of_rank_0(_: Any, buffers: dict[str, Tensor]) -> None:
         dist.broadcast(buffer, src=0)
 
 
+@_ddp(resumable=True)
 def apply_ddp_summed(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DDP with a communication hook that sums gradients over the ranks and does not divide."""
     return _with_comm_hook(apply_ddp(model, settings), sum_gradients)
 
 
+@_ddp()
 def apply_ddp_dropped_rank(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DDP with a communication hook to which the last rank contributes zeros."""
     return _with_comm_hook(apply_ddp(model, settings), drop_last_rank)
 
 
+@_ddp()
 def apply_ddp_ring(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DDP with a communication hook that averages with the two neighbors on a ring, as gossip SGD does."""
     return _with_comm_hook(apply_ddp(model, settings), average_with_neighbors)
 
 
+@_ddp()
 def apply_ddp_powersgd(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DDP with PowerSGD's communication hook: from the third step on, gradients travel as rank 1."""
     from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
@@ -284,16 +294,33 @@ def _with_comm_hook(ddp: DistributedDataParallel, hook: Any, state: object = Non
     return ddp
 
 
+@_ddp(own_reducer=True)
 def apply_ddp_groups(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DDP over a process group of half the ranks: two halves that never meet."""
     return apply_ddp(model, settings, process_group=_halves(settings).get_group("inner"))
 
 
+@_wrapper(in_place=True, own_reducer=True, prepare_optimizer=average_parameters_periodically)
 def apply_local_sgd(model: nn.Module, settings: Settings) -> nn.Module:
     """Leave the model as it is and average parameters, not gradients, after every fourth step: local SGD."""
     return model
 
 
+@_wrapper(session=_join)
+def apply_ddp_join(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DDP and train inside `Join([ddp])`, for ranks with different numbers of batches."""
+    return apply_ddp(model, settings)
+
+
+@_wrapper(session=_join, uneven_inputs=True)
+def apply_ddp_join_uneven(model: nn.Module, settings: Settings) -> nn.Module:
+    """Wrap in DDP and train inside `Join([ddp])`, for ranks with different numbers of batches.
+    The last rank has fewer.
+    """
+    return apply_ddp(model, settings)
+
+
+@_ddp(own_reducer=True)
 def apply_ddp_python_reducer(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DDP with its reducer in Python, which dynamo can trace: gradient hooks that all-reduce.
 
@@ -315,14 +342,6 @@ def _python_reducer() -> Iterator[None]:
             inductor_config.load_config(before)
 
 
-@contextmanager
-def _join(ddp: Any) -> Iterator[None]:
-    from torch.distributed.algorithms.join import Join
-
-    with Join([ddp]):
-        yield
-
-
 def _private(name: internals.Private) -> Any:
     """Return what a private name of torch stands for; a wrapper that needs one that is gone is missing."""
     try:
@@ -331,6 +350,7 @@ def _private(name: internals.Private) -> Any:
         raise WrapperMissing(str(error)) from None
 
 
+@_wrapper(in_place=True, resumable=True)
 def apply_replicate(model: nn.Module, settings: Settings) -> nn.Module:
     """Apply the hook-based `torch.distributed._composable.replicate`: it arms from forward hooks, in place."""
     replicate = _private(internals.REPLICATE)
@@ -339,12 +359,14 @@ def apply_replicate(model: nn.Module, settings: Settings) -> nn.Module:
         return replicate(model, device_id=settings.device)
 
 
+@_sharding(in_place=True)
 def apply_replicate_with_fsdp(model: nn.Module, settings: Settings) -> nn.Module:
     """Apply `replicate` as FSDP2 does it: parameters are replicated DTensors, gathered by forward-pre hooks."""
     replicated: Any = _private(internals.REPLICATE_WITH_FSDP)(model, mesh=_mesh(settings))
     return replicated
 
 
+@_sharding(no_sync=True, flat_parameters=True)
 def apply_fsdp1(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in FullyShardedDataParallel, the first FSDP, with the user's own parameters as views."""
     try:
@@ -356,6 +378,7 @@ def apply_fsdp1(model: nn.Module, settings: Settings) -> nn.Module:
         return FullyShardedDataParallel(model, device_id=settings.device, use_orig_params=True)
 
 
+@_sharding(in_place=True)
 def apply_fsdp2(model: nn.Module, settings: Settings) -> nn.Module:
     """Apply `fully_shard` to the root alone: the root's hooks gather every parameter."""
     from torch.distributed.fsdp import fully_shard
@@ -364,6 +387,7 @@ def apply_fsdp2(model: nn.Module, settings: Settings) -> nn.Module:
     return sharded
 
 
+@_sharding(in_place=True)
 def apply_fsdp2_layers(model: nn.Module, settings: Settings) -> nn.Module:
     """Apply `fully_shard` to every child that has parameters, then to the root, as its documentation advises."""
     from torch.distributed.fsdp import fully_shard
@@ -376,6 +400,7 @@ def apply_fsdp2_layers(model: nn.Module, settings: Settings) -> nn.Module:
     return sharded
 
 
+@_sharding(in_place=True)
 def apply_fsdp2_registered(model: nn.Module, settings: Settings) -> nn.Module:
     """Apply `fully_shard` to the root and register `forward` and `compute_loss` as ways in."""
     from torch.distributed.fsdp import register_fsdp_forward_method
@@ -387,6 +412,7 @@ def apply_fsdp2_registered(model: nn.Module, settings: Settings) -> nn.Module:
     return sharded
 
 
+@_sharding(in_place=True)
 def apply_fsdp2_hybrid_inner(model: nn.Module, settings: Settings) -> nn.Module:
     """Apply `fully_shard` over the inner dim of a hybrid mesh alone, without the reduction over the outer one."""
     from torch.distributed.fsdp import fully_shard
@@ -395,6 +421,7 @@ def apply_fsdp2_hybrid_inner(model: nn.Module, settings: Settings) -> nn.Module:
     return sharded
 
 
+@_sharding(in_place=True, data_parallel=False, same_batch=True)
 def apply_tp(model: nn.Module, settings: Settings) -> nn.Module:
     """Split the first two linear layers over the ranks: the first by columns, the second by rows."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -419,48 +446,63 @@ def _halves(settings: Settings) -> Any:
     return init_device_mesh(settings.device.type, shape, mesh_dim_names=("outer", "inner"))
 
 
+@_compiling(data_parallel=False)
 def apply_compile(model: nn.Module, settings: Settings) -> nn.Module:
     """Return what `torch.compile(model)` returns: a new object around the model."""
     compiled: Any = torch.compile(model, backend=settings.compile_backend)
     return compiled
 
 
-def apply_compile_with_backend(model: nn.Module, settings: Settings) -> nn.Module:
+@_compiling(data_parallel=False, compile_backend="aot_eager")
+def apply_compile_aot_eager(model: nn.Module, settings: Settings) -> nn.Module:
     """Return what `torch.compile(model)` returns, with the backend that the wrapper's name ends in."""
     return apply_compile(model, settings)
 
 
+@_compiling(data_parallel=False, compile_backend="inductor")
+def apply_compile_inductor(model: nn.Module, settings: Settings) -> nn.Module:
+    """Return what `torch.compile(model)` returns, with the backend that the wrapper's name ends in."""
+    return apply_compile(model, settings)
+
+
+@_compiling(data_parallel=False, in_place=True)
 def apply_compile_inplace(model: nn.Module, settings: Settings) -> nn.Module:
     """Compile the model's own `__call__` with `model.compile()`."""
     model.compile(backend=settings.compile_backend)
     return model
 
 
+@_compiling(no_sync=True)
 def apply_ddp_of_compile(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap the compiled model in DDP."""
     return apply_ddp(apply_compile(model, settings), settings)
 
 
+@_compiling()
 def apply_compile_of_ddp(model: nn.Module, settings: Settings) -> nn.Module:
     """Compile the DDP-wrapped model."""
     return apply_compile(apply_ddp(model, settings), settings)
 
 
+@_compiling(no_sync=True)
 def apply_ddp_compile_inplace(model: nn.Module, settings: Settings) -> nn.Module:
     """Compile the `__call__` of the DDP object in place."""
     return apply_compile_inplace(apply_ddp(model, settings), settings)
 
 
+@_ddp(session=_accelerate_session, resumable=True)
 def apply_accelerate(model: nn.Module, settings: Settings) -> nn.Module:
     """Hand the model to `Accelerator().prepare`: DDP, and nothing else in full precision."""
     return _prepare(model, settings, "no")[1]
 
 
+@_ddp(session=_accelerate_session)
 def apply_accelerate_bf16(model: nn.Module, settings: Settings) -> nn.Module:
     """Hand the model to `Accelerator(mixed_precision="bf16")`: DDP, and autocast patched into inner.forward."""
     return _prepare(model, settings, "bf16")[1]
 
 
+@_ddp(session=_accelerate_session)
 def apply_accelerate_unwrapped(model: nn.Module, settings: Settings) -> nn.Module:
     """Prepare in bf16 and call `unwrap_model(prepared)` once, as scripts do to save."""
     accelerator, prepared = _prepare(model, settings, "bf16")
@@ -468,6 +510,7 @@ def apply_accelerate_unwrapped(model: nn.Module, settings: Settings) -> nn.Modul
     return prepared
 
 
+@_ddp(session=_accelerate_session)
 def apply_accelerate_stripped(model: nn.Module, settings: Settings) -> nn.Module:
     """Prepare in bf16 and call `unwrap_model(prepared, keep_fp32_wrapper=False)` once."""
     accelerator, prepared = _prepare(model, settings, "bf16")
@@ -486,16 +529,7 @@ def _prepare(model: nn.Module, settings: Settings, mixed_precision: str) -> tupl
     return accelerator, accelerator.prepare(model)
 
 
-@contextmanager
-def _accelerate_session() -> Iterator[None]:
-    from accelerate.state import AcceleratorState
-
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(True)
-
-
+@_wrapper()
 def apply_fabric(model: nn.Module, settings: Settings) -> nn.Module:
     """Hand the model to Lightning Fabric's `setup_module` with the DDP strategy."""
     try:
@@ -508,12 +542,14 @@ def apply_fabric(model: nn.Module, settings: Settings) -> nn.Module:
     return fabric.setup_module(model)
 
 
+@_wrapper(data_parallel=False)
 def apply_data_parallel(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DataParallel: threads over this process's GPUs, no other process; without GPUs, nothing at all."""
     device_ids = [settings.device] if settings.device.type == "cuda" else None
     return nn.DataParallel(model, device_ids=device_ids)
 
 
+@_wrapper(data_parallel=False)
 def apply_script(model: nn.Module, settings: Settings) -> nn.Module:
     """Compile the model with TorchScript, which is deprecated."""
     with _silence_torchscript():
@@ -521,6 +557,7 @@ def apply_script(model: nn.Module, settings: Settings) -> nn.Module:
     return scripted
 
 
+@_wrapper(data_parallel=False)
 def apply_trace(model: nn.Module, settings: Settings) -> nn.Module:
     """Record the model's operations on an example with TorchScript, which is deprecated."""
     with _silence_torchscript():
@@ -535,34 +572,14 @@ def _silence_torchscript() -> Iterator[None]:
         yield
 
 
+@_wrapper(data_parallel=False)
 def apply_export(model: nn.Module, settings: Settings) -> nn.Module:
     """Export the model's graph for an example and unpack it as a module: `torch.export.export(…).module()`."""
     return torch.export.export(model, (settings.example,)).module()
 
 
-# The wrappers whose `apply_*` does not bear their own name.
-_APPLIED_AS = {
-    Wrapper.DDP_JOIN: "ddp",
-    Wrapper.DDP_JOIN_UNEVEN: "ddp",
-    Wrapper.COMPILE_AOT_EAGER: "compile_with_backend",
-    Wrapper.COMPILE_INDUCTOR: "compile_with_backend",
-}
-_APPLY: dict[Wrapper, Callable[[nn.Module, Settings], nn.Module]] = {
-    wrapper: globals()[f"apply_{_APPLIED_AS.get(wrapper, wrapper)}"]
-    for wrapper in Wrapper
-    if wrapper is not Wrapper.CUSTOM
-}
-_SESSIONS: dict[Wrapper, Callable[[], AbstractContextManager[Any]]] = {
-    wrapper: _accelerate_session for wrapper in Wrapper if wrapper.startswith("accelerate")
-}
-
-
-def describe_wrapper(wrapper: Wrapper) -> str:
-    """Return what a wrapper does, in the words of its `apply_*`."""
-    if wrapper in (Wrapper.DDP_JOIN, Wrapper.DDP_JOIN_UNEVEN):
-        fewer = " The last rank has fewer." if wrapper in UNEVEN_INPUTS else ""
-        return f"Wrap in DDP and train inside `Join([ddp])`, for ranks with different numbers of batches.{fewer}"
-    return inspect.cleandoc(_APPLY[wrapper].__doc__ or "").split("\n\n")[0]
+# The user's own function, named by `wrapper._target_`.
+WRAPPERS["custom"] = WrapperSpec(apply=None, own_reducer=True)
 
 
 def find_reducers(subject: Subject) -> list[DistributedDataParallel]:
@@ -579,6 +596,6 @@ def find_reducers(subject: Subject) -> list[DistributedDataParallel]:
 
 def replicate_state(subject: Subject) -> Any:
     """Return the state object that `replicate` keeps for the subject, or None."""
-    if subject.wrapper is not Wrapper.REPLICATE:
+    if subject.wrapper != "replicate":
         return None
     return internals.REPLICATE.get().state(subject.wrapped)

@@ -1,21 +1,29 @@
-"""Every file of the configuration tree composes into the typed schema."""
+"""Every option of every group, a file or a name in a list of the code's, composes into the typed schema."""
 
 import re
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from ddpcall.compare import CAUSES
 from ddpcall.lab.comparisons import check_comparisons
+from ddpcall.lab.data import DATA
 from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.grid import check_expectations, expand_grid, expected_verdicts
+from ddpcall.lab.loggers import LOGGERS
 from ddpcall.lab.one_process_cases import CASES
 from ddpcall.lab.schema import TrainConfig, register_schema
+from ddpcall.paths import CallPath
+from ddpcall.wrappers import WRAPPERS
 
 CONF = Path(__file__).parents[2] / "conf"
-OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name != "hydra"]
+FILES = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name != "hydra"]
+LISTS = {"wrapper": list(WRAPPERS), "path": list(CallPath), "data": list(DATA), "logger": list(LOGGERS)}
+NAMES = [(group, str(name)) for group, names in LISTS.items() for name in names if name != "custom"]
+OPTIONS = [*FILES, *NAMES]
 EXPERIMENTS = [name for group, name in OPTIONS if group == "experiment"]
 
 
@@ -30,7 +38,7 @@ def compose_typed(*overrides: str) -> TrainConfig:
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_of_every_group_composes_and_makes_a_grid(group, option):
     config = compose_typed(f"{group}={option}")
-    if group in ("wrapper", "path", "data"):
+    if group in LISTS:
         assert getattr(config, group).name == option
     if group == "path" or group == "wrapper":
         return  # some pairs with the default of the other group are refused, which test_grid shows
@@ -77,6 +85,19 @@ def test_comparisons_that_cannot_work_are_refused_with_what_to_write(override, m
     config = compose_typed("experiment=same_as_one_process", override)
     with pytest.raises(WrongUse, match=re.escape(message)):
         check_comparisons(config)
+
+
+def test_no_file_says_no_more_than_a_name():
+    for group, option in FILES:
+        lines = (CONF / group / f"{option}.yaml").read_text().splitlines()
+        assert lines != [f"name: {option}"], f"register {group}={option} in `register_schema`"
+
+
+@pytest.mark.parametrize("group", LISTS)
+def test_an_unknown_option_is_refused_with_the_options_there_are(group):
+    with pytest.raises(MissingConfigException) as raised:
+        compose_typed(f"{group}=nonsense")
+    assert set(raised.value.options or ()) == {name for of, name in NAMES if of == group}
 
 
 def test_the_experiments_the_readme_speaks_of_are_there():

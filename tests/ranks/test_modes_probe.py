@@ -9,7 +9,7 @@ from torch import nn
 
 from ddpcall.probes.modes import observe_modes
 from ddpcall.verdicts import judge_modes
-from ddpcall.wrappers import Subject, Wrapper
+from ddpcall.wrappers import Subject
 
 pytestmark = pytest.mark.ranks(2)
 
@@ -21,7 +21,7 @@ class Net(nn.Sequential):
 
 def run_steps(rank, model, steps=3, forward=None):
     """Run forwards on data of the rank's own; returns the evidence."""
-    subject = Subject(Wrapper.NONE, nn.Sequential(model), model)
+    subject = Subject("none", nn.Sequential(model), model)
     group: Any = dist.new_group()
     data = torch.Generator().manual_seed(rank.rank)
     torch.manual_seed(0)

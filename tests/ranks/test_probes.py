@@ -18,7 +18,7 @@ from ddpcall.probes.gradients import observe_gradients
 from ddpcall.probes.reducer import observe_reducer
 from ddpcall.probes.replicas import observe_replicas
 from ddpcall.pytest_plugin import assert_same_on_all_ranks
-from ddpcall.wrappers import Wrapper, apply_wrapper
+from ddpcall.wrappers import apply_wrapper
 
 CPU = torch.device("cpu")
 
@@ -32,14 +32,14 @@ def new_group() -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
 
 
-def make_subject(wrapper: Wrapper):
+def make_subject(wrapper: str):
     torch.manual_seed(0)
     return apply_wrapper(wrapper, Mlp(), device=CPU)
 
 
 def measure_gradients(path: CallPath, same_batch: bool):
     group = new_group()
-    subject = make_subject(Wrapper.DDP)
+    subject = make_subject("ddp")
     batch = make_batch(0 if same_batch else dist.get_rank())
     with observe_gradients(subject.inner, group) as observer:
         for _ in range(3):
@@ -93,7 +93,7 @@ def test_a_gradient_that_only_one_rank_has_is_a_difference(rank):
     assert (evidence.with_gradient, evidence.without_gradient) == expected[rank.rank]
 
 
-def measure_reducer(wrapper: Wrapper, path: CallPath, no_sync: bool):
+def measure_reducer(wrapper: str, path: CallPath, no_sync: bool):
     subject = make_subject(wrapper)
     batch = make_batch(dist.get_rank())
     before = {name: dict(module.__dict__) for name, module in subject.wrapped.named_modules()}
@@ -122,13 +122,13 @@ def measure_reducer(wrapper: Wrapper, path: CallPath, no_sync: bool):
 @pytest.mark.parametrize(
     ("wrapper", "path", "no_sync", "armings", "armed", "unarmed"),
     [
-        (Wrapper.DDP, CallPath.CALL, False, (1, 1), (6, 6), (0, 0)),
-        (Wrapper.DDP, CallPath.FORWARD, False, (1, 1), (6, 6), (0, 0)),
-        (Wrapper.DDP, CallPath.CALL, True, (0, 0), (0, 0), (6, 6)),
-        (Wrapper.DDP, CallPath.INNER_CALL, False, (0, 0), (0, 0), (6, 6)),
-        (Wrapper.DDP, CallPath.FUNCTIONAL, False, (0, 0), (0, 0), (6, 6)),
-        (Wrapper.REPLICATE, CallPath.CALL, False, (1, 1), (6, 6), (0, 0)),
-        (Wrapper.REPLICATE, CallPath.FORWARD, False, (0, 0), (0, 0), (6, 6)),
+        ("ddp", CallPath.CALL, False, (1, 1), (6, 6), (0, 0)),
+        ("ddp", CallPath.FORWARD, False, (1, 1), (6, 6), (0, 0)),
+        ("ddp", CallPath.CALL, True, (0, 0), (0, 0), (6, 6)),
+        ("ddp", CallPath.INNER_CALL, False, (0, 0), (0, 0), (6, 6)),
+        ("ddp", CallPath.FUNCTIONAL, False, (0, 0), (0, 0), (6, 6)),
+        ("replicate", CallPath.CALL, False, (1, 1), (6, 6), (0, 0)),
+        ("replicate", CallPath.FORWARD, False, (0, 0), (0, 0), (6, 6)),
     ],
 )
 def test_the_reducer_probe_tells_armed_from_unarmed_arrivals(wrapper, path, no_sync, armings, armed, unarmed):
@@ -167,7 +167,7 @@ def test_the_replicas_probe_tells_buffers_from_parameters():
 def measure_compiled(path: CallPath):
     model = Mlp()
     with observe_compiled(True, "eager") as observer:
-        subject = apply_wrapper(Wrapper.COMPILE, model, device=CPU, compile_backend=observer.backend)
+        subject = apply_wrapper("compile", model, device=CPU, compile_backend=observer.backend)
         for _ in range(2):
             invoke(path, subject.wrapped, subject.inner, make_batch(0), F.cross_entropy)
             observer.end_step()
@@ -187,7 +187,7 @@ def test_a_trials_process_group_is_gone_afterwards():
     dist.destroy_process_group()
     for trial in range(2):
         with process_group(World(0, 1), Accelerator(CPU, "gloo"), f"trial{trial}", 30):
-            subject = make_subject(Wrapper.DDP)
+            subject = make_subject("ddp")
             subject.wrapped(torch.zeros(2, 8, 8)).sum().backward()
             del subject
         assert not dist.is_initialized()

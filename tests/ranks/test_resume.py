@@ -19,8 +19,8 @@ from ddpcall.lab.guarded_run import describe_environment
 from ddpcall.lab.rank_report import RankReport
 from ddpcall.lab.schema import CheckpointConfig, DataConfig, OptimizerConfig, ProbesConfig, TrainConfig
 from ddpcall.lab.trial import Trial
-from ddpcall.lab.trial_state import RESUMABLE
 from ddpcall.lab.world import Accelerator, open_world
+from ddpcall.wrappers import WRAPPERS as ALL_WRAPPERS
 from tests.ranks.lab_process import ROOT, SCRIPT, clean_environment, torchrun
 
 CPU = Accelerator(torch.device("cpu"), "gloo")
@@ -142,7 +142,7 @@ def test_ranks_that_part_are_resumed_each_where_it_was(no_group, tmp_path, coord
 
 
 def test_every_wrapper_that_resumes_is_compared():
-    assert set(WRAPPERS) == set(RESUMABLE)
+    assert set(WRAPPERS) == {name for name, spec in ALL_WRAPPERS.items() if spec.resumable}
 
 
 TIMES = ("step_ms", "logged_iteration", "start_us", "end_us", "seconds")

@@ -19,7 +19,7 @@ from ddpcall.lab.result_table import split_columns
 from ddpcall.lab.schema import TrainConfig
 from ddpcall.paths import CallPath
 from ddpcall.verdicts import NO_DATA_PARALLELISM, judge
-from ddpcall.wrappers import Wrapper, meaningful_paths
+from ddpcall.wrappers import WRAPPERS
 from tests.report.made import ENVIRONMENT, PATHS, make_evidence
 
 TITLES = ["gradients", "gradients differ by", "hooks wrapped", "inner", "below", "mixing"]
@@ -28,8 +28,8 @@ DDP_CELLS = [Cell(wrapper="ddp", path=path, model="my.Mlp") for path in PATHS]
 SHIPPED = [path for path in CallPath if path is not CallPath.CUSTOM]
 ALL_CELLS = [
     Cell(wrapper=wrapper, path=path)
-    for wrapper in Wrapper
-    for path in meaningful_paths(wrapper)
+    for wrapper, spec in WRAPPERS.items()
+    for path in spec.meaningful_paths()
     if path in SHIPPED
 ]
 
@@ -138,8 +138,8 @@ def test_many_cells_of_wrapper_and_path_are_a_matrix_with_one_line_a_wrapper(pri
     results = make_results(ALL_CELLS)
     lines = Text.from_ansi(printed(results, 80)).plain.splitlines()
     assert max(len(line) for line in lines if not line.startswith(("every cell: ", "evidence: "))) <= 80
-    by_wrapper = {line.split()[0]: line for line in lines if line.split()[0] in list(Wrapper)}
-    assert list(by_wrapper) == [wrapper.value for wrapper in Wrapper]
+    by_wrapper = {line.split()[0]: line for line in lines if line.split()[0] in WRAPPERS}
+    assert list(by_wrapper) == list(WRAPPERS)
     assert by_wrapper["ddp"].split() == [
         "ddp",
         "synced",

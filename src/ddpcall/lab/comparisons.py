@@ -15,7 +15,7 @@ from ddpcall.lab.run_directory import RunDirectory
 from ddpcall.lab.schema import OneProcessConfig, TrainConfig
 from ddpcall.lab.trial import build_optimizer
 from ddpcall.lab.world import World, choose_accelerator, process_group
-from ddpcall.wrappers import SAME_BATCH, Wrapper
+from ddpcall.wrappers import WRAPPERS
 
 CRASHED = "crashed"
 
@@ -75,7 +75,7 @@ def check_comparisons(config: TrainConfig) -> None:
 
 
 def _check_entry(entry: OneProcessConfig) -> None:
-    case, wrappers = find_case(entry.case), [wrapper.value for wrapper in Wrapper]
+    case = find_case(entry.case)
     if entry.expect not in (*CAUSES, CRASHED):
         raise WrongUse(
             f"one_process: {entry.case}: expect: {entry.expect!r} is unknown; write one of: "
@@ -83,8 +83,8 @@ def _check_entry(entry: OneProcessConfig) -> None:
         )
     if entry.wrapper is not None and case.wrap is not None:
         raise WrongUse(f"one_process: {entry.case} wraps its model itself: leave wrapper={entry.wrapper} out")
-    if entry.wrapper is not None and entry.wrapper not in wrappers:
-        raise WrongUse(f"one_process: wrapper {entry.wrapper!r} is unknown; write one of: {', '.join(wrappers)}")
+    if entry.wrapper is not None and entry.wrapper not in WRAPPERS:
+        raise WrongUse(f"one_process: wrapper {entry.wrapper!r} is unknown; write one of: {', '.join(WRAPPERS)}")
 
 
 class ComparisonsRun(GuardedRun):
@@ -125,7 +125,7 @@ class ComparisonsRun(GuardedRun):
                     wrap=case.choose_wrap(wrapper),
                     optimizer=lambda parameters: build_optimizer(parameters, self._config.optimizer),
                     steps=self._config.steps,
-                    split=share_nothing if wrapper in SAME_BATCH else case.split,
+                    split=share_nothing if WRAPPERS[wrapper].same_batch else case.split,
                     timeout_s=seconds / 3,
                 )
                 found, message = comparison.cause, comparison.message

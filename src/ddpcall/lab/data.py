@@ -40,15 +40,10 @@ def load_split(config: DataConfig, seed: int) -> Split:
     Raises:
         WrongUse: Unknown name, or a test fraction that leaves nothing on one side.
     """
-    match "_target_" if config._target_ else config.name:
-        case "_target_":
-            inputs, targets, out_features = _load_user_data(config, seed)
-        case "digits":
-            inputs, targets, out_features = _load_digits()
-        case "regression":
-            inputs, targets, out_features = _make_regression(config, seed)
-        case _:
-            raise WrongUse(f"data.name={config.name} is unknown; write digits, regression or data._target_=")
+    load = _load_user_data if config._target_ else DATA.get(config.name)
+    if load is None:
+        raise WrongUse(f"data.name={config.name} is unknown; write {', '.join(DATA)} or data._target_=")
+    inputs, targets, out_features = load(config, seed)
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
     num_test = round(len(inputs) * config.test_fraction)
     if not 0 < num_test < len(inputs):
@@ -62,7 +57,7 @@ def load_split(config: DataConfig, seed: int) -> Split:
     )
 
 
-def _load_digits() -> tuple[Tensor, Tensor, int]:
+def _load_digits(config: DataConfig, seed: int) -> tuple[Tensor, Tensor, int]:
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
@@ -94,6 +89,9 @@ def _load_user_data(config: DataConfig, seed: int) -> tuple[Tensor, Tensor, int]
             f"dataset of such pairs: {error}"
         ) from error
     return inputs, targets, targets[0].numel() if targets.is_floating_point() else int(targets.max()) + 1
+
+
+DATA = {"digits": _load_digits, "regression": _make_regression}
 
 
 def check_batch_size(split: Split, batch_size: int, world_size: int) -> None:

@@ -24,7 +24,6 @@ from ddpcall.lab.run_directory import RunDirectory, json_floats
 from ddpcall.lab.schema import TrainConfig
 from ddpcall.lab.tensorboard import write_events
 from ddpcall.lab.trial import Trial
-from ddpcall.lab.trial_state import RESUMABLE
 from ddpcall.lab.world import (
     RankFailed,
     RankLost,
@@ -34,7 +33,7 @@ from ddpcall.lab.world import (
 )
 from ddpcall.probes.mixing import judge_steps
 from ddpcall.verdicts import Verdicts, explain_crash, judge, judge_skipped, list_untimed
-from ddpcall.wrappers import WITHOUT_DATA_PARALLELISM, Wrapper
+from ddpcall.wrappers import WRAPPERS
 
 MODES_BY_STEP = (
     "dropout_kept",
@@ -202,7 +201,7 @@ class _TrialsRun(GuardedRun):
             say(f"resumed: {len(self._results)} of {len(self._grid.cells)} trials are finished and stand")
         for note in earlier.notes:
             warn(note)
-        whole = sorted({cell.wrapper for cell in self._grid.cells} - RESUMABLE)
+        whole = sorted({c.wrapper for c in self._grid.cells if not WRAPPERS[c.wrapper].resumable})
         if self._config.checkpoint.every and whole:
             say(f"not saved in mid-trial, since model and optimizer do not hold all of it: {', '.join(whole)}")
         self._create_directory(anew=not earlier.is_there)
@@ -252,7 +251,7 @@ class _TrialsRun(GuardedRun):
     def _reference(self, cell: Cell) -> Tensor | None:
         """Return the synchronised run's parameters: plain DDP, wrapped(x), the same model, data and seed."""
         if cell.model not in self._references:
-            synchronised = Cell(wrapper=Wrapper.DDP.value, path="call", model=cell.model)
+            synchronised = Cell(wrapper="ddp", path="call", model=cell.model)
             reports = self._run_trial(f"reference{len(self._references)}", synchronised, observe=False)
             self._references[cell.model] = reports[self._world.rank].parameters
         return self._references[cell.model]
@@ -332,7 +331,7 @@ def merge_reports(
         seed=config.seed,
         steps=config.steps,
         step_ms=median_step_ms(first),
-        data_parallel=cell.wrapper not in WITHOUT_DATA_PARALLELISM,
+        data_parallel=WRAPPERS[cell.wrapper].data_parallel,
         failures=tuple(sorted(failures, key=lambda failure: (is_consequence(failure), failure.seconds))),
         hooks=first.hooks,
         reducer=first.reducer,

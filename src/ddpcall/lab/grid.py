@@ -15,7 +15,7 @@ from ddpcall.lab.schema import CellConfig, ExpectationConfig, PathConfig, TrainC
 from ddpcall.mixing import SHAPES
 from ddpcall.paths import CallPath, Mode, SyncWindow
 from ddpcall.verdicts import NO_DATA_PARALLELISM, Verdicts
-from ddpcall.wrappers import Wrapper, meaningful_paths, meaningful_windows
+from ddpcall.wrappers import WRAPPERS
 
 SELECTORS = ("wrapper", "path", "window", "hooks", "mode", "model")
 VERDICT_WORDS = {
@@ -51,7 +51,7 @@ def expand_grid(config: TrainConfig) -> Grid:
     cells, left_out = [], []
     for only in config.grid.cells or [CellConfig()]:
         for cell in _cross(config, only):
-            reason = _why_meaningless(Wrapper(cell.wrapper), CallPath(cell.path), SyncWindow(cell.window))
+            reason = _why_meaningless(cell.wrapper, CallPath(cell.path), SyncWindow(cell.window))
             if reason:
                 left_out.append(reason)
             else:
@@ -69,7 +69,7 @@ def _cross(config: TrainConfig, only: CellConfig) -> Iterator[Cell]:
         named = getattr(only, axis)
         return [named] if named is not None else getattr(grid, axis) or [default]
 
-    wrappers = _names(Wrapper, values("wrapper", _choose(config.wrapper)), "wrapper")
+    wrappers = _words(list(WRAPPERS), values("wrapper", _choose(config.wrapper)), "wrapper")
     paths = _names(CallPath, values("path", _choose(config.path)), "path")
     for axis, names in (("wrapper", wrappers), ("path", paths)):
         if "custom" in names and not getattr(config, axis)._target_:
@@ -97,18 +97,18 @@ def _words(known: Sequence[str], names: Sequence[str], axis: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _why_meaningless(wrapper: Wrapper, path: CallPath, window: SyncWindow) -> str | None:
-    if path not in meaningful_paths(wrapper):
+def _why_meaningless(wrapper: str, path: CallPath, window: SyncWindow) -> str | None:
+    if path not in WRAPPERS[wrapper].meaningful_paths():
         return (
             f"{wrapper} × {path} makes no sense: {wrapper} works in place, the wrapped object is the inner module"
         )
-    if window not in meaningful_windows(wrapper):
+    if window not in WRAPPERS[wrapper].meaningful_windows():
         return f"{wrapper} × {window} makes no sense: {wrapper} has no no_sync() of its own"
     return None
 
 
 def _meaningful_pairs() -> list[str]:
-    return [f"  {wrapper} × {', '.join(meaningful_paths(wrapper))}" for wrapper in Wrapper]
+    return [f"  {wrapper} × {', '.join(spec.meaningful_paths())}" for wrapper, spec in WRAPPERS.items()]
 
 
 def check_expectations(config: TrainConfig) -> None:

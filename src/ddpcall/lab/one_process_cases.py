@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpcall.lab.errors import WrongUse
-from ddpcall.wrappers import Wrapper, WrapperMissing, apply_wrapper
+from ddpcall.wrappers import WrapperMissing, apply_wrapper
 
 Step = Callable[[nn.Module, Any], Tensor]
 
-_NONE = Wrapper.NONE.value
+_NONE = "none"
 _CPU = torch.device("cpu")
 _IGNORED = -100
 _TEMPERATURE = 0.2
@@ -342,7 +342,7 @@ class Case:
     step: Step = take_mean
     make_model: Callable[[], nn.Module] = make_model
     make_batch: Callable[[int], Any] = make_samples
-    wrapper: str = Wrapper.DDP.value
+    wrapper: str = "ddp"
     wrap: Callable[[nn.Module], nn.Module] | None = None
     split: Callable[[Any, int, int], Any] = share_evenly
 
@@ -362,7 +362,7 @@ def _leave(model: nn.Module) -> nn.Module:
 
 def _apply(wrapper: str, model: nn.Module) -> nn.Module:
     try:
-        return apply_wrapper(Wrapper(wrapper), model, device=_CPU, example=make_samples(1)[0]).wrapped
+        return apply_wrapper(wrapper, model, device=_CPU, example=make_samples(1)[0]).wrapped
     except WrapperMissing as error:
         raise WrongUse(f"one_process: wrapper {wrapper}: {error}") from None
 
@@ -433,7 +433,7 @@ CASES = {
         about="a norm over a part of the tokens, left out of the plan",
         make_model=SequenceBlock,
         make_batch=make_sequences,
-        wrapper=Wrapper.TP.value,
+        wrapper="tp",
         wrap=lambda model: parallelize(model, plans_norm=False),
         split=share_nothing,
     ),
@@ -441,7 +441,7 @@ CASES = {
         about="the same norm, in the plan",
         make_model=SequenceBlock,
         make_batch=make_sequences,
-        wrapper=Wrapper.TP.value,
+        wrapper="tp",
         wrap=lambda model: parallelize(model, plans_norm=True),
         split=share_nothing,
     ),

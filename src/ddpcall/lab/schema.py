@@ -1,4 +1,4 @@
-"""The typed configuration: types and defaults live here, choices in `conf/`."""
+"""The typed configuration: types and defaults live here, choices in `conf/` and in the code's own lists."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class WrapperConfig:
     """How the model is prepared.
 
     Attributes:
-        name: A `ddpcall.wrappers.Wrapper`.
+        name: One of `ddpcall.wrappers.WRAPPERS`.
         compile_backend: torch.compile's backend, for the compiling wrappers.
         ddp: Keyword arguments for DDP's constructor, such as `{static_graph: true}`.
         _target_: A function of the user's, which takes `model` and returns it wrapped: the wrapper `custom`.
@@ -255,8 +255,21 @@ class TrainConfig:
 
 
 def register_schema() -> None:
-    """Put the schema where `conf/train.yaml` finds it by the name `schema`."""
+    """Put the schema where `conf/train.yaml` finds it by the name `schema`, and the options that are mere names.
+
+    These come from the code's own lists, which imports torch. Options that say more are files in `conf/`.
+    """
+    from ddpcall.lab.data import DATA
+    from ddpcall.lab.loggers import LOGGERS
+    from ddpcall.paths import CallPath
+    from ddpcall.wrappers import WRAPPERS
+
+    store = ConfigStore.instance()
     schema = OmegaConf.structured(TrainConfig)
     for node in (*OPEN_NODES, "model", "loss"):
         OmegaConf.set_struct(schema[node], False)
-    ConfigStore.instance().store(name="schema", node=schema)
+    store.store(name="schema", node=schema)
+    for group, names in {"wrapper": WRAPPERS, "path": CallPath, "data": DATA, "logger": LOGGERS}.items():
+        for name in names:
+            if name != "custom":  # which is chosen by its `_target_`
+                store.store(group=group, name=str(name), node={"name": str(name)})

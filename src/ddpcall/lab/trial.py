@@ -64,17 +64,7 @@ from ddpcall.replicas import digest_state
 from ddpcall.shards import gather_state, is_sharded, local_state
 from ddpcall.taps import SpanLog
 from ddpcall.torch_internals import TorchNameMissing
-from ddpcall.wrappers import (
-    COMPILING,
-    OWN_REDUCER,
-    SAME_BATCH,
-    UNEVEN_INPUTS,
-    Subject,
-    Wrapper,
-    WrapperMissing,
-    apply_wrapper,
-    choose_compile_backend,
-)
+from ddpcall.wrappers import WRAPPERS, Subject, WrapperMissing, apply_wrapper
 
 NUM_EVALUATED = 64  # test samples for the comparison of the ranks' outputs in eval mode
 MISSING_STEPS = 2  # how many batches fewer the last rank has, where inputs are uneven
@@ -116,7 +106,7 @@ class Trial:
         self._accelerator = accelerator
         self._observe = observe
         self._checkpoints = checkpoints
-        self._wrapper = Wrapper(cell.wrapper)
+        self._wrapper, self._spec = cell.wrapper, WRAPPERS[cell.wrapper]
         self._path = CallPath(cell.path)
         self._mode = Mode(cell.mode)
         self._window = SyncWindow(cell.window)
@@ -220,14 +210,14 @@ class Trial:
         return model.to(self._accelerator.device)
 
     def _wrap(self, stack: ExitStack, model: nn.Module) -> Subject:
-        backend: Any = choose_compile_backend(self._wrapper, self._config.wrapper.compile_backend)
+        backend: Any = self._spec.compile_backend or self._config.wrapper.compile_backend
         if self._observe:
-            observer = stack.enter_context(observe_compiled(self._wrapper in COMPILING, backend, self._span_log))
+            observer = stack.enter_context(observe_compiled(self._spec.compiles, backend, self._span_log))
             self._probes.compiled = observer
             backend = observer.backend
         device = self._accelerator.device
         example = self._split.train[: self._config.data.batch_size][0].to(device)
-        if self._wrapper is Wrapper.CUSTOM:
+        if self._spec.apply is None:
             return Subject(self._wrapper, wrap_by_target(self._config.wrapper, model, device), model)
         try:
             return apply_wrapper(
@@ -253,15 +243,15 @@ class Trial:
         probes = self._probes
         sharded = [name for name, p in subject.inner.named_parameters() if is_sharded(subject, p)]
         probes.collectives = stack.enter_context(observe_collectives())
-        if self._wrapper not in OWN_REDUCER:
+        if not self._spec.own_reducer:
             probes.reducer = stack.enter_context(observe_reducer(subject))
         probes.gradients = stack.enter_context(observe_gradients(subject.inner, group, sharded))
         probes.replicas = stack.enter_context(observe_replicas(subject.inner, group, sharded))
-        if self._config.probes.modes and self._wrapper not in COMPILING:
+        if self._config.probes.modes and not self._spec.compiles:
             probes.modes = stack.enter_context(observe_modes(subject, group))
         if self._config.probes.mixing and self._world.world_size > 1:
             # FSDP1 computes with a flat parameter, which only the wrapped object knows.
-            model = subject.wrapped if self._wrapper is Wrapper.FSDP1 else subject.inner
+            model = subject.wrapped if self._spec.flat_parameters else subject.inner
             try:
                 probes.mixing = stack.enter_context(observe_mixing(model, optimizer, self._config.steps))
             except TorchNameMissing as error:
@@ -302,7 +292,7 @@ class Trial:
             self._split,
             batch_size=self._config.data.batch_size,
             steps=self._num_own_steps(),
-            rank=0 if self._wrapper in SAME_BATCH else self._world.rank,
+            rank=0 if self._spec.same_batch else self._world.rank,
             world_size=self._world.world_size,
             seed=self._config.seed,
             device=self._accelerator.device,
@@ -412,7 +402,7 @@ class Trial:
 
     def _num_own_steps(self) -> int:
         """Return how many batches this rank has."""
-        is_short = self._wrapper in UNEVEN_INPUTS and self._world.rank == self._world.world_size - 1
+        is_short = self._spec.uneven_inputs and self._world.rank == self._world.world_size - 1
         return max(1, self._config.steps - MISSING_STEPS) if is_short else self._config.steps
 
     def _close_missing_steps(self) -> None:
@@ -427,7 +417,7 @@ class Trial:
     def _hook_steps(self) -> int:
         """Return after how many steps the hooks probe leaves; 0: never."""
         steps = self._config.probes.hook_steps
-        if steps == 0 or self._wrapper in COMPILING:
+        if steps == 0 or self._spec.compiles:
             return 0
         return steps + 1 if self.cell.hooks == "late" else steps
 

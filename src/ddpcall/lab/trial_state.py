@@ -14,20 +14,12 @@ from torch.optim import Optimizer
 from ddpcall.evidence import HooksOfStep, StepTimeline, TimelineEvent
 from ddpcall.shards import local_part
 from ddpcall.taps import is_lazy
-from ddpcall.wrappers import Wrapper
-
-# Wrappers whose whole state is in the model and the optimizer, shown by tests to resume to the same bits. Others
-# keep some of it elsewhere (PowerSGD's error, the counter of local SGD, what the first step of a static graph
-# learned), hold shards, or would compile again.
-RESUMABLE = frozenset({
-    Wrapper.NONE, Wrapper.DDP, Wrapper.DDP_FIND_UNUSED, Wrapper.DDP_BUCKET_VIEW, Wrapper.DDP_COMM_HOOK,
-    Wrapper.DDP_LOCAL_BUFFERS, Wrapper.DDP_SUMMED, Wrapper.REPLICATE, Wrapper.ACCELERATE,
-})  # fmt: skip
+from ddpcall.wrappers import WRAPPERS
 
 
-def is_resumable(wrapper: Wrapper, model: nn.Module) -> bool:
+def is_resumable(wrapper: str, model: nn.Module) -> bool:
     """Say whether a trial can go on in mid-run to the same bits; if not, it begins anew."""
-    return wrapper in RESUMABLE and not any(map(is_lazy, model.parameters()))
+    return WRAPPERS[wrapper].resumable and not any(map(is_lazy, model.parameters()))
 
 
 def take_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from ddpcall.lab.columns import TITLES, is_interesting
 from ddpcall.lab.run_directory import RunDirectory
 from ddpcall.paths import SPELLING, CallPath
 from ddpcall.verdicts import NO_DATA_PARALLELISM
-from ddpcall.wrappers import Wrapper, describe_wrapper
+from ddpcall.wrappers import WRAPPERS
 
 _PLAIN = {
     *("synced", "sharded", "averaged", "scaled", "transformed", NO_DATA_PARALLELISM),
@@ -160,7 +160,7 @@ def _section(wrapper: str, trials: list[dict[str, Any]]) -> str:
     rows = [[trial["path"], *(_word(trial, name) for name in verdicts)] for trial in trials]
     table = "\n".join(_line(cells) for cells in [header, ["---"] * len(header), *rows])
     crashes = [f"* `{trial['path']}` raises {_crash(trial)}" for trial in trials if trial["error"]]
-    parts = [f"## {wrapper}", describe_wrapper(Wrapper(wrapper)), table, "\n".join(crashes)]
+    parts = [f"## {wrapper}", WRAPPERS[wrapper].description, table, "\n".join(crashes)]
     return "\n\n".join(part for part in parts if part)
 
 

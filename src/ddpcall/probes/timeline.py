@@ -18,7 +18,7 @@ from ddpcall.probes.gradients import GradientsObserver
 from ddpcall.probes.hooks import HooksObserver, list_roles, place_of
 from ddpcall.probes.reducer import ReducerObserver
 from ddpcall.taps import HOOK_DICTS, Span, SpanLog, SpanPlace, count_forwards, name_hooks, time_hooks
-from ddpcall.wrappers import COMPILING, Subject, find_reducers, replicate_state
+from ddpcall.wrappers import Subject, find_reducers, replicate_state
 
 REDUCTIONS = frozenset({"all_reduce", "allreduce", "reduce", "reduce_scatter", internals.REDUCE_SCATTER_BASE.name})
 
@@ -84,7 +84,7 @@ class TimelineObserver:
     def _observe(self, step: int) -> Iterator[None]:
         # Dynamo compiles hooks apart and would compile again, so a compiling wrapper's are left alone until a
         # whole step has shown that this path runs none of its compiled code.
-        compiles = self._subject.wrapper in COMPILING
+        compiles = self._subject.spec.compiles
         if not compiles or (step > 0 and self._counters.compiled.graph_runs == 0):
             self.tap_hooks()
         before, runs_before = self._counters.hooks.evidence(), self._counters.compiled.graph_runs
