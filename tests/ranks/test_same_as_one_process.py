@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import ddpcall
 from ddpcall.pytest_plugin import assert_same_as_one_process
@@ -77,6 +78,21 @@ def reduce_by_hand(model, divide_by):
     for parameter in model.parameters():
         dist.all_reduce(parameter.grad)
         parameter.grad /= divide_by
+
+
+def test_a_loss_multiplied_by_the_number_of_ranks_is_scaled():
+    def step(model, batch):
+        factor = 2 if isinstance(model, DistributedDataParallel) else 1
+        loss = factor * F.cross_entropy(model(batch[0]), batch[1])
+        loss.backward()
+        return loss
+
+    result = compare(step)
+    assert result.cause == "scaled"
+    assert result.scale == pytest.approx(2, abs=1e-5)
+    assert (
+        "each rank's loss is 2 times what it should be. It is multiplied by the number of ranks" in result.message
+    )
 
 
 def test_gradients_that_are_summed_are_scaled():
@@ -400,6 +416,26 @@ def test_sharded_parameters_are_compared(is_right):
 def test_dropout_is_left_out_and_that_is_said():
     result = assert_same_as_one_process(mean_step, make_model(nn.Dropout(0.5)), make_batch())
     assert "The comparison was made without dropout." in result.message
+
+
+class Dropping(nn.Module):
+    """Calls dropout as a function."""
+
+    def __init__(self, probability, is_on):
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.options = {"p": probability, "training": is_on}
+
+    def forward(self, x):
+        return self.linear(F.dropout(x, **self.options))
+
+
+@pytest.mark.parametrize(
+    ("probability", "is_on", "is_said"), [(0.5, True, True), (0.0, True, False), (0.5, False, False)]
+)
+def test_only_dropout_that_drops_is_spoken_of(probability, is_on, is_said):
+    result = assert_same_as_one_process(mean_step, Dropping(probability, is_on), make_batch())
+    assert ("without dropout" in result.message) == is_said
 
 
 def test_random_numbers_explain_nothing():

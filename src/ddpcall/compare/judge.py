@@ -271,7 +271,11 @@ class StepJudge:
                 f"the number of ranks, {num_ranks}, or take the mean over the samples"
             )
         elif abs(scale - num_ranks) < 0.01 * num_ranks:
-            why = f"the loss is {num_ranks} times what it should be: it is divided by the rank's share of a count"
+            why = (
+                f"each rank's loss is {num_ranks} times what it should be. It is multiplied by the number of "
+                "ranks, divided by too small a count of samples or tokens, or not divided by the number of "
+                "micro-batches"
+            )
         else:
             why = "the loss of a rank is so many times what its share of the batch contributes"
         return self._say("scaled", f"{text}: {why}.", scale=scale)

@@ -43,7 +43,7 @@ class StepMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _DROPOUTS:
-            self.num_dropouts += 1
+            self.num_dropouts += _drops(func, args, kwargs)
             return args[0] if args else kwargs["input"]
         if func in _ATTENTIONS:
             place = _ATTENTIONS[func]
@@ -57,3 +57,11 @@ class StepMode(TorchFunctionMode):
             count = count_targets(func, args, kwargs)
             self.num_targets += [] if count is None else [int(count)]
         return func(*args, **kwargs)
+
+
+def _drops(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Say whether a call of dropout would have left anything out."""
+    probability = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+    by_default = func not in (F.alpha_dropout, F.feature_alpha_dropout)
+    training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", by_default))
+    return training and probability > 0
