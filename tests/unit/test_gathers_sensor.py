@@ -26,15 +26,15 @@ class Group:
         return RANK
 
 
-@pytest.fixture
-def follow():
+@pytest.fixture(params=[internals.ALLGATHER_BASE.name, "all_gather_single"])
+def follow(request):
     """Gathers a tensor and returns the one that all ranks' are in; afterwards, whether a gradient was lost."""
     run = Run(FindingsBook(Silent()))
     sensor = GatherSensor(run, lambda: True)
 
     def gather(x):
         gathered = torch.randn(RANKS * len(x), *x.shape[1:])
-        run.collectives.listeners[-1](internals.ALLGATHER_BASE.name, (Group(), gathered, x, None))
+        run.collectives.listeners[-1](request.param, (Group(), gathered, x, None))
         return gathered
 
     def lost(loss):

@@ -7,10 +7,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import _functional_collectives as functional_collectives
 from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
 from torch.nn.parallel import DistributedDataParallel
 
 import ddpcall
+from ddpcall.watch.rules.gathers import advise
 
 # torch 2.13 renames what many scripts call.
 pytestmark = [pytest.mark.ranks(2), pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -20,6 +22,22 @@ def gather(x):
     gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, x.contiguous())  # list
     return gathered
+
+
+def gather_objects(x):
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, {"features": x})
+    return [each["features"] for each in gathered]
+
+
+def gather_by_lightning(x, **kwargs):
+    strategies = pytest.importorskip("lightning.fabric.strategies", reason="Lightning is not installed")
+    return strategies.DDPStrategy().all_gather(x, **kwargs).unbind()
+
+
+def gather_functional(x):
+    name = "all_gather_single" if hasattr(functional_collectives, "all_gather_single") else "all_gather_tensor"
+    return [getattr(functional_collectives, name)(x, 0, dist.group.WORLD)]
 
 
 def contrast(x, others, labels=None):
@@ -68,6 +86,9 @@ RIGHT = {
     "under no_grad": lambda x: contrast(x, quietly(gather, x)),
     "detached afterwards": lambda x: contrast(x, torch.cat(gather(x)).detach()),
     "parts detached": lambda x: contrast(x, torch.cat([each.detach() for each in gather(x)])),
+    "by a functional collective": lambda x: contrast(x, gather_functional(x)[0]),
+    "objects put back": lambda x: contrast(x, put_back(gather_objects(x), x)),
+    "objects detached": lambda x: contrast(x, torch.cat(gather_objects(x.detach()))),
     "for the log": lambda x: x.square().mean() + 0 * float(torch.cat(gather(x)).mean()),
     "a baseline": lambda x: (x.sum(1) - torch.cat(gather(x)).mean()).square().mean(),
     "accuracy": lambda x: x.square().mean() * (1 + 0 * torch.cat(gather(x)).argmax(1).float().mean()),
@@ -102,3 +123,40 @@ def test_a_gather_that_lets_no_gradient_through_is_told_on_its_line(rank, loss):
 @pytest.mark.parametrize("loss", RIGHT.values(), ids=RIGHT)
 def test_what_is_meant_or_has_its_gradient_is_silent(rank, loss):
     assert train(rank, loss) == []
+
+
+def test_copies_that_were_sent_as_objects_lead_back_to_nothing(rank):
+    (finding,) = train(rank, lambda x: contrast(x, torch.cat(gather_objects(x))))
+    assert finding.line == inspect.getsourcelines(gather_objects)[1] + 2
+
+
+def test_lightning_gathers_without_a_gradient_unless_told_otherwise(rank, monkeypatch):
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # set by its import
+    (finding,) = train(rank, lambda x: contrast(x, torch.cat(gather_by_lightning(x))))
+    assert "sync_grads=True" in finding.fix
+    for loss in (
+        lambda x: contrast(x, torch.cat(gather_by_lightning(x, sync_grads=True))),
+        lambda x: contrast(x, torch.cat(quietly(lambda x: [*gather_by_lightning(x)], x)[None].unbind())),
+        lambda x: contrast(x, torch.cat(gather_by_lightning(x.detach()))),
+        lambda x: x.square().mean() + 0 * float(gather_by_lightning(x.mean())[0]),
+    ):
+        assert train(rank, loss) == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_advised_line_gives_the_gradient_of_one_process(rank):
+    line = advise(by_lightning=False).split("`")[1]
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 3), torch.randn(8, 6)
+    own = slice(4 * rank.rank, 4 * rank.rank + 4)
+
+    whole = model(x)
+    contrast(whole, whole.clone(), torch.arange(8)).backward()
+    expected = model.weight.grad.clone()
+    model.zero_grad()
+
+    scope = {"torch": torch, "dist": dist, "features": model(x[own])}
+    exec(line, scope)
+    contrast(scope["features"], scope["gathered"]).backward()
+    dist.all_reduce(model.weight.grad, op=dist.ReduceOp.SUM)
+    torch.testing.assert_close(model.weight.grad / 2, expected)

@@ -212,18 +212,20 @@ RULES = (
         name="gathered-without-gradient",
         severity=Severity.NOTE,
         title="A loss uses a gathered tensor, and no gradient flows back through the gather",
-        why="`dist.all_gather` and accelerate's `gather` copy values. What a loss computes from the result "
+        why="`dist.all_gather`, accelerate's `gather` and Lightning's `all_gather` copy values. What a loss "
+        "computes from the result "
         "reaches the other operand alone: of a contrastive loss over all ranks' samples each rank gets a part of "
         "the gradient, and the model is trained for another loss than one process with the whole batch has.",
         wrong="dist.all_gather(gathered, features)\nlogits = features @ torch.cat(gathered).T",
-        fix="`gathered = torch.distributed.nn.functional.all_gather(features)`, which has a gradient (newer torch "
-        "names its successor); or put this rank's own part back: `gathered[dist.get_rank()] = features`.",
+        fix="Gather with a gradient, `gathered = torch.distributed._functional_collectives.all_gather_single("
+        "features, 0, dist.group.WORLD)` (`all_gather_tensor` before torch 2.13; Lightning: "
+        "`all_gather(features, sync_grads=True)`). Putting this rank's own part back, "
+        "`gathered[dist.get_rank()] = features`, gives a part of that gradient.",
         silent_when="The own part is put back; the tensor does not require grad, or is gathered under no_grad "
         "(queues, teachers, metrics); the result is detached, or reduced to fewer numbers; no backward goes "
         "through it.",
-        blind_to="Functional collectives, `all_gather_object`, Lightning's `all_gather`, which gathers under "
-        "no_grad unless `sync_grads=True`; compiled code; results that go through an autograd.Function; an own "
-        "part that the loss masks out.",
+        blind_to="Compiled code; results that go through an autograd.Function; an own part that the loss masks "
+        "out. Functional collectives have a gradient.",
         links=(
             "https://docs.pytorch.org/docs/stable/distributed.html#torch.distributed.all_gather",
             "https://github.com/KevinMusgrave/pytorch-metric-learning/issues/10",

@@ -59,8 +59,8 @@ ONE_PROCESS = Lesson(
         "√N times the norm where each rank holds all of it. Whether a reduction is right depends on what lies on "
         "the ranks.",
         "`dist.all_gather` writes into tensors that autograd does not know. A rank's rows are negatives for all "
-        "other ranks too, and what those would tell it is lost. `torch.distributed.nn.functional.all_gather` lets "
-        "it through.",
+        "other ranks too, and what those would tell it is lost. `all_gather_single` of "
+        "`torch.distributed._functional_collectives` (`all_gather_tensor` before torch 2.13) lets it through.",
         "The comparison takes the same step in one process, from the same parameters, measures how far rounding "
         "alone moves it, and looks in causal order for the first thing that differs: modules by sample, loss, "
         "gradients by ratio and by weights, update (docs/compare.md).",

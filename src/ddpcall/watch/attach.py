@@ -46,6 +46,7 @@ from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.backwards import BackwardWatch
 from ddpcall.watch.sensors.clipping import ClippingSensor
 from ddpcall.watch.sensors.earlier import find_living
+from ddpcall.watch.sensors.gathers import STRATEGIES
 from ddpcall.watch.sensors.gradients import GradientSensor
 from ddpcall.watch.sensors.hooks import can_be_tapped
 from ddpcall.watch.sensors.loaders import LoaderSensor
@@ -108,7 +109,7 @@ class Attachment:
             OwnershipRule(run, numbers),
             clipping := ClippingRule(run),
             norms := NormRule(run),
-            GatherRule(run, gradients.expects_measuring),
+            gathers := GatherRule(run, gradients.expects_measuring),
             EarlyStepRule(run),
             self._compiled,
             self._sharded,
@@ -137,6 +138,7 @@ class Attachment:
             ("collectives and optimizer steps", self._attach_steps),
             ("gradient clipping", ClippingSensor(run, (clipping.clipping, norms.clipping)).attach),
             ("losses", losses.attach),
+            ("gathered objects", gathers.sensor.attach),
             ("hooks of modules", self._hooks.sensor.attach),
             ("torch.compile", self._compiled.sensor.attach),
             ("data loaders", LoaderSensor(run, (order, shares, evaluation), draws.sensor.taking).attach),
@@ -149,6 +151,7 @@ class Attachment:
         for part, name, attach in (
             ("fully_shard", FULLY_SHARD, self._sharded.sensor.attach),
             *((stack, name, partial(stacks.attach, path=path, stack=stack)) for name, path, stack in STACKS),
+            *(("Lightning's all_gather", name, gathers.sensor.attach_strategy) for name in STRATEGIES),
             *(("checkpoints", name, SaveWatch(run).attach) for name in SAVERS),
             ("accelerate's mixed precision", "accelerate.accelerator", self._precision.sensor.attach),
         ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ddpcall import torch_internals as internals
 from ddpcall.watch.rules.rule import Rule, make_finding
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.gathers import Gather, GatherSensor
@@ -44,4 +45,20 @@ class GatherRule(Rule):
             f"result does not. {where[0].upper()}{where[1:]} computes with it, this rank's own part included: "
             f"in the backward of optimizer step {step.number} nothing flowed back to it from there."
         )
-        self._run.book.report(make_finding("DC113", "gathered", gather.site, message, step=step.number))
+        self._run.book.report(
+            make_finding(
+                "DC113", "gathered", gather.site, message, step=step.number, fix=advise(gather.by_lightning)
+            )
+        )
+
+
+def advise(by_lightning: bool) -> str:
+    """Return the line that gathers with a gradient, of this torch or of Lightning."""
+    if by_lightning:
+        return "Let Lightning gather with a gradient: `all_gather(features, sync_grads=True)`."
+    functional = internals.FUNCTIONAL_COLLECTIVES
+    name = "all_gather_single" if hasattr(functional.get(None), "all_gather_single") else "all_gather_tensor"
+    return (
+        f"Gather with a gradient: `gathered = {functional.path}.{name}(features.contiguous(), 0, "
+        "dist.group.WORLD)`, all ranks' rows in one tensor."
+    )

@@ -22,22 +22,34 @@ METHODS = (
     "reduce",
     "reduce_scatter",
     internals.REDUCE_SCATTER_BASE.name,
+    "reduce_scatter_single",
+    "reduce_scatter_single_coalesced",
     "allgather",
     internals.ALLGATHER_BASE.name,
+    "all_gather_single",
+    "all_gather_single_coalesced",
     "broadcast",
     "alltoall",
     "alltoall_base",
+    "all_to_all_single",
 )
 FUNCTIONAL = (
     "all_reduce",
     "all_reduce_coalesced",
-    "reduce_scatter_tensor",
-    "reduce_scatter_tensor_coalesced",
-    "all_gather_tensor",
-    "all_gather_into_tensor_coalesced",
+    "reduce_scatter_single",
+    "reduce_scatter_single_coalesced",
+    "all_gather_single",
+    "all_gather_single_coalesced",
     "all_to_all_single",
     "broadcast",
 )
+FORMERLY = {
+    "reduce_scatter_single": "reduce_scatter_tensor",
+    "reduce_scatter_single_coalesced": "reduce_scatter_tensor_coalesced",
+    "all_gather_single": "all_gather_tensor",
+    "all_gather_single_coalesced": "all_gather_into_tensor_coalesced",
+}
+"""What functional collectives were called before torch 2.13, where the former names call the new ones."""
 MAX_RECORDS = 100_000
 LEAST_SENT = 1024
 
@@ -76,6 +88,8 @@ class CollectiveLog:
             functional = internals.FUNCTIONAL_COLLECTIVES.get(None)
             for owner, names in ((ProcessGroup, METHODS), (functional, FUNCTIONAL)):
                 for name in names:
+                    if owner is functional and not hasattr(owner, name):
+                        name = FORMERLY.get(name, name)
                     original = getattr(owner, name, None)
                     if original is not None:
                         noting = self._noting(original)

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import CallSite, find_call_site, find_tensors, in_backward, outside_dynamo
+from ddpcall.taps import (
+    CallSite,
+    Undo,
+    find_call_site,
+    find_tensors,
+    in_backward,
+    outside_dynamo,
+    replace_attribute,
+)
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.function_modes import put_in, take_out
 from ddpcall.watch.sensors.locate import has_compiled
 
+STRATEGIES = tuple(
+    f"{package}.strategies.parallel"
+    for package in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+)
+"""Lightning's modules that have a `ParallelStrategy`."""
+_GATHERS = ("allgather", internals.ALLGATHER_BASE.name, "all_gather_single")
 _MOST_TRIES = 4
 _MOST_CALLS = 20_000
 
@@ -32,6 +50,7 @@ class Gather:
         site: The line.
         shape: Of this rank's tensor.
         num_ranks: How many ranks' tensors came together.
+        by_lightning: Whether Lightning gathered it, which has a switch for the gradient.
         first: Address of this rank's own part of the result.
         last: Where it ends.
         storage: Tells whether that memory is the result's still.
@@ -43,6 +62,7 @@ class Gather:
     site: CallSite
     shape: tuple[int, ...]
     num_ranks: int
+    by_lightning: bool
     first: int
     last: int
     storage: StorageWeakRef
@@ -66,9 +86,8 @@ class GatherSensor:
         run: What this rank knows; its collectives are heard.
         is_due: Says whether the step that is being prepared is measured.
 
-    Blind to: gathers outside measured steps, in compiled code or once anything was compiled; functional
-    collectives, `all_gather_object`; results that go through a `torch.autograd.Function`; Lightning's
-    `all_gather`, which gathers under no_grad.
+    Blind to: gathers outside measured steps, in compiled code or once anything was compiled; results that go
+    through a `torch.autograd.Function`. Functional collectives have a gradient in every torch from 2.11 on.
     """
 
     def __init__(self, run: Run, is_due: Callable[[], bool]) -> None:
@@ -80,28 +99,70 @@ class GatherSensor:
         self.gathers: list[Gather] = []
         run.collectives.listeners.append(self._hear)
 
-    def _hear(self, name: str, args: tuple[Any, ...]) -> None:
-        if name in ("allgather", internals.ALLGATHER_BASE.name) and torch.is_grad_enabled():
-            self._contain(self._note, args)
+    def attach(self) -> Undo:
+        """Hear of `all_gather_object`, whose tensors are copies that nothing else has; returns the undo."""
+        original = dist.all_gather_object
 
-    def _note(self, args: tuple[Any, ...]) -> None:
+        @functools.wraps(original)
+        def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
+            original(object_list, obj, group)
+            if torch.is_grad_enabled():
+                self._contain(self._note_objects, object_list, obj, group)
+
+        with ExitStack() as stack:
+            for owner in (dist, dist.distributed_c10d):
+                stack.callback(replace_attribute(owner, original.__name__, all_gather_object))
+            return stack.pop_all().close
+
+    def attach_strategy(self, module: ModuleType) -> Undo:
+        """Hear of Lightning's `all_gather`, which gathers under no_grad unless `sync_grads=True`."""
+        original = module.ParallelStrategy.all_gather
+
+        @functools.wraps(original)
+        def all_gather(strategy: Any, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
+            gathered = original(strategy, tensor, group, sync_grads)
+            if torch.is_grad_enabled() and not sync_grads:
+                self._contain(self._note_stacked, tensor, gathered, group)
+            return gathered
+
+        return replace_attribute(module.ParallelStrategy, original.__name__, all_gather)
+
+    def _hear(self, name: str, args: tuple[Any, ...]) -> None:
+        if name in _GATHERS and torch.is_grad_enabled():
+            self._contain(self._note_call, args)
+
+    def _note_call(self, args: tuple[Any, ...]) -> None:
         group, outputs, inputs = args[:3]
         while isinstance(outputs, list) and len(outputs) == 1 and isinstance(outputs[0], list):
             outputs = outputs[0]
         own = inputs[0] if isinstance(inputs, list) else inputs
-        if not (isinstance(own, Tensor) and own.requires_grad) or group.size() == 1 or in_backward():
-            return
-        if not self._is_due() or has_compiled():
+        if isinstance(own, Tensor):
+            is_listed = isinstance(outputs, list)
+            result = outputs[group.rank()] if is_listed else outputs
+            self._note(own, result, group, 0 if is_listed else group.rank() * own.numel())
+
+    def _note_objects(self, gathered: list[Any], given: Any, group: Any) -> None:
+        group = group or dist.group.WORLD
+        copies = find_tensors(gathered[group.rank()], 3) if group.rank() >= 0 else []
+        for own, copied in zip(find_tensors(given, 3), copies, strict=False):
+            self._note(own, copied, group)
+
+    def _note_stacked(self, given: Any, gathered: Any, group: Any) -> None:
+        group = group or dist.group.WORLD
+        if isinstance(given, Tensor) and isinstance(gathered, Tensor) and gathered.numel() > given.numel():
+            self._note(given, gathered, group, group.rank() * given.numel(), by_lightning=True)
+
+    def _note(self, own: Tensor, result: Tensor, group: Any, offset: int = 0, by_lightning: bool = False) -> None:
+        """Follow this rank's part of a result, which begins some elements after the result does."""
+        if not own.requires_grad or group.size() == 1 or in_backward() or not self._is_due() or has_compiled():
             return
         site = find_call_site()
         self._tries[site] = self._tries.get(site, 0) + 1
         if self._tries[site] <= _MOST_TRIES:
-            size = own.numel() * own.element_size()
-            is_listed = isinstance(outputs, list)
-            result = outputs[group.rank()] if is_listed else outputs
-            first = result.data_ptr() + (0 if is_listed else group.rank() * size)
+            first = result.data_ptr() + offset * own.element_size()
+            last = first + own.numel() * own.element_size()
             storage = StorageWeakRef(result.untyped_storage())
-            self.gathers.append(Gather(site, tuple(own.shape), group.size(), first, first + size, storage))
+            self.gathers.append(Gather(site, tuple(own.shape), group.size(), by_lightning, first, last, storage))
             self._follow()
 
     def _follow(self) -> None:
@@ -159,7 +220,8 @@ class _Follower(TorchFunctionMode):
         return outputs
 
     def _look(self, func: Any, inputs: Any, outputs: Any) -> None:
-        given = [tensor for tensor in find_tensors(inputs, 3) if not tensor.requires_grad]
+        # A copy that was sent as an object may require grad: of itself, and nothing flows on from there.
+        given = [tensor for tensor in find_tensors(inputs, 3) if tensor.is_leaf]
         gather = next((found for tensor in given if (found := self._find(tensor)) is not None), None)
         if gather is None:
             return
