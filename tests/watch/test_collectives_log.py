@@ -17,12 +17,10 @@ CALLS = {
     "reduce_scatter_tensor": lambda x, y: dist.reduce_scatter_tensor(x, y),
     "reduce_scatter": lambda x, y: dist.reduce_scatter(x, list(y.chunk(2))),
     "all_to_all_single": lambda x, y: dist.all_to_all_single(x, x.clone()),
-    "functional all_reduce": lambda x, y: functional.all_reduce(x, "sum", dist.group.WORLD),
-    "functional all_gather_tensor": lambda x, y: functional.all_gather_tensor(x, 0, dist.group.WORLD),
-    "functional reduce_scatter_tensor": lambda x, y: functional.reduce_scatter_tensor(
-        y, "sum", 0, dist.group.WORLD
-    ),
-    "functional coalesced": lambda x, y: functional.all_gather_into_tensor_coalesced([x], dist.group.WORLD),
+    "functional all_reduce": lambda x, y: functional.all_reduce(x, "sum", [0, 1]),
+    "functional all_gather_tensor": lambda x, y: functional.all_gather_tensor(x, 0, [0, 1]),
+    "functional reduce_scatter_tensor": lambda x, y: functional.reduce_scatter_tensor(y, "sum", 0, [0, 1]),
+    "functional coalesced": lambda x, y: functional.all_gather_into_tensor_coalesced([x], [0, 1]),
 }
 
 
