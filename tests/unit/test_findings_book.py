@@ -30,6 +30,7 @@ class Rank:
     """Publishes into a list; other ranks' findings are what a test says."""
 
     rank = 1
+    stops = False
 
     def __init__(self):
         self.told = []

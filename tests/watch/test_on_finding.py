@@ -105,34 +105,170 @@ def test_nothing_is_raised_where_nothing_is_wrong(rank):
     assert training.done == 3
 
 
+def backward(outputs):
+    outputs.square().mean().backward()
+
+
+def use_weights(training, x):
+    return nn.functional.linear(x, training.net.weight, training.net.bias)
+
+
+def backward_without_sync(training, x):
+    with training.ddp.no_sync():
+        backward(training.ddp(x))
+
+
+def backward_twice(training, x):
+    loss = training.ddp(x).square().mean()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def reduce_gradients(training):
+    for parameter in training.net.parameters():
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= 2
+
+
+def restore(training, x):
+    kept = [parameter.grad.clone() for parameter in training.net.parameters()]
+    backward(training.net(x))
+    for parameter, gradient in zip(training.net.parameters(), kept, strict=True):
+        parameter.grad.copy_(gradient)
+
+
+def reduce_what_was_added(training, x):
+    backward(training.net(x))
+    reduce_gradients(training)
+
+
+def clear_what_was_added(training, x):
+    training.optimizer.zero_grad()
+    backward(training.net(x))
+    training.optimizer.zero_grad(set_to_none=False)
+
+
+def use_frozen(training, x):
+    for parameter in training.net.parameters():
+        parameter.requires_grad_(False)
+    backward(training.net(x.requires_grad_()))
+
+
+def clip(training, x):
+    nn.utils.clip_grad_norm_(training.net.parameters(), 0.01)
+
+
+MICRO_BATCHES = {
+    "wrapped": lambda training, x: backward(training.ddp(x)),
+    "inner": lambda training, x: backward(training.net(x)),
+    "weights": lambda training, x: backward(use_weights(training, x)),
+    "no_sync": backward_without_sync,
+    "twice": backward_twice,
+    "restored": restore,
+    "reduced": reduce_what_was_added,
+    "cleared": clear_what_was_added,
+    "frozen": use_frozen,
+    "clipped": clip,
+}
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("first_steps", [0, 20], ids=["at once", "later"])
+@pytest.mark.parametrize(
+    ("micro_batches", "code"),
+    [
+        ("inner", "DC101"),
+        ("weights", "DC101"),
+        ("wrapped inner", "DC101"),
+        ("inner wrapped inner", "DC101"),
+        ("wrapped no_sync inner clipped", "DC101"),
+        ("wrapped weights weights", "DC101"),
+        ("wrapped no_sync", "DC104"),
+        ("twice", "DC101"),
+    ],
+)
+def test_a_step_that_uses_a_part_as_one_rank_computed_it_is_stopped_before(rank, micro_batches, code, first_steps):
+    """Weights are as they were on each rank: what is seen there is enough, nobody waits for another's."""
+    trainings = []
+
+    def train():
+        with ddpcall.watch(on_finding="raise"):
+            training = Training(rank, steps=first_steps)
+            training.run(training.ddp)
+            trainings.append((training, training.net.weight.detach().clone()))
+            for _ in range(2 if first_steps and micro_batches == "wrapped no_sync" else 1):
+                trainings[0] = training, training.net.weight.detach().clone()
+                training.optimizer.zero_grad()
+                for kind in micro_batches.split():
+                    MICRO_BATCHES[kind](training, torch.randn(3, 4))
+                training.optimizer.step()
+
+    with pytest.raises(WatchError, match=code) as caught:
+        train()
+    training, before = trainings[0]
+    assert torch.equal(training.net.weight, before)
+    assert caught.traceback[1].name == "train"
+    assert [entry.name for entry in caught.traceback if entry.path == Path(__file__)][-1] == "train"
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    "micro_batches",
+    [
+        "wrapped wrapped",
+        "inner wrapped",
+        "no_sync no_sync wrapped clipped",
+        "wrapped restored",
+        "wrapped reduced",
+        "no_sync reduced clipped",
+        "cleared wrapped",
+        "wrapped frozen",
+    ],
+)
+def test_what_is_reduced_dropped_or_never_used_is_not_raised(rank, micro_batches):
+    with ddpcall.watch(on_finding="raise"):
+        training = Training(rank)
+        for _ in range(3):
+            training.optimizer.zero_grad()
+            for kind in micro_batches.split():
+                MICRO_BATCHES[kind](training, torch.randn(3, 4))
+            training.optimizer.step()
+            for parameter in training.net.parameters():
+                parameter.requires_grad_()
+
+
 @pytest.mark.ranks(2)
 def test_the_scripts_own_exception_comes_out_and_what_was_pending_is_kept(rank):
-    """Weights used directly wait one step for a better line; the end of the block must not raise over an error."""
+    """A window without synchronization, of a step that is not measured, waits for one that is."""
     sessions = []
 
     def fail():
         with ddpcall.watch(on_finding="raise", every=0) as session:
             sessions.append(session)
-            training = Training(rank, steps=1)
-            training.run(lambda x: nn.functional.linear(x, training.net.weight, training.net.bias))
+            train_unsynchronized_last(rank)
             assert session.findings == []
             raise KeyError("own")
 
     with pytest.raises(KeyError, match="own") as caught:
         fail()
     assert caught.value.__context__ is None
-    assert [finding.code for finding in sessions[0].findings] == ["DC101"]
+    assert [finding.code for finding in sessions[0].findings] == ["DC104"]
+
+
+def train_unsynchronized_last(rank):
+    training = Training(rank, steps=20)
+    training.run(training.ddp)
+    backward_without_sync(training, torch.randn(3, 4))
+    training.optimizer.step()
 
 
 @pytest.mark.ranks(2)
 def test_what_the_end_of_the_block_shows_is_raised_there(rank):
     def train():
         with ddpcall.watch(on_finding="raise", every=0):
-            training = Training(rank, steps=1)
-            training.run(lambda x: nn.functional.linear(x, training.net.weight, training.net.bias))
-            assert training.done == 1
+            train_unsynchronized_last(rank)
 
-    with pytest.raises(WatchError, match="DC101"):
+    with pytest.raises(WatchError, match="DC104"):
         train()
 
 

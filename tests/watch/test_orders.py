@@ -28,6 +28,7 @@ class Silent:
     """Publishes nothing."""
 
     rank = 0
+    stops = False
 
     def wants(self, finding):
         return True

@@ -53,6 +53,8 @@ class _Window:
 
     own: list[_Own] = field(default_factory=list)
     carry: Tensor | None = None
+    unreduced_from: int | None = None  # the first of `own` after the last that a reducer took
+    reduced: Tensor | None = None  # what lay in `.grad` then
     used: Tensor | None = None
     digest: int = 0
     state: int = UNREAD
@@ -79,16 +81,22 @@ class _Watched:
         self.windows[-1].closed = True
 
     def compare_used(self) -> Tensor | None:
-        """Return sketches of what lies in `.grad`, and of what it may be made of: the sum, the last, the carry."""
+        """Return sketches of what lies in `.grad`, and of what it may be made of.
+
+        Of backwards that no reducer took: their sum, the last of them, and what lay there before.
+        """
         gradient, window = self.place.used_gradient(), self.windows[-1]
         if gradient is None:
             return None
         used = self.place.sketch_used(gradient)
         zero = torch.zeros_like(used)
-        own = [] if window.closed else [each.last if each.first is None else each.first for each in window.own]
-        seen = [each for each in own if each is not None] or [zero]
-        carry = zero if window.closed or window.carry is None else window.carry
-        return torch.stack([used, torch.stack(seen).sum(0), seen[-1], carry])
+        first, before = window.unreduced_from, window.reduced
+        if first is None:
+            first, before = 0, window.carry
+        own = [each.last if each.first is None else each.first for each in window.own[first:]]
+        seen = [each for each in own if each is not None and not window.closed] or [zero]
+        before = zero if window.closed or before is None else before
+        return torch.stack([used, torch.stack(seen).sum(0), seen[-1], before])
 
     def open_window(self) -> _Window:
         """Return the current window; a new one if a step has ended the last."""
@@ -105,6 +113,7 @@ class MixingCollector:
         optimizers: One or several that hold them. Optimizers inside them, and others that step the same
             parameters, are heard too.
         stepped: Is called when a step that stands inside no other has ended, and was read.
+        reduces: Says of a parameter whether a reducer will average the gradient that is being computed.
 
     Blind to: gradients that never pass through autograd's leaves (`torch.func`); optimizers that are no
     `torch.optim.Optimizer`; compiled autograd, under which it stays off.
@@ -115,6 +124,7 @@ class MixingCollector:
         places: Iterable[Place],
         optimizers: Sequence[Optimizer],
         stepped: Callable[[Optimizer], None] = lambda optimizer: None,
+        reduces: Callable[[Tensor], bool] = lambda parameter: False,
     ) -> None:
         # Without these the sketches would say what is not so.
         internals.require(internals.WILL_ENGINE_EXECUTE_NODE, internals.TENSOR_BACKWARD_HOOKS)
@@ -123,6 +133,7 @@ class MixingCollector:
         self._model: nn.Module | None = None
         self._held_at_first = self._held()
         self._stepped = stepped
+        self._reduces = reduces
         self._by_id: dict[int, list[_Watched]] = {}  # a flat parameter stands for many
         for watched in self._watched:
             self._by_id.setdefault(id(watched.place.stepped), []).append(watched)
@@ -203,6 +214,11 @@ class MixingCollector:
             if len(watched.windows) == 1 and (pending := watched.place.sketch_pending()) is not None:
                 watched.windows.appendleft(_Window([_Own(-1, pending)], closed=True))
         if not window.own or window.own[-1].task != task:
+            if self._reduces(watched.place.stepped):
+                window.unreduced_from = window.reduced = None
+            elif window.unreduced_from is None:
+                window.unreduced_from = len(window.own)
+                window.reduced = watched.place.sketch_carry() if window.own else window.carry
             window.own.append(_Own(task, captured=watched.place.is_captured()))
         own, number = window.own[-1], watched.place.sketch_own(gradient)
         if first:
@@ -215,9 +231,10 @@ class MixingCollector:
         watched.own_unit = ranks_along(gradient, None)
 
     def are_own(self, parameters: Iterable[Tensor]) -> bool | None:
-        """Say whether gradients are what this rank computed, times one factor: nobody has reduced them.
+        """Say whether what this rank computed is in its gradients times one factor: nobody has reduced it.
 
-        Of several backwards since the step before, their sum and the last one count, and what lay there before.
+        Of several backwards those count that came after the last which a reducer took: their sum, or the last one.
+        What lay there before may be reduced.
 
         Returns:
             None where the gradients were not seen, or are not finite.
@@ -229,9 +246,10 @@ class MixingCollector:
         used, *basis = torch.cat(rows, dim=1).double().cpu().numpy()
         if not np.isfinite(used).all():
             return None
+        tolerance = 5 * max(find_eta(each.dtype, 1) for each in watched) * np.linalg.norm(used)
         _, rest = fit(np.stack(basis), used)
-        eta = max(find_eta(each.dtype, 1) for each in watched)
-        return bool(np.linalg.norm(rest) <= 5 * eta * np.linalg.norm(used))
+        _, without_own = fit(np.stack(basis[-1:]), used)
+        return bool(np.linalg.norm(rest) <= tolerance < np.linalg.norm(without_own) or not used.any())
 
     # ---- used --------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ MIN_ELEMENTS = 8
 TOO_FEW = "all ranks used the same gradient, which is not the mean; too few numbers to say which mixture it is"
 TOO_SMALL = "too few elements to tell"
 CLOSE = "the used gradient is near the mean, and off by somewhat more than rounding"
+NEVER_USED = "the last backward's gradient is not in what this step used; it arrives later, or never"
 VANISHED = "the gradients are too close to zero for their precision to tell"
 
 
@@ -267,8 +268,7 @@ def _name_mean(one: Batch, coefficients: np.ndarray, distance: np.ndarray) -> Ve
     kept = _find_kept(one, np.abs(coefficients[0, :num_backwards]) * sizes)
     unused = tuple(k for k in range(num_backwards) if k not in kept)
     if last in unused and kept:
-        why = "the last backward's gradient is not in what this step used; it arrives later, or never"
-        return Verdict("late", residual=distance, unused=unused, reason=why)
+        return Verdict("late", residual=distance, unused=unused, reason=NEVER_USED)
     together = _join_backwards(one, kept)
     common = fit_mean(together) if len(kept) > 1 or unused else None
     alike = common is not None and (common.distance <= tau).all()

@@ -37,6 +37,11 @@ class Publisher(Protocol):
     @property
     def rank(self) -> int: ...
 
+    @property
+    def stops(self) -> bool:
+        """Whether a finding stops the script where it is reported: no better line can be waited for."""
+        ...
+
     def wants(self, finding: Finding) -> bool:
         """Say whether the user wants to hear of a finding."""
         ...
@@ -76,6 +81,11 @@ class FindingsBook:
         """Forget everything: a forked child has found nothing yet."""
         self._entries: dict[Hashable, _Entry] = {}
         self._lock = threading.RLock()
+
+    @property
+    def stops(self) -> bool:
+        """Whether a finding stops the script where it is reported: no better line can be waited for."""
+        return self._publisher.stops
 
     def status(self, key: Hashable) -> Status | None:
         """Return where a finding stands, None where there is none."""

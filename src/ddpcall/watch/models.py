@@ -64,6 +64,11 @@ class Models:
         """Say whether a module is a wrapper or under one."""
         return id(module) in self._by_ddp or bool(self.states_with(module))
 
+    def reduces(self, parameter: Tensor) -> bool:
+        """Say whether a reducer is prepared for the gradient of a parameter that is being computed."""
+        state = self.owner.get(id(parameter))
+        return state is not None and state.reduces(id(parameter))
+
     def is_frozen(self, parameter: Tensor) -> bool:
         """Say whether a parameter was in a model when it was wrapped, and not trainable."""
         return id(parameter) in self._frozen

@@ -412,6 +412,11 @@ class Session:
             self._rank = dist.get_rank()
         return self._rank
 
+    @property
+    def stops(self) -> bool:
+        """Whether a finding is raised where it is reported."""
+        return self._may_raise
+
     def wants(self, finding: Finding) -> bool:
         """Say whether the user wants to hear of a finding."""
         return self.options.wants(finding)

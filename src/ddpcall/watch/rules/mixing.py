@@ -15,6 +15,7 @@ import numpy as np
 from ddpcall.findings import CATALOGUE, Finding, Place
 from ddpcall.mixing.record import RankSketches
 from ddpcall.mixing.result import Mixing, name_some
+from ddpcall.mixing.shapes import NEVER_USED
 from ddpcall.taps import NOWHERE, CallSite
 from ddpcall.watch.run import Run
 
@@ -157,6 +158,9 @@ class MixingRule:
         for shape, names in mixing.by_parameter.items():
             if shape in _APART:
                 self._note_apart(shape, self._find_parted(names, mixing), step, mixing)
+            elif shape == "late" and mixing.reason == NEVER_USED:
+                # Whole gradients come with their own step: what is not in it was dropped on purpose, as a probe's.
+                self._note_repeated(shape, [name for name in names if name in self._run.sharded], step, mixing)
             elif shape in ("dropped", "late"):
                 self._note_repeated(shape, names, step, mixing)
             elif shape == "thrown_away" and set(mixing.by_parameter) <= {"thrown_away", "unidentifiable"}:
@@ -253,7 +257,7 @@ class MixingRule:
 
     def _say(self, apart: _Apart) -> None:
         names = [name for name in apart.names if name not in self._said and not self._is_of_inner_loop(name)]
-        if apart.shape != "began_apart":
+        if apart.shape not in ("began_apart", "late"):  # a gradient that is not used is nobody's own
             self._confirm(names)
         if apart.shape == "different":  # how the weights differ says more
             names = [name for name in names if not self._run.is_compared(name)]

@@ -88,7 +88,7 @@ class UnreducedRule(Rule):
             harm = (blame.cause, blame.site, id(state))
             if not self._numbers.weigh(harm, use.explain(), step, used, state.unarmed_since):
                 continue
-            if blame.cause is Cause.RAW_WEIGHTS and not has_compiled():
+            if blame.cause is Cause.RAW_WEIGHTS and not (has_compiled() or self._run.book.stops):
                 self._report_located(harm, use, used)
             else:
                 self._run.book.report(use.explain(), harm)

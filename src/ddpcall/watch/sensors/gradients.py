@@ -104,7 +104,7 @@ class GradientSensor:
         return self._every > 0 and not self.failure
 
     def are_own(self, parameters: Iterable[Tensor]) -> bool | None:
-        """Say whether gradients are one multiple of what this rank computed; None where that is not measured."""
+        """Say whether what this rank computed is in its gradients unreduced; None where that is not measured."""
         return self._collector.are_own(parameters) if self._is_on and self._collector is not None else None
 
     def _is_scheduled(self, step: int) -> bool:
@@ -147,7 +147,9 @@ class GradientSensor:
                 self.failure = f"more than {MAX_PARAMETERS:,} parameters"
                 return
             self._numel = sum(place.numel for place in places)
-            self._collector = MixingCollector(places, list(optimizers.values()), self._take)
+            self._collector = MixingCollector(
+                places, list(optimizers.values()), self._take, self._run.models.reduces
+            )
         self._collector.forget()
         self._collector.start()
         self._is_on = True

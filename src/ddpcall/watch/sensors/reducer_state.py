@@ -324,8 +324,9 @@ class ReducerState:
             self.backward += 1
 
     def is_unprepared(self) -> bool:
-        """Say whether nobody has prepared the reducer, and no window without synchronization tells why."""
-        return not (self.armed or self.is_presumed or any(entry.sync_off for entry in self.entries))
+        """Say whether nobody has prepared the reducer, and not only for want of synchronization, as told."""
+        is_told = bool(self.entries) and all(entry.sync_off for entry in self.entries)
+        return not (self.armed or self.is_presumed or is_told)
 
     def begin_backward(self) -> None:
         """Prepare for a backward that is about to run, perhaps through this model."""
@@ -398,12 +399,19 @@ class ReducerState:
         before, self._stats = self._stats, [] if ddp is None else ddp.reducer.get_backward_stats()
         return self._stats != before
 
+    def is_armed_for(self, key: int) -> bool:
+        """Say whether a gradient that arrives is averaged, of a parameter by id."""
+        shared = any(other.armed and key in other.names for other in self.sharing)
+        return (self.armed and not self.is_presumed) or shared
+
+    def reduces(self, key: int) -> bool:
+        """Say whether a gradient that is being computed will arrive, and be averaged."""
+        return not self._is_taking and key not in self.detached and self.is_armed_for(key)
+
     def arrive(self, parameter: Tensor) -> None:
         """Note one gradient: the hook on every parameter the reducer owns."""
         key = id(parameter)
-        if (self.armed and not self.is_presumed) or any(
-            other.armed and key in other.names for other in self.sharing
-        ):
+        if self.is_armed_for(key):
             self.dirty.pop(key, None)
             return
         self._begin_backward()
