@@ -1,13 +1,8 @@
-"""Evidence: frozen records of what a trial was measured to do. Facts only; opinions live in `verdicts`.
-
-Every record turns into plain JSON with `to_json` and back with `from_json`.
-"""
+"""Evidence: frozen records of what a trial was measured to do. Facts only; opinions live in `verdicts`."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,52 +412,3 @@ class Evidence:
     compiled: CompiledEvidence | None = None
     modes: ModesEvidence | None = None
     consequence: Consequence | None = None
-
-
-_PARTS: dict[str, Any] = {
-    "cell": Cell,
-    "environment": Environment,
-    "reducer": ReducerEvidence,
-    "collectives": CollectiveEvidence,
-    "gradients": GradientEvidence,
-    "mixing": MixingEvidence,
-    "replicas": ReplicaEvidence,
-    "compiled": CompiledEvidence,
-    "modes": ModesEvidence,
-    "consequence": Consequence,
-}
-
-
-def to_json(evidence: Evidence) -> dict[str, Any]:
-    """Return the evidence as JSON-ready dicts, lists and scalars."""
-    return _plain(dataclasses.asdict(evidence))
-
-
-def from_json(record: dict[str, Any]) -> Evidence:
-    """Rebuild evidence from what `to_json` returned, also after a round trip through text.
-
-    Raises:
-        TypeError: The record has unknown or missing fields.
-    """
-    values = {key: _frozen(value) for key, value in record.items()}
-    for name, part in _PARTS.items():
-        if record.get(name) is not None:
-            values[name] = part(**{key: _frozen(value) for key, value in record[name].items()})
-    values["failures"] = tuple(Failure(**failure) for failure in record.get("failures", ()))
-    if record.get("hooks") is not None:
-        values["hooks"] = tuple(HookCount(**count) for count in record["hooks"])
-    return Evidence(**values)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _frozen(item) for key, item in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value

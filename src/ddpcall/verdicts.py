@@ -1,9 +1,14 @@
-"""Verdicts: pure functions of evidence. No torch, no processes, nothing remembered."""
+"""Verdicts: pure functions of evidence. No torch, no processes, nothing remembered.
+
+Each is declared once, in `VERDICTS`: its words with their tones, how it is computed, and what an answer says of
+it. Tables, pages, colors, sentences and the keys of an experiment's expectations are made from that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ddpcall.evidence import (
     Evidence,
@@ -11,7 +16,6 @@ from ddpcall.evidence import (
     GradientEvidence,
     HookCount,
     HooksOfStep,
-    ModesEvidence,
     Skipped,
     StepTimeline,
 )
@@ -23,57 +27,54 @@ NO_DATA_PARALLELISM = "no data parallelism"
 _MIXED = {"averaged", "summed", "scaled", "late", "groups", "dropped", "weighted", "partly_local"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdicts:
-    """What the evidence of one trial amounts to.
+@dataclass(frozen=True)
+class Word:
+    """One value of a verdict.
 
     Attributes:
-        gradients: `synced` (equal on all ranks in every step, from different batches), `local` (they stayed
-            on the rank that computed them, in at least one step), `no data parallelism` (they stayed there, and
-            the wrapper is not there to change that), `sharded`, `none` (no parameter received a gradient) or
-            `crashed`.
-        mixing: The shape of the mixing matrix in the measured steps, one of `ddpcall.mixing.SHAPES`: `averaged`
-            where every rank used the mean of all ranks' gradients in each of them, else the first other one;
-            `no data parallelism`, `none` or `crashed` as above.
-        hooks_wrapped: `fired` (every kind of hook registered on the wrapped object fired), `skipped` (the
-            model ran and at least one kind did not), `none` (no hook there, or the model never ran).
-        hooks_inner: The same for the user's own module.
-        hooks_submodules: The same for the modules below it whose forward ran.
-        compiled: `compiled` (a compiled graph ran in every step), `eager` (in at least one step none did),
-            `none` (nothing was to be compiled, or the trial crashed).
-        modes: `train` or `eval` (every module, on every rank), `mixed` (modules differ), `differs` (ranks differ).
-        dropout: `identical` (all ranks dropped the same positions in every step), `different`, or `none`.
-        statistics: batch norm's running statistics after the last step: `same` on all ranks, `differ`, `none`.
-        evaluation_inner: `inner(x)` in eval mode after the training: `same` on all ranks, `differ`, `none`.
-        evaluation_wrapped: the same of `wrapped(x)`.
-        precision: Dtype in which linear layers and convolutions computed; `mixed`, or `none` if none ran.
+        tone: good, part, lost, crash, other or none: its color.
+        says: What ways with this word do, as a sentence without its subject, in the plural; empty where an answer
+            has nothing to say of them.
     """
 
-    gradients: str
-    hooks_wrapped: str
-    hooks_inner: str
-    hooks_submodules: str
-    compiled: str
-    mixing: str = "none"
-    modes: str = "none"
-    dropout: str = "none"
-    statistics: str = "none"
-    evaluation_inner: str = "none"
-    evaluation_wrapped: str = "none"
-    precision: str = "none"
+    tone: str = "none"
+    says: str = ""
 
 
-def judge(evidence: Evidence) -> Verdicts:
-    """Compute all verdicts of one trial."""
-    return Verdicts(
-        gradients=judge_gradients(evidence),
-        hooks_wrapped=judge_hooks(evidence, "wrapped"),
-        hooks_inner=judge_hooks(evidence, "inner"),
-        hooks_submodules=judge_hooks(evidence, "submodules"),
-        compiled=judge_compiled(evidence),
-        mixing=judge_mixing(evidence),
-        **(judge_modes(evidence.modes) if evidence.modes is not None else {}),
-    )
+@dataclass(frozen=True, kw_only=True)
+class VerdictSpec:
+    """A verdict, declared once.
+
+    Attributes:
+        title: The column's.
+        judge: Computes the word from the evidence of a trial.
+        words: All values; an answer speaks of them in this order.
+        part: The part of the evidence that it is computed from.
+        quiet: Words that are no reason to show the column, beside `none`.
+    """
+
+    title: str
+    judge: Callable[[Evidence], str]
+    words: Mapping[str, Word]
+    part: str
+    quiet: frozenset[str] = frozenset()
+
+
+def judge(evidence: Evidence) -> dict[str, str]:
+    """Compute all verdicts of one trial: name to word."""
+    return {name: spec.judge(evidence) for name, spec in VERDICTS.items()}
+
+
+def find_tone(name: str, word: str) -> str:
+    """Return the tone of one verdict's word; none for words that are neither good nor bad, or not known."""
+    words = ONE_PROCESS if name == "one_process" else VERDICTS[name].words
+    return words.get(word, Word()).tone
+
+
+def list_columns(verdicts: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the names of the verdicts that have anything to say of some trials; `gradients` at least."""
+    spoken = {name: {words.get(name, "none") for words in verdicts} for name in VERDICTS}
+    return [name for name, words in spoken.items() if words - {"none"} - VERDICTS[name].quiet] or ["gradients"]
 
 
 def judge_gradients(evidence: Evidence) -> str:
@@ -160,33 +161,192 @@ def judge_compiled(evidence: Evidence) -> str:
     return "compiled" if compiled.calls_compiled and not compiled.calls_eager else "eager"
 
 
-def judge_modes(modes: ModesEvidence) -> dict[str, str]:
-    """Say what modes, buffers and random numbers did."""
-    dropped = [identical for identical in modes.masks_identical if identical is not None]
-    statistics = [difference for difference in modes.statistics_difference if difference is not None]
-    return {
-        "modes": _judge_flags(modes),
-        "dropout": ("identical" if all(dropped) else "different") if dropped else "none",
-        "statistics": _same(statistics[-1] if statistics else None),
-        "evaluation_inner": _same(modes.evaluation_inner),
-        "evaluation_wrapped": _same(modes.evaluation_wrapped),
-        "precision": _judge_precision(modes.compute_dtypes),
-    }
-
-
-def _judge_flags(modes: ModesEvidence) -> str:
+def judge_modes(evidence: Evidence) -> str:
+    """Say in which mode the modules were, in some step."""
+    modes = evidence.modes
+    if modes is None:
+        return "none"
     if modes.flags_differ:
         return "differs"
-    training = modes.training_modules[0]
-    return {0: "eval", modes.num_modules: "train"}.get(training, "mixed")
+    return {0: "eval", modes.num_modules: "train"}.get(modes.training_modules[0], "mixed")
+
+
+def judge_dropout(evidence: Evidence) -> str:
+    """Say whether all ranks dropped the same."""
+    masks = evidence.modes.masks_identical if evidence.modes is not None else ()
+    told = [identical for identical in masks if identical is not None]
+    return ("identical" if all(told) else "different") if told else "none"
+
+
+def judge_statistics(evidence: Evidence) -> str:
+    """Say whether the ranks' running statistics were the same at the end."""
+    differences = evidence.modes.statistics_difference if evidence.modes is not None else ()
+    return _same(next((one for one in reversed(differences) if one is not None), None))
+
+
+def judge_evaluation(evidence: Evidence, of: str) -> str:
+    """Say whether the ranks' models evaluate alike, called as `inner(x)` or as `wrapped(x)`."""
+    return _same(getattr(evidence.modes, f"evaluation_{of}", None))
 
 
 def _same(difference: float | None) -> str:
     return "none" if difference is None else "differ" if difference > 0 else "same"
 
 
-def _judge_precision(dtypes: tuple[str, ...]) -> str:
+def judge_precision(evidence: Evidence) -> str:
+    """Say in which dtype layers computed."""
+    dtypes = evidence.modes.compute_dtypes if evidence.modes is not None else ()
     return "none" if not dtypes else dtypes[0] if len(dtypes) == 1 else "mixed"
+
+
+_CRASHED = Word("crash", "crash")
+_NOTHING = Word("none", "give no parameter a gradient")
+_NO_DATA_PARALLELISM = Word("none", "have no data parallelism")
+# Stands last: the price that an answer says after it is that of these ways.
+_LOCAL = Word("lost", "leave gradients local to each rank")
+_HOOKS = {"fired": Word("good"), "skipped": Word("part"), "none": Word()}
+_SAME = {"same": Word("good"), "differ": Word("lost"), "none": Word()}
+
+VERDICTS: dict[str, VerdictSpec] = {
+    # `synced`: equal on all ranks in every step, from different batches. `local`: they stayed on the rank that
+    # computed them, in at least one step; `no data parallelism` where the wrapper is not there to change that.
+    "gradients": VerdictSpec(
+        title="gradients",
+        judge=judge_gradients,
+        part="gradients",
+        words={
+            "synced": Word("good", "keep the gradients synchronized"),
+            "sharded": Word("other", "train sharded gradients"),
+            "none": _NOTHING,
+            "crashed": _CRASHED,
+            NO_DATA_PARALLELISM: _NO_DATA_PARALLELISM,
+            "local": _LOCAL,
+        },
+    ),
+    # The shape of the mixing matrix in the measured steps: `averaged` where every rank used the mean of all ranks'
+    # gradients in each of them, else the first other one.
+    "mixing": VerdictSpec(
+        title="mixing",
+        judge=judge_mixing,
+        part="mixing",
+        quiet=frozenset({NO_DATA_PARALLELISM, "crashed"}),  # gradients says so already
+        words={
+            "averaged": Word("good", "keep the gradients synchronized"),
+            "summed": Word("part", "sum gradients without dividing"),
+            "scaled": Word("other", "use a multiple of the mean"),
+            "weighted": Word("part", "do not weigh the ranks alike"),
+            "transformed": Word("other", "change the mean alike on all ranks"),
+            "groups": Word("lost", "average in groups that never meet"),
+            "dropped": Word("lost", "drop what a rank computed"),
+            "late": Word("lost", "let gradients arrive late"),
+            "partly_local": Word("lost", "leave a part of the gradients local"),
+            "different": Word("lost", "give the ranks different mixtures"),
+            "thrown_away": Word("lost", "throw gradients away"),
+            "unaccounted": Word("part", "use gradients from elsewhere"),
+            "unidentifiable": Word("part", "do not tell who learns from whom"),
+            "none": _NOTHING,
+            "crashed": _CRASHED,
+            NO_DATA_PARALLELISM: _NO_DATA_PARALLELISM,
+            "local": _LOCAL,
+        },
+    ),
+    # `fired`: every kind of hook registered on the wrapped object fired. `skipped`: the model ran and at least one
+    # kind did not. `none`: no hook there, or the model never ran. Likewise of the others; of the modules below the
+    # inner one, those whose forward ran.
+    "hooks_wrapped": VerdictSpec(
+        title="hooks on wrapped", judge=partial(judge_hooks, role="wrapped"), part="hooks", words=_HOOKS
+    ),
+    "hooks_inner": VerdictSpec(
+        title="hooks on inner", judge=partial(judge_hooks, role="inner"), part="hooks", words=_HOOKS
+    ),
+    "hooks_submodules": VerdictSpec(
+        title="hooks below", judge=partial(judge_hooks, role="submodules"), part="hooks", words=_HOOKS
+    ),
+    # Whether a compiled graph ran in every step; `none`: nothing was to be compiled, or the trial crashed.
+    "compiled": VerdictSpec(
+        title="code",
+        judge=judge_compiled,
+        part="compiled",
+        words={"compiled": Word("good", "run compiled code"), "eager": Word("part", "run eager"), "none": Word()},
+    ),
+    # Of every module on every rank; `mixed`: modules differ, `differs`: ranks do.
+    "modes": VerdictSpec(
+        title="mode",
+        judge=judge_modes,
+        part="modes",
+        quiet=frozenset({"train"}),
+        words={
+            "train": Word("good"),
+            "eval": Word("other"),
+            "mixed": Word("part"),
+            "differs": Word("lost"),
+            "none": Word(),
+        },
+    ),
+    # Whether all ranks dropped the same positions in every step. That they differ is what dropout is for.
+    "dropout": VerdictSpec(
+        title="dropout masks",
+        judge=judge_dropout,
+        part="modes",
+        words={
+            "identical": Word("part", "drop the same positions on every rank"),
+            "different": Word("other", "give every rank dropout masks of its own"),
+            "none": Word(),
+        },
+    ),
+    # Batch norm's, between ranks, after the last step.
+    "statistics": VerdictSpec(
+        title="running statistics",
+        judge=judge_statistics,
+        part="modes",
+        words={
+            "same": Word("good", "keep running statistics the same on all ranks"),
+            "differ": Word("lost", "leave every rank its own running statistics"),
+            "none": Word(),
+        },
+    ),
+    # `inner(x)` and `wrapped(x)` in eval mode after the training, for one batch, between ranks.
+    "evaluation_inner": VerdictSpec(
+        title="eval of inner",
+        judge=partial(judge_evaluation, of="inner"),
+        part="modes",
+        words={
+            "same": Word("good", "evaluate alike on all ranks"),
+            "differ": Word("lost", "make evaluation depend on the rank"),
+            "none": Word(),
+        },
+    ),
+    "evaluation_wrapped": VerdictSpec(
+        title="eval of wrapped", judge=partial(judge_evaluation, of="wrapped"), part="modes", words=_SAME
+    ),
+    # The dtype in which linear layers and convolutions computed; `none` if none ran.
+    "precision": VerdictSpec(
+        title="precision",
+        judge=judge_precision,
+        part="modes",
+        quiet=frozenset({"float32"}),
+        words={
+            **{
+                dtype: Word("other", f"compute in {dtype}")
+                for dtype in ("float32", "bfloat16", "float16", "float64")
+            },
+            "mixed": Word("part", "compute in mixed precision"),
+            "none": Word(),
+        },
+    ),
+}
+# What a comparison with one process found: one of `ddpcall.compare.CAUSES`, or that the step crashed.
+ONE_PROCESS = {
+    "same": Word("good"),
+    "scaled": Word("lost", "every gradient is a multiple of it"),
+    "weighted": Word("lost", "ranks or micro-batches have other weights"),
+    "module": Word("lost", "a module computes something else"),
+    "loss": Word("lost", "the loss is another one"),
+    "some_parameters": Word("lost", "some parameters differ"),
+    "update": Word("lost", "what follows the backward differs"),
+    "unexplained": Word("part", "it cannot be told why it differs"),
+    "crashed": Word("crash", "the step crashes"),
+}
 
 
 def judge_skipped(timeline: StepTimeline) -> tuple[Skipped, ...]:

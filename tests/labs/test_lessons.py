@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from ddpcall.lab.columns import TITLES
 from ddpcall.lab.errors import WrongUse
 from ddpcall.teach import command, pages
 from ddpcall.teach import run as lesson_run
@@ -22,6 +21,7 @@ from ddpcall.teach.lesson import Choice, Question, find_trial
 from ddpcall.teach.lessons import LESSONS, find_lesson, number_of
 from ddpcall.teach.run import Run, compare, judge_run, list_contradictions
 from ddpcall.teach.sources import Source, locate
+from ddpcall.verdicts import VERDICTS
 from tests.labs.test_grade import lab
 from tests.ranks.lab_process import ROOT, clean_environment
 
@@ -81,7 +81,7 @@ def test_the_index_is_written_from_the_catalogue():
 def test_what_a_lesson_refers_to_is_there(name):
     lesson = find_lesson(name)
     assert (ROOT / "conf" / "experiment" / f"{lesson.experiment}.yaml").exists()
-    assert set(lesson.columns) <= {*TITLES, "accuracy", "distance"}
+    assert set(lesson.columns) <= {*VERDICTS, "accuracy", "distance"}
     experiments = {path.stem for path in (ROOT / "conf" / "experiment").iterdir()}
     exercises = {exercise.name for exercise in EXERCISES}
     for text, _ in lesson.further:

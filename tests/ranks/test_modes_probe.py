@@ -8,10 +8,15 @@ import torch.distributed as dist
 from torch import nn
 
 from ddpcall.probes.modes import observe_modes
-from ddpcall.verdicts import judge_modes
+from ddpcall.verdicts import judge
 from ddpcall.wrappers import Subject
+from tests.unit.records import make_evidence
 
 pytestmark = pytest.mark.ranks(2)
+
+
+def judge_modes_of(modes):
+    return judge(make_evidence(modes=modes))
 
 
 class Net(nn.Sequential):
@@ -51,12 +56,12 @@ def test_a_seed_of_its_own_on_each_rank_drops_other_positions(rank):
 
     evidence = run_steps(rank, model, forward=forward)
     assert evidence.masks_identical == (False, False, False)
-    assert judge_modes(evidence)["dropout"] == "different"
+    assert judge_modes_of(evidence)["dropout"] == "different"
 
 
 def test_eval_mode_drops_nothing_and_leaves_the_statistics(rank):
     evidence = run_steps(rank, Net().eval())
-    assert judge_modes(evidence)["modes"] == "eval"
+    assert judge_modes_of(evidence)["modes"] == "eval"
     assert evidence.masks_identical == (None, None, None)
     assert evidence.dropout_kept == (1.0, 1.0, 1.0)
     assert evidence.statistics_difference == (0.0, 0.0, 0.0)
@@ -72,7 +77,7 @@ def test_statistics_of_different_data_part_and_are_counted(rank):
     assert len(set(evidence.running_mean_norm)) == len(set(evidence.running_var_norm)) == 3
     assert evidence.evaluation_inner is not None
     assert evidence.evaluation_inner > 0
-    verdicts = judge_modes(evidence)
+    verdicts = judge_modes_of(evidence)
     assert (verdicts["statistics"], verdicts["evaluation_inner"]) == ("differ", "differ")
 
 
@@ -89,13 +94,13 @@ def test_one_rank_in_eval_mode_is_told_by_its_flags(rank):
     evidence = run_steps(rank, model)
     assert evidence.flags_differ == ("3",)
     assert evidence.training_modules == (6, 5)
-    assert judge_modes(evidence)["modes"] == "differs"
+    assert judge_modes_of(evidence)["modes"] == "differs"
 
 
 def test_a_frozen_part_is_mixed_on_all_ranks_alike(rank):
     model = Net()
     model[1].eval()
-    assert judge_modes(run_steps(rank, model))["modes"] == "mixed"
+    assert judge_modes_of(run_steps(rank, model))["modes"] == "mixed"
 
 
 @pytest.mark.parametrize(("enabled", "dtype"), [(True, "bfloat16"), (False, "float32")])
@@ -108,7 +113,7 @@ def test_precision_is_that_of_the_layers_and_of_the_result(rank, enabled, dtype)
 
     evidence = run_steps(rank, model, forward=forward)
     assert (evidence.compute_dtypes, evidence.result_dtype) == ((dtype,), dtype)
-    assert judge_modes(evidence)["precision"] == dtype
+    assert judge_modes_of(evidence)["precision"] == dtype
 
 
 def test_the_model_is_left_as_it_was(rank):

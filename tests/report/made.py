@@ -19,12 +19,9 @@ from ddpcall.evidence import (
     ModesEvidence,
     ReducerEvidence,
     ReplicaEvidence,
-    to_json,
 )
-from ddpcall.lab.experiment import TrialResult, expectation_met, summarize
-from ddpcall.lab.grid import unmet
+from ddpcall.lab.records import TrialRecord
 from ddpcall.lab.run_directory import RunDirectory
-from ddpcall.verdicts import judge
 
 NUM_STEPS = 6
 NUM_RANKS = 2
@@ -36,7 +33,7 @@ SYNCED = ("call", "forward")
 
 
 def make_evidence(cell: Cell, environment: Environment = ENVIRONMENT, crash: str = "") -> Evidence:
-    """Return evidence of a DDP trial: paths through the wrapper synchronise, the others do not."""
+    """Return evidence of a DDP trial: paths through the wrapper synchronize, the others do not."""
     synced = cell.path in SYNCED
     difference = 0.0 if synced else 0.5
     failures = (Failure(rank=1, step=2, kind="RuntimeError", message=crash, traceback=crash, seconds=1.0),)
@@ -165,11 +162,11 @@ def make_run(
         "environment": dataclasses.asdict(environment),
         "num_trials": len(cells),
         "left_out": [],
-        "trials": [summarize(result) for result in results],
+        "trials": [result.summarize() for result in results],
         **summary,
     }
     run.create("name: forward_bypass\nsteps: 6\n", dataclasses.asdict(environment), content)
-    run.append("evidence.jsonl", [_evidence_record(result) for result in results])
+    run.append("evidence.jsonl", [result.to_json() for result in results])
     run.append("steps.jsonl", [record for cell in cells for record in step_records(cell, modes)])
     run.append("timeline.jsonl", [record for cell in cells for record in timeline_records(cell)])
     (directory / ".hydra").mkdir(exist_ok=True)
@@ -220,21 +217,11 @@ def _result(
     crashes: dict[str, str],
     modes: bool,
     mixing: MixingEvidence | None,
-) -> TrialResult:
+) -> TrialRecord:
     evidence = dataclasses.replace(make_evidence(cell, environment, crashes.get(cell.path, "")), mixing=mixing)
     if modes:
         evidence = dataclasses.replace(evidence, modes=make_modes(cell.path not in SYNCED))
-    verdicts, wanted = judge(evidence), expected.get(cell.path, {})
-    return TrialResult(evidence, verdicts, wanted, unmet(verdicts, wanted))
-
-
-def _evidence_record(result: TrialResult) -> dict[str, Any]:
-    return {
-        **to_json(result.evidence),
-        "verdicts": dataclasses.asdict(result.verdicts),
-        "expected": result.expected,
-        "expectation_met": expectation_met(result),
-    }
+    return TrialRecord.of(evidence, expected.get(cell.path, {}))
 
 
 def step_records(cell: Cell, modes: bool = False) -> Iterable[dict[str, Any]]:

@@ -6,12 +6,12 @@ from typing import Any
 
 from rich.console import Console
 
-from ddpcall.lab.comparisons import ComparisonResult
-from ddpcall.lab.console import show_comparisons
+from ddpcall.lab.records import ComparisonRecord
 from ddpcall.lab.report.compare import compare_runs
 from ddpcall.lab.report.load import load_run
 from ddpcall.lab.report.markdown import render_markdown
 from ddpcall.lab.report.page import render_page, to_json
+from ddpcall.lab.report.terminal import show_comparisons
 from ddpcall.lab.report.view import build_view
 from ddpcall.lab.schema import TrainConfig
 from ddpcall.lab.truth_table import verdict_table
@@ -92,7 +92,7 @@ def test_the_table_of_the_documents_leaves_out_what_differs_from_run_to_run():
 def test_the_table_fits_80_columns():
     plain = make_comparisons(norm="same")["comparisons"]
     results = [
-        ComparisonResult(**{name: value for name, value in one.items() if name != "expectation_met"})
+        ComparisonRecord(**{name: value for name, value in one.items() if name != "expectation_met"})
         for one in plain
     ]
     shown = io.StringIO()

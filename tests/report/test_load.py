@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from ddpcall.evidence import Cell
+from ddpcall.lab.records import RunRecord
 from ddpcall.lab.report.load import load
+from ddpcall.lab.report.load_watch import WatchRecord
 from ddpcall.lab.report.markdown import render_markdown
 from ddpcall.lab.report.page import render_page
-from ddpcall.lab.report.records import RunRecord, WatchRecord
-from ddpcall.lab.report.typed import Misfit, NothingToShow, read_record
 from ddpcall.lab.report.view import build_view
+from ddpcall.lab.typed import Misfit, NothingToShow, read_record
 from tests.report.made import NUM_RANKS, NUM_STEPS, PATHS, make_finding, make_findings, make_run
 
 

@@ -6,12 +6,12 @@ import re
 import pytest
 
 from ddpcall.evidence import Cell
+from ddpcall.lab.records import TrialRecord
 from ddpcall.lab.report.facts import collect_sections
 from ddpcall.lab.report.load import load
 from ddpcall.lab.report.markdown import render_markdown
 from ddpcall.lab.report.mixing import build_pictures
 from ddpcall.lab.report.page import render_page
-from ddpcall.lab.report.records import TrialRecord
 from ddpcall.lab.report.view import build_view
 from tests.report.made import make_evidence, make_mixing, make_run
 

@@ -142,8 +142,8 @@ def test_the_truth_table_is_a_table_with_headers_and_words(tmp_path):
     text = render(make_run(tmp_path / "run"))
     table = text[text.index('id="run-0-heat"') :]
     table = table[: table.index("</table>")]
-    assert table.count('<th scope="col">') == 5
-    assert table.count('<th scope="row">') == len(PATHS)
+    assert table.count('<th scope="col">') == 6
+    assert table.count('<th scope="row">') == 2 * len(PATHS)
     words = re.findall(r'<button type="button" class="(\w+)"[^>]*>(\w+)</button>', table)
     assert len(words) == 4 * len(PATHS)
     assert set(words) == {("good", "synced"), ("lost", "local"), ("good", "fired"), ("part", "skipped")}
@@ -155,8 +155,8 @@ def test_failed_expectations_come_before_everything_else(tmp_path):
     text = render(run)
     assert text.index("Not as expected</h2>") < text.index("The truth table</h2>")
     markdown = render_markdown(build_view([load(run)]))
-    assert markdown.index("* inner\\_call, `inner(x)`: gradients is local, expected synced") < markdown.index(
-        "| path |"
+    assert markdown.index("* inner_call, `inner(x)`: gradients is local, expected synced") < markdown.index(
+        "| wrapper | path |"
     )
     assert "**local** (expected synced)" in markdown
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ddpcall.lab.records import RunRecord
 from ddpcall.lab.report.load import load
-from ddpcall.lab.report.records import RunRecord
 from ddpcall.lab.report.view import build_view
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def test_the_page_has_the_runs_verdicts_and_the_same_answer_as_a_report_made_lat
     shown = [[cell.word for cell in row.cells] for row in view.table.rows]
     summary = json.loads((run / "summary.json").read_text())
     assert shown == [[trial["verdicts"][name] for name, _ in view.table.columns] for trial in summary["trials"]]
-    assert "<code>call</code> keeps the gradients synchronised, while <code>inner_call</code> leaves" in page
+    assert "<code>call</code> keeps the gradients synchronized, while <code>inner_call</code> leaves" in page
     assert view.command == (
         "torchrun --standalone --nproc-per-node 2 -m ddpcall train device=cpu steps=4 experiment=forward_bypass "
         "'grid.path=[call,inner_call]' tensorboard=false"

@@ -54,8 +54,8 @@ def test_a_sweep_ends_in_one_table_of_all_jobs(tmp_path, capsys, monkeypatch):
     print_jobs(sweep, list_jobs(sweep), summaries)
     out = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
-    assert rows[0][:5] == ["0", "steps=3", "ddp × call", "ok", "synced"]
-    assert rows[1][:5] == ["1", "steps=5", "-", "rank lost", "-"]
+    assert rows[0][:5] == ["0", "steps=3", "ok", "ddp × call", "synced"]
+    assert rows[1][:5] == ["1", "steps=5", "rank lost", "-", "-"]
     assert f"side by side: ddpcall report {sweep}" in out
 
 

@@ -7,16 +7,11 @@ from itertools import pairwise
 import pytest
 
 from ddpcall.evidence import Cell, Environment, Skipped, TimelineEvent
+from ddpcall.lab.records import RunRecord, TimelineRecord, TrialRecord
 from ddpcall.lab.report.compare import compare_runs, name_runs
 from ddpcall.lab.report.load import load
-from ddpcall.lab.report.load_watch import load_watch
+from ddpcall.lab.report.load_watch import WatchRecord, load_watch
 from ddpcall.lab.report.page import to_json
-from ddpcall.lab.report.records import (
-    RunRecord,
-    TimelineRecord,
-    TrialRecord,
-    WatchRecord,
-)
 from ddpcall.lab.report.series import MOST_LINES, MOST_POINTS, make_ticks, thin
 from ddpcall.lab.report.timeline import build_timeline
 from ddpcall.lab.report.truth import build_table

@@ -3,20 +3,19 @@ import torch
 
 from ddpcall.evidence import Cell
 from ddpcall.lab.errors import WrongUse
-from ddpcall.lab.grid import check_expectations, expand_grid, expected_verdicts, unmet
+from ddpcall.lab.grid import check_expectations, expand_grid, expected_verdicts
+from ddpcall.lab.records import TrialRecord
 from ddpcall.lab.schema import CellConfig, ExpectationConfig, GridConfig, PathConfig, TrainConfig, WrapperConfig
 from ddpcall.paths import Batch, SyncWindow, split_batch
-from ddpcall.verdicts import Verdicts
 
 
 def make_config(**grid: list) -> TrainConfig:
     return TrainConfig(wrapper=WrapperConfig(name="ddp"), path=PathConfig(name="call"), grid=GridConfig(**grid))
 
 
-def make_verdicts(gradients: str) -> Verdicts:
-    return Verdicts(
-        gradients=gradients, hooks_wrapped="fired", hooks_inner="fired", hooks_submodules="fired", compiled="none"
-    )
+def unmet(gradients: str, expected: dict[str, str]) -> dict[str, dict[str, str]]:
+    verdicts = {"gradients": gradients, "hooks_inner": "fired"}
+    return TrialRecord(cell=Cell(wrapper="ddp", path="call"), verdicts=verdicts, expected=expected).unmet
 
 
 def test_an_empty_grid_is_the_one_chosen_cell():
@@ -86,21 +85,21 @@ def test_later_expectations_win_and_models_match_by_their_short_name():
 
 
 def test_an_expectation_can_fail_and_says_how():
-    assert unmet(make_verdicts("local"), {"gradients": "synced", "hooks_inner": "fired"}) == {
+    assert unmet("local", {"gradients": "synced", "hooks_inner": "fired"}) == {
         "gradients": {"expected": "synced", "measured": "local"}
     }
-    assert unmet(make_verdicts("synced"), {"gradients": "synced"}) == {}
+    assert unmet("synced", {"gradients": "synced"}) == {}
 
 
 def test_a_crash_must_have_been_expected():
-    assert unmet(make_verdicts("crashed"), {}) == {"gradients": {"expected": "no crash", "measured": "crashed"}}
-    assert unmet(make_verdicts("crashed"), {"gradients": "crashed"}) == {}
+    assert unmet("crashed", {}) == {"gradients": {"expected": "no crash", "measured": "crashed"}}
+    assert unmet("crashed", {"gradients": "crashed"}) == {}
 
 
 def test_an_expectation_that_can_never_hold_is_refused():
     config = make_config()
     config.expect = [ExpectationConfig(gradients="synchronised")]
-    with pytest.raises(WrongUse, match="gradients: 'synchronised' is unknown; write one of: synced, local"):
+    with pytest.raises(WrongUse, match="gradients: 'synchronised' is unknown; write one of: synced, sharded"):
         check_expectations(config)
 
 

@@ -150,20 +150,22 @@ def test_a_room_of_the_watch_imports_only_what_lies_below_it(path):
     assert rooms <= allowed
 
 
-def test_the_watchs_files_import_each_other_in_no_circle():
+@pytest.mark.parametrize("room", ["watch", "lab"])
+def test_the_files_of_a_room_import_each_other_in_no_circle(room):
     files = {
-        str(path.relative_to(WATCH)).removesuffix(".py").replace("/", "."): path for path in WATCH.rglob("*.py")
+        str(path.relative_to(SOURCE)).removesuffix(".py").replace("/", "."): path
+        for path in (SOURCE / room).rglob("*.py")
     }
-    imports = {name: find_watch_imports_at_start(path) & files.keys() for name, path in files.items()}
+    imports = {name: find_imports_at_start(path) & files.keys() for name, path in files.items()}
     while leaves := [name for name, below in imports.items() if not below]:
         imports = {name: below - set(leaves) for name, below in imports.items() if name not in leaves}
     assert not imports
 
 
-def find_watch_imports_at_start(path: Path) -> set[str]:
+def find_imports_at_start(path: Path) -> set[str]:
     """Return what the module imports as it is imported itself: not in functions, not for type checkers."""
     found = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom) and node.module]
-    return {str(node.module).removeprefix("ddpcall.watch.") for node in found}
+    return {str(node.module).removeprefix("ddpcall.") for node in found}
 
 
 def uses_patches(path: Path) -> bool:

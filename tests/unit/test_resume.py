@@ -1,7 +1,6 @@
 """What stands of an earlier attempt, and what is refused."""
 
 import dataclasses
-import json
 
 import pytest
 from omegaconf import OmegaConf
@@ -9,7 +8,7 @@ from omegaconf import OmegaConf
 from ddpcall.evidence import Environment
 from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.resume import find_earlier
-from ddpcall.lab.run_directory import RECORDS, RunDirectory, json_floats, json_safe
+from ddpcall.lab.run_directory import RECORDS, RunDirectory
 from ddpcall.lab.schema import TrainConfig
 
 HERE = Environment(torch="2.13", python="3.11", backend="gloo", device="cpu", device_name="x86", world_size=2)
@@ -84,8 +83,3 @@ def test_a_summary_of_another_program_is_refused(directory, lengths):
     directory.write_summary({"outcome": "running", "lengths": lengths})
     with pytest.raises(WrongUse, match="does not say which trials are finished"):
         find_earlier(directory, CONFIG, HERE)
-
-
-def test_numbers_come_back_from_their_words():
-    there = json_floats(json.loads(json.dumps(json_safe({"a": [float("inf"), 1, "b"], "c": float("-inf")}))))
-    assert there == {"a": [float("inf"), 1, "b"], "c": float("-inf")}

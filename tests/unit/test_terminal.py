@@ -1,7 +1,6 @@
 """What the lab prints at 80 columns, piped, and where the user chose a width or no color."""
 
 import contextlib
-import dataclasses
 import io
 import re
 from pathlib import Path
@@ -12,18 +11,17 @@ from rich.text import Text
 
 from ddpcall.evidence import Cell
 from ddpcall.lab import console as lab_console
-from ddpcall.lab.console import open_console, print_result, say, say_left_out
-from ddpcall.lab.experiment import TrialResult
-from ddpcall.lab.grid import unmet
-from ddpcall.lab.result_table import split_columns
+from ddpcall.lab.console import open_console, say
+from ddpcall.lab.records import TrialRecord
+from ddpcall.lab.report.terminal import print_result, say_left_out, split_columns
 from ddpcall.lab.schema import TrainConfig
 from ddpcall.paths import CallPath
 from ddpcall.verdicts import NO_DATA_PARALLELISM, judge
 from ddpcall.wrappers import WRAPPERS
 from tests.report.made import ENVIRONMENT, PATHS, make_evidence
 
-TITLES = ["gradients", "gradients differ by", "hooks wrapped", "inner", "below", "mixing"]
-TITLES += ["test accuracy by rank", "distance from synced run", "as expected"]
+TITLES = ["gradients", "mixing", "hooks on wrapped", "hooks on inner", "hooks below"]
+TITLES += ["gradients differ by", "test accuracy by rank", "distance from synced run", "as expected"]
 DDP_CELLS = [Cell(wrapper="ddp", path=path, model="my.Mlp") for path in PATHS]
 SHIPPED = [path for path in CallPath if path is not CallPath.CUSTOM]
 ALL_CELLS = [
@@ -34,17 +32,15 @@ ALL_CELLS = [
 ]
 
 
-def make_results(cells: list[Cell], expected: dict[str, str] | None = None) -> list[TrialResult]:
+def make_results(cells: list[Cell], expected: dict[str, str] | None = None) -> list[TrialRecord]:
     made = [make_evidence(cell) for cell in cells]
-    verdicts = [dataclasses.replace(judge(evidence), mixing="unidentifiable") for evidence in made]
+    verdicts = [judge(evidence) | {"mixing": "unidentifiable"} for evidence in made]
     verdicts = [
-        dataclasses.replace(verdict, gradients=NO_DATA_PARALLELISM) if cell.wrapper == "tp" else verdict
+        verdict | {"gradients": NO_DATA_PARALLELISM} if cell.wrapper == "tp" else verdict
         for cell, verdict in zip(cells, verdicts, strict=True)
     ]
-    expected = expected or {}
     return [
-        TrialResult(evidence, verdict, expected, unmet(verdict, expected))
-        for evidence, verdict in zip(made, verdicts, strict=True)
+        TrialRecord.of(evidence, expected or {}, verdict) for evidence, verdict in zip(made, verdicts, strict=True)
     ]
 
 
@@ -52,7 +48,7 @@ def make_results(cells: list[Cell], expected: dict[str, str] | None = None) -> l
 def printed(tmp_path, monkeypatch):
     """Return a function that prints results to a terminal of a width; None: into a pipe."""
 
-    def print_results(results: list[TrialResult], width: int | None, **environment: str) -> str:
+    def print_results(results: list[TrialRecord], width: int | None, **environment: str) -> str:
         for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("TERM", "xterm-256color")
@@ -101,8 +97,8 @@ def test_at_any_width_each_column_is_there_once_and_no_word_is_broken(printed, w
         difference, accuracy, distance = numbers[path in ("call", "forward")]
         cells = rows[f"ddp × {path}"]
         assert cells[0] == ("synced" if path in ("call", "forward") else "local")
-        assert cells[1] == difference
-        assert cells[5:] == ["unidentifiable", accuracy, distance, "-"]
+        assert cells[1] == "unidentifiable"
+        assert cells[5:] == [difference, accuracy, distance, "-"]
     drawn = [line for line in Text.from_ansi(text).plain.splitlines() if line[:1] in ("┏", "┃", "│", "└")]
     assert max(map(len, drawn)) <= (width or 200)
     assert (sum(line.startswith("┏") for line in drawn) == 1) == (width in (140, None))

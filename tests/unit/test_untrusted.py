@@ -18,8 +18,8 @@ from ddpcall.files import append_text, parse_json, read_text, replace_text
 from ddpcall.lab.report.command import main as report
 from ddpcall.lab.report.load import load
 from ddpcall.lab.report.load_watch import MAX_FINDINGS, load_watch
-from ddpcall.lab.report.typed import NothingToShow
 from ddpcall.lab.run_directory import RunDirectory
+from ddpcall.lab.typed import NothingToShow
 
 SECRET = "password: hunter2"
 

@@ -77,7 +77,7 @@ def test_the_mixing_verdict_is_the_first_shape_that_is_not_the_mean(evidence, ve
 def test_a_failure_is_a_crash_and_says_nothing_of_compiled_code():
     compiled = CompiledEvidence(requested=True, frames=1, calls_compiled=2, calls_eager=0)
     verdicts = judge(make_evidence(failures=(FAILURE,), compiled=compiled))
-    assert (verdicts.gradients, verdicts.compiled) == ("crashed", "none")
+    assert (verdicts["gradients"], verdicts["compiled"]) == ("crashed", "none")
 
 
 @pytest.mark.parametrize(
@@ -157,11 +157,11 @@ def make_modes(**changes):
     ],
 )
 def test_modes(changes, name, word):
-    assert getattr(judge(make_evidence(modes=make_modes(**changes))), name) == word
+    assert judge(make_evidence(modes=make_modes(**changes)))[name] == word
 
 
 def test_sharded_gradients_are_not_called_synced_or_local():
-    assert judge(make_evidence(gradients=make_gradients(sharded=("weight",)))).gradients == "sharded"
+    assert judge(make_evidence(gradients=make_gradients(sharded=("weight",))))["gradients"] == "sharded"
 
 
 MIXED = dataclasses.replace(FAILURE, message="aten.addmm got mixed torch.Tensor and DTensor, need to convert")
@@ -178,9 +178,9 @@ def test_a_crash_is_explained_only_beside_skipped_hooks():
 
 def test_a_backward_hook_has_nothing_to_fire_for_without_gradients():
     hooks = (make_hook("wrapped"), make_hook("wrapped", "full_backward", fired=0, forwards=0))
-    assert judge(make_evidence(hooks=hooks)).hooks_wrapped == "fired"
+    assert judge(make_evidence(hooks=hooks))["hooks_wrapped"] == "fired"
     hooks = (make_hook("wrapped"), make_hook("wrapped", "full_backward", fired=0, forwards=2))
-    assert judge(make_evidence(hooks=hooks)).hooks_wrapped == "skipped"
+    assert judge(make_evidence(hooks=hooks))["hooks_wrapped"] == "skipped"
 
 
 NAMES = {"wrapped": "DDP", "inner": "Net", "submodule": "head"}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
-from ddpcall.compare import CAUSES, OneProcessComparison, same_as_one_process
-from ddpcall.lab.console import Progress, print_comparisons
+from ddpcall.compare import CAUSES, same_as_one_process
+from ddpcall.lab.console import Progress
 from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.guarded_run import GuardedRun
 from ddpcall.lab.one_process_cases import find_case, share_nothing
+from ddpcall.lab.records import ComparisonRecord
+from ddpcall.lab.report.terminal import print_comparisons
 from ddpcall.lab.run_directory import RunDirectory
 from ddpcall.lab.schema import OneProcessConfig, TrainConfig
 from ddpcall.lab.trial import build_optimizer
@@ -18,39 +18,6 @@ from ddpcall.lab.world import World, choose_accelerator, process_group
 from ddpcall.wrappers import WRAPPERS
 
 CRASHED = "crashed"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonResult:
-    """One finished comparison.
-
-    Attributes:
-        case: Its name.
-        wrapper: What wrapped the model.
-        about: What the step does.
-        expected: The cause that was expected.
-        found: The cause that was found; `crashed` where the step raised.
-        message: What the comparison says, or what was raised.
-        comparison: Its numbers; None where the step raised.
-    """
-
-    case: str
-    wrapper: str
-    about: str
-    expected: str
-    found: str
-    message: str
-    comparison: OneProcessComparison | None
-
-    @property
-    def is_met(self) -> bool:
-        """Whether it is as expected."""
-        return self.found == self.expected
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as it stands in summary.json."""
-        numbers = None if self.comparison is None else self.comparison.to_json()
-        return dataclasses.asdict(self) | {"comparison": numbers, "expectation_met": self.is_met}
 
 
 def check_comparisons(config: TrainConfig) -> None:
@@ -99,7 +66,7 @@ class ComparisonsRun(GuardedRun):
             raise WrongUse("one_process compares ranks with one process, and there is one rank: write ranks=2")
         accelerator = choose_accelerator("cpu", "gloo", world.local_rank, world.local_world_size)
         super().__init__(config, world, directory, accelerator)
-        self._results: list[ComparisonResult] = []
+        self._results: list[ComparisonRecord] = []
 
     def _measure(self) -> None:
         entries = self._config.one_process
@@ -112,7 +79,7 @@ class ComparisonsRun(GuardedRun):
                     self._directory.write_summary(self._summary("running"))
                 progress.finish()
 
-    def _compare(self, name: str, entry: OneProcessConfig, wrapper: str) -> ComparisonResult:
+    def _compare(self, name: str, entry: OneProcessConfig, wrapper: str) -> ComparisonRecord:
         case, seconds = find_case(entry.case), self._config.trial_timeout_s
         self._where = f"{name} ({entry.case} × {wrapper})"
         found, message, comparison = CRASHED, "", None
@@ -131,14 +98,14 @@ class ComparisonsRun(GuardedRun):
                 found, message = comparison.cause, comparison.message
             except (RuntimeError, ValueError) as error:  # on all ranks alike
                 message = str(error)
-        return ComparisonResult(
+        return ComparisonRecord(
             case=entry.case,
             wrapper=wrapper,
             about=case.about,
             expected=entry.expect,
             found=found,
             message=message,
-            comparison=comparison,
+            comparison=comparison and comparison.to_json(),
         )
 
     def _has_failed(self) -> bool:
@@ -151,5 +118,5 @@ class ComparisonsRun(GuardedRun):
         return {
             "num_comparisons": len(self._config.one_process),
             "trials": [],
-            "comparisons": [result.to_json() for result in self._results],
+            "comparisons": [result.summarize() for result in self._results],
         }

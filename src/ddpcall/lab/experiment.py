@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Failure, StepTimeline, from_json, to_json
+from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Failure
 from ddpcall.lab.checkpoint import Checkpoints
 from ddpcall.lab.comparisons import ComparisonsRun, check_comparisons
-from ddpcall.lab.console import Progress, print_result, say, say_left_out, warn
+from ddpcall.lab.console import Progress, say, warn
 from ddpcall.lab.data import check_batch_size, load_split
 from ddpcall.lab.errors import EXIT_WRONG_USE, WrongUse
-from ddpcall.lab.grid import Grid, check_expectations, expand_grid, expected_verdicts, unmet
+from ddpcall.lab.grid import Grid, check_expectations, expand_grid, expected_verdicts
 from ddpcall.lab.guarded_run import GATHER_SECONDS, GuardedRun
 from ddpcall.lab.loggers import check_logger, log_curves
 from ddpcall.lab.rank_report import RankReport, median_step_ms
+from ddpcall.lab.records import TimelineRecord, TrialRecord, restore_trial
+from ddpcall.lab.report.terminal import print_result, say_left_out
 from ddpcall.lab.resume import Earlier, find_earlier
-from ddpcall.lab.run_directory import RunDirectory, json_floats
+from ddpcall.lab.run_directory import RunDirectory
 from ddpcall.lab.schema import TrainConfig
 from ddpcall.lab.tensorboard import write_events
 from ddpcall.lab.trial import Trial
+from ddpcall.lab.typed import Misfit
 from ddpcall.lab.world import (
     RankFailed,
     RankLost,
@@ -32,7 +34,6 @@ from ddpcall.lab.world import (
     open_world,
 )
 from ddpcall.probes.mixing import judge_steps
-from ddpcall.verdicts import Verdicts, explain_crash, judge, judge_skipped, list_untimed
 from ddpcall.wrappers import WRAPPERS
 
 MODES_BY_STEP = (
@@ -47,23 +48,6 @@ MODES_BY_STEP = (
 CONSEQUENCES = ("connection reset", "connection closed", "closed by peer", "timed out", "timeout", "broken pipe")
 # How long a rank whose trial raised waits for the others, which should have raised alike.
 AFTER_FAILURE_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class TrialResult:
-    """One finished trial.
-
-    Attributes:
-        evidence: What was measured.
-        verdicts: What it amounts to.
-        expected: The verdicts that the experiment's expectations state for this cell.
-        unmet: Verdicts that are not as expected: name to `{"expected", "measured"}`.
-    """
-
-    evidence: Evidence
-    verdicts: Verdicts
-    expected: dict[str, str]
-    unmet: dict[str, dict[str, str]]
 
 
 def run_experiment(config: TrainConfig, run_directory: Path) -> int:
@@ -158,7 +142,7 @@ class _TrialsRun(GuardedRun):
         accelerator = choose_accelerator(config.device, config.backend, world.local_rank, world.local_world_size)
         super().__init__(config, world, directory, accelerator)
         self._grid = grid
-        self._results: list[TrialResult] = []
+        self._results: list[TrialRecord] = []
         self._lengths: list[dict[str, int]] = []  # rank 0's: bytes of the files of records after each trial
         self._references: dict[str, Tensor | None] = {}
         self._split = load_split(config.data, config.seed)
@@ -186,13 +170,18 @@ class _TrialsRun(GuardedRun):
             "num_trials": len(self._grid.cells),
             "left_out": list(self._grid.left_out),
             "lengths": self._lengths,
-            "trials": [summarize(result) for result in self._results],
+            "trials": [result.summarize() for result in self._results],
         }
 
     def _begin(self) -> None:
         """Start the run directory, or go on with the trials that stand there."""
         earlier = self._find_earlier()
-        self._results = [restore_result(record) for record in earlier.records]
+        try:
+            self._results = [restore_trial(record) for record in earlier.records]
+        except Misfit as error:
+            raise WrongUse(
+                f"evidence.jsonl holds a trial of another version: {error}. Choose another run directory"
+            ) from None
         self._lengths = list(earlier.lengths)
         if self._world.rank != 0:
             return
@@ -233,26 +222,25 @@ class _TrialsRun(GuardedRun):
     def _checkpoints(self, name: str) -> Checkpoints:
         return Checkpoints(self._directory.path / "checkpoints" / name, self._config.checkpoint.keep)
 
-    def _run_cell(self, index: int, cell: Cell) -> TrialResult:
+    def _run_cell(self, index: int, cell: Cell) -> TrialRecord:
         reference = self._reference(cell)
         reports = self._run_trial(f"trial{index}", cell, observe=self._config.probes.enabled, reference=reference)
         evidence = merge_reports(cell, self._config, self._environment, reports)
-        verdicts = judge(evidence)
         expected: dict[str, str] = {}
         if self._config.probes.enabled:
             expected = expected_verdicts(
                 cell, self._config.expect, self._environment.torch, self._environment.device
             )
-        result = TrialResult(evidence, verdicts, expected, unmet(verdicts, expected))
+        result = TrialRecord.of(evidence, expected)
         if self._world.rank == 0:
-            self._write_trial(cell, result, reports)
+            self._write_trial(result, reports)
         return result
 
     def _reference(self, cell: Cell) -> Tensor | None:
-        """Return the synchronised run's parameters: plain DDP, wrapped(x), the same model, data and seed."""
+        """Return the synchronized run's parameters: plain DDP, wrapped(x), the same model, data and seed."""
         if cell.model not in self._references:
-            synchronised = Cell(wrapper="ddp", path="call", model=cell.model)
-            reports = self._run_trial(f"reference{len(self._references)}", synchronised, observe=False)
+            synchronized = Cell(wrapper="ddp", path="call", model=cell.model)
+            reports = self._run_trial(f"reference{len(self._references)}", synchronized, observe=False)
             self._references[cell.model] = reports[self._world.rank].parameters
         return self._references[cell.model]
 
@@ -301,19 +289,19 @@ class _TrialsRun(GuardedRun):
         self._world.wait_for("the end that the rank which raised calls", AFTER_FAILURE_SECONDS)
         raise RankLost([failure.rank], name)
 
-    def _write_trial(self, cell: Cell, result: TrialResult, reports: list[RankReport]) -> None:
-        record = {
-            **to_json(result.evidence),
-            "verdicts": dataclasses.asdict(result.verdicts),
-            "expected": result.expected,
-            "expectation_met": expectation_met(result),
-        }
-        self._directory.append("evidence.jsonl", [record])
-        self._directory.append("steps.jsonl", step_records(cell, reports))
-        self._directory.append("timeline.jsonl", timeline_records(cell, reports))
+    def _write_trial(self, trial: TrialRecord, reports: list[RankReport]) -> None:
+        timelines = [
+            dataclasses.asdict(TimelineRecord.of(trial.cell, rank, report.timeline))
+            for rank, report in enumerate(reports)
+            if report.timeline is not None
+        ]
+        self._directory.append("evidence.jsonl", [trial.to_json()])
+        self._directory.append("steps.jsonl", step_records(trial.cell, reports))
+        self._directory.append("timeline.jsonl", timelines)
+        assert trial.evidence is not None
         if self._config.tensorboard:
-            write_events(self._directory.path / "tensorboard", result.evidence, reports)
-        log_curves(self._config.logger.name, self._directory.path, result.evidence, reports)
+            write_events(self._directory.path / "tensorboard", trial.evidence, reports)
+        log_curves(self._config.logger.name, self._directory.path, trial.evidence, reports)
 
 
 def merge_reports(
@@ -343,23 +331,6 @@ def merge_reports(
         modes=first.modes,
         consequence=None if failures else _consequence(reports),
     )
-
-
-def restore_result(record: dict[str, Any]) -> TrialResult:
-    """Return the result of a finished trial from its line in evidence.jsonl.
-
-    Raises:
-        WrongUse: The line is no record of this version's.
-    """
-    try:
-        names = {field.name for field in dataclasses.fields(Evidence)}
-        evidence = from_json(json_floats({name: value for name, value in record.items() if name in names}))
-        verdicts = Verdicts(**record["verdicts"])
-        return TrialResult(evidence, verdicts, record["expected"], unmet(verdicts, record["expected"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise WrongUse(
-            f"evidence.jsonl holds a trial of another version: {error}. Choose another run directory"
-        ) from None
 
 
 def find_lone_failure(reports: list[RankReport]) -> Failure | None:
@@ -395,37 +366,6 @@ def _consequence(reports: list[RankReport]) -> Consequence:
     )
 
 
-def expectation_met(result: TrialResult) -> bool | None:
-    """Return whether a cell is as expected; None where nothing was expected and nothing crashed."""
-    if not result.expected and not result.unmet:
-        return None
-    return not result.unmet
-
-
-def summarize(result: TrialResult) -> dict[str, Any]:
-    """Return one trial as it stands in summary.json."""
-    evidence = result.evidence
-    consequence = evidence.consequence
-    return {
-        **dataclasses.asdict(evidence.cell),
-        "verdicts": dataclasses.asdict(result.verdicts),
-        "expected": result.expected,
-        "expectation_met": expectation_met(result),
-        "unmet": result.unmet,
-        "error": _first_line(evidence.failures),
-        "cause": explain_crash(evidence),
-        "witness_agrees": evidence.collectives.agrees if evidence.collectives else None,
-        "consequence": dataclasses.asdict(consequence) if consequence else None,
-    }
-
-
-def _first_line(failures: tuple[Failure, ...]) -> str | None:
-    if not failures:
-        return None
-    first = failures[0]
-    return f"rank {first.rank}, step {first.step}: {first.kind}: {first.message.strip().splitlines()[0]}"
-
-
 def step_records(cell: Cell, reports: list[RankReport]) -> list[dict[str, Any]]:
     """Return one record for each finished step and rank: loss, time, how far from rank 0, what the reducer saw."""
     records = []
@@ -447,27 +387,3 @@ def step_records(cell: Cell, reports: list[RankReport]) -> list[dict[str, Any]]:
                     record[name] = getattr(report.modes, name)[step]
             records.append(record)
     return records
-
-
-def timeline_records(cell: Cell, reports: list[RankReport]) -> list[dict[str, Any]]:
-    """Return one record for each rank that recorded a step: its events, and what the step went past."""
-    return [
-        {**dataclasses.asdict(cell), "rank": rank, **_timeline_record(report.timeline)}
-        for rank, report in enumerate(reports)
-        if report.timeline is not None
-    ]
-
-
-def _timeline_record(timeline: StepTimeline) -> dict[str, Any]:
-    events = [dataclasses.asdict(event) for event in timeline.events]
-    return {
-        "step": timeline.step,
-        "raised": timeline.raised,
-        "events": [event for event in events if event["kind"] != "collective"],
-        "collectives": [event for event in events if event["kind"] == "collective"],
-        "skipped": [dataclasses.asdict(skipped) for skipped in judge_skipped(timeline)],
-        "untimed": [
-            {"kind": hooks.event_kind, "name": hooks.name, "owner": hooks.owner, "fired": hooks.fired}
-            for hooks in list_untimed(timeline)
-        ],
-    }

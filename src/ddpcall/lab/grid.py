@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import product
-from typing import Any
 
-from ddpcall.evidence import Cell
+from ddpcall.evidence import AXES, Cell
 from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.schema import CellConfig, ExpectationConfig, PathConfig, TrainConfig, WrapperConfig
-from ddpcall.mixing import SHAPES
 from ddpcall.paths import CallPath, Mode, SyncWindow
-from ddpcall.verdicts import NO_DATA_PARALLELISM, Verdicts
+from ddpcall.verdicts import VERDICTS
 from ddpcall.wrappers import WRAPPERS
-
-SELECTORS = ("wrapper", "path", "window", "hooks", "mode", "model")
-VERDICT_WORDS = {
-    "gradients": ("synced", "local", NO_DATA_PARALLELISM, "sharded", "none", "crashed"),
-    "mixing": (*SHAPES, NO_DATA_PARALLELISM, "none", "crashed"),
-    "hooks_wrapped": ("fired", "skipped", "none"),
-    "hooks_inner": ("fired", "skipped", "none"),
-    "hooks_submodules": ("fired", "skipped", "none"),
-    "compiled": ("compiled", "eager", "none"),
-    "modes": ("train", "eval", "mixed", "differs", "none"),
-    "dropout": ("identical", "different", "none"),
-    "statistics": ("same", "differ", "none"),
-    "evaluation_inner": ("same", "differ", "none"),
-    "evaluation_wrapped": ("same", "differ", "none"),
-    "precision": ("float32", "bfloat16", "float16", "float64", "mixed", "none"),
-}
 
 
 @dataclass(frozen=True)
@@ -118,10 +99,10 @@ def check_expectations(config: TrainConfig) -> None:
         WrongUse: An unknown verdict word.
     """
     for expectation in config.expect:
-        for name, words in VERDICT_WORDS.items():
+        for name, spec in VERDICTS.items():
             word = getattr(expectation, name)
-            if word is not None and word not in words:
-                raise WrongUse(f"expect: {name}: {word!r} is unknown; write one of: {', '.join(words)}")
+            if word is not None and word not in spec.words:
+                raise WrongUse(f"expect: {name}: {word!r} is unknown; write one of: {', '.join(spec.words)}")
 
 
 def expected_verdicts(
@@ -139,27 +120,11 @@ def expected_verdicts(
     for expectation in expectations:
         if not torch_version.startswith(expectation.torch or "") or expectation.device not in (None, device):
             continue
-        if all(_matches(getattr(expectation, name), getattr(cell, name)) for name in SELECTORS):
-            stated = {name: getattr(expectation, name) for name in VERDICT_WORDS}
+        if all(_matches(getattr(expectation, name), getattr(cell, name)) for name in AXES):
+            stated = {name: getattr(expectation, name) for name in VERDICTS}
             expected |= {name: word for name, word in stated.items() if word is not None}
     return expected
 
 
 def _matches(wanted: str | None, actual: str) -> bool:
     return wanted is None or wanted == actual or actual.endswith(f".{wanted}")
-
-
-def unmet(verdicts: Verdicts, expected: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Compare verdicts with expectations; a crash that nobody expected is always unmet.
-
-    Returns:
-        For each verdict that is not as expected: `{"expected": word, "measured": word}`. Empty: all met.
-    """
-    measured: dict[str, Any] = dataclasses.asdict(verdicts)
-    if measured["gradients"] == "crashed":
-        expected = {"gradients": "no crash", **expected}
-    return {
-        name: {"expected": word, "measured": measured[name]}
-        for name, word in expected.items()
-        if measured[name] != word
-    }

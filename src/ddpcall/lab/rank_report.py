@@ -38,7 +38,7 @@ class RankReport:
         test_loss: Mean loss of this rank's model on the test set.
         test_accuracy: Share classified correctly; None for regression.
         spread: L2 distance of this rank's parameters from rank 0's, relative to the norm of the latter.
-        distance: L2 distance from the synchronised run's parameters, relative to the norm of the latter.
+        distance: L2 distance from the synchronized run's parameters, relative to the norm of the latter.
         digest: xxh3_64 of this rank's parameters and buffers at the end, in hex.
         resumed_at: Steps that were finished when it was resumed; None where it was not.
     """

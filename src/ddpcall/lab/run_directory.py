@@ -98,15 +98,6 @@ class RunDirectory:
         replace_text(self.path / name, text)
 
 
-def json_floats(value: Any) -> Any:
-    """Return the value with the words that `json_safe` wrote as numbers again."""
-    if value in ("inf", "-inf", "nan"):
-        return float(value)
-    if isinstance(value, dict):
-        return {key: json_floats(item) for key, item in value.items()}
-    return [json_floats(item) for item in value] if isinstance(value, list) else value
-
-
 def json_safe(value: Any) -> Any:
     """Return the value with infinities and NaN as strings: JSON has no word for them."""
     if isinstance(value, float) and not math.isfinite(value):

@@ -8,6 +8,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from ddpcall.verdicts import VERDICTS
+
 # Nodes in which a user's `_target_` may stand, with its arguments beside it.
 OPEN_NODES = ("wrapper", "path", "data", "optimizer")
 
@@ -159,35 +161,25 @@ class CheckpointConfig:
     keep: int = 2
 
 
+def _add_verdicts(kind: type[Any]) -> type[Any]:
+    """Give a class that is to be a dataclass a field for every verdict."""
+    for name in VERDICTS:
+        kind.__annotations__[name] = "str | None"
+        setattr(kind, name, None)
+    return kind
+
+
 @dataclass(kw_only=True)
-class ExpectationConfig:
+@_add_verdicts
+class ExpectationConfig(CellConfig):
     """What the verdicts of the cells that match should be; null matches any cell, or expects nothing.
 
     `torch` matches the beginning of torch's version, such as "2.13", `device` the kind of device; the other
-    selectors match a cell's axes.
+    selectors match a cell's axes. Every verdict can be expected, by its name.
     """
 
     torch: str | None = None
     device: str | None = None
-
-    wrapper: str | None = None
-    path: str | None = None
-    window: str | None = None
-    hooks: str | None = None
-    mode: str | None = None
-    model: str | None = None
-    gradients: str | None = None
-    mixing: str | None = None
-    hooks_wrapped: str | None = None
-    hooks_inner: str | None = None
-    hooks_submodules: str | None = None
-    compiled: str | None = None
-    dropout: str | None = None
-    statistics: str | None = None
-    evaluation_inner: str | None = None
-    evaluation_wrapped: str | None = None
-    precision: str | None = None
-    modes: str | None = None
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK
 from ddpcall.lab.run_directory import RunDirectory
 from ddpcall.lab.runs import differing_overrides, list_jobs
 
+COLUMNS = ("gradients", "mixing", "accuracy", "distance")
 exit_codes: list[int] = []  # of the sweeps of this process: a launcher plugin runs jobs in processes of its own
 
 
@@ -34,40 +35,26 @@ class SweepTable(Callback):
 def print_jobs(directory: Path, jobs: list[Path], summaries: list[dict[str, Any]]) -> None:
     """Print one row for each trial of each job, named by the overrides in which the jobs differ."""
     from ddpcall.lab.console import open_console, shorten_path
-    from ddpcall.lab.result_table import fit_tables
+    from ddpcall.lab.records import read_trial
+    from ddpcall.lab.report.terminal import fit_tables, lay_out
 
-    header = ["job", "overrides", "wrapper × path", "outcome", "gradients", "mixing", "test accuracy\nby rank"]
-    header += ["distance from\nsynced run"]
     overrides = differing_overrides([read_overrides(job) for job in jobs])
-    rows = [
-        [job.name, Text(own), *_describe_trial(summary, trial)]
-        for job, own, summary in zip(jobs, overrides, summaries, strict=True)
-        for trial in summary.get("trials") or [{}]  # a job that failed at once has a row too
+    trials = [[read_trial(trial) for trial in summary.get("trials") or ()] for summary in summaries]
+    header, laid_out = lay_out([trial for of_job in trials for trial in of_job], COLUMNS)
+    rows = iter(laid_out)
+    shown = [
+        [job.name, Text(own), str(summary.get("outcome", "unknown")), *row]
+        for job, own, summary, of_job in zip(jobs, overrides, summaries, trials, strict=True)
+        # A job that failed at once has a row too.
+        for row in ([next(rows) for _ in of_job] or [["-"] * len(header)])
     ]
     console = open_console()
-    for table in fit_tables(console, header, rows, 2, title=f"sweep of {len(jobs)} jobs"):
+    for table in fit_tables(
+        console, ["job", "overrides", "outcome", *header], shown, 2, title=f"sweep of {len(jobs)} jobs"
+    ):
         console.print(table)
     command = f"ddpcall report {shorten_path(directory)}"
     console.print(f"side by side: {command}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _describe_trial(summary: dict[str, Any], trial: dict[str, Any]) -> list[str]:
-    from ddpcall.lab.result_table import color_word
-
-    outcome = str(summary.get("outcome", "unknown"))
-    if not trial:
-        return ["-", outcome, "-", "-", "-", "-"]
-    words = [color_word(name, trial["verdicts"][name]) for name in ("gradients", "mixing")]
-    consequence = trial["consequence"] or {}
-    accuracy = " ".join(f"{one:.1%}" for one in (consequence.get("test_accuracy") or [])[:4])
-    distance = consequence.get("distance")
-    return [
-        f"{trial['wrapper']} × {trial['path']}",
-        outcome,
-        *words,
-        accuracy or "-",
-        f"{max(map(float, distance)):.2g}" if distance else "-",
-    ]
 
 
 def read_overrides(job: Path) -> list[str]:

@@ -126,7 +126,7 @@ class Trial:
 
         Args:
             name: Unique in the run; names the process group's keys in the store.
-            reference: The synchronised run's parameters, flat; None: no distance is computed.
+            reference: The synchronized run's parameters, flat; None: no distance is computed.
 
         Raises:
             WrongUse: The model cannot be built, lacks what the call path needs, or the wrapper is not installed.

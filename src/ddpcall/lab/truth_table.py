@@ -7,22 +7,19 @@ python -m ddpcall.lab.truth_table --page FILE RUN_DIR     writes the whole page 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from datetime import date
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ddpcall.lab.columns import TITLES, is_interesting
+from ddpcall.lab.records import ComparisonRecord, TrialRecord, read_trial
+from ddpcall.lab.report.markdown import write_table, write_truth, write_word
+from ddpcall.lab.report.truth import build_table, judge_comparison
 from ddpcall.lab.run_directory import RunDirectory
-from ddpcall.paths import SPELLING, CallPath
-from ddpcall.verdicts import NO_DATA_PARALLELISM
+from ddpcall.lab.typed import read_record
+from ddpcall.paths import SPELLING
 from ddpcall.wrappers import WRAPPERS
-
-_PLAIN = {
-    *("synced", "sharded", "averaged", "scaled", "transformed", NO_DATA_PARALLELISM),
-    *("fired", "compiled", "none", "train", "same", "float32", "different"),
-}
-_ALWAYS = ("gradients", "hooks_wrapped", "hooks_inner", "hooks_submodules")
 
 
 def verdict_table(summary: dict[str, Any]) -> str:
@@ -32,54 +29,17 @@ def verdict_table(summary: dict[str, Any]) -> str:
         summary: The content of a summary.json.
     """
     if summary.get("comparisons"):
-        return comparison_table(summary["comparisons"])
-    trials = summary["trials"]
-    axes = ["wrapper", "path", *(axis for axis in ("window", "hooks", "mode", "model") if _varies(trials, axis))]
-    verdicts = [name for name in TITLES if _tells(trials, name)]
-    rows = [
-        [_axis_value(trial, axis) for axis in axes] + [_word(trial, name) for name in verdicts] for trial in trials
-    ]
-    header = [*axes, *(TITLES[name] for name in verdicts)]
-    return "\n".join(_line(cells) for cells in [header, ["---"] * len(header), *rows])
+        return _comparison_table([read_record(ComparisonRecord, one) for one in summary["comparisons"]])
+    return write_truth(build_table([read_trial(trial) for trial in summary["trials"]]))
 
 
-def comparison_table(comparisons: list[dict[str, Any]]) -> str:
-    """Return comparisons with one process as a Markdown table, without the numbers, which differ."""
-    rows = [
-        [f"`{one['case']}`: {one['about']}", one["wrapper"], _mark(one["found"], one["found"] == "same")]
-        for one in comparisons
-    ]
+def _comparison_table(comparisons: Sequence[ComparisonRecord]) -> str:
+    """Return comparisons with one process, without the numbers, which differ."""
     header = ["training step", "wrapper", "one process and the ranks"]
-    return "\n".join(_line(cells) for cells in [header, ["---"] * len(header), *rows])
-
-
-def _mark(word: str, is_plain: bool) -> str:
-    return word if is_plain else f"**{word}**"
-
-
-def _tells(trials: list[dict[str, Any]], name: str) -> bool:
-    return is_interesting(name, [trial["verdicts"][name] for trial in trials])
-
-
-def _varies(trials: list[dict[str, Any]], axis: str) -> bool:
-    return len({trial[axis] for trial in trials}) > 1
-
-
-def _axis_value(trial: dict[str, Any], axis: str) -> str:
-    if axis == "path":
-        return f"{trial['path']}: `{SPELLING[CallPath(trial['path'])]}`"
-    return trial[axis].rsplit(".", 1)[-1] if axis == "model" else trial[axis]
-
-
-def _word(trial: dict[str, Any], name: str) -> str:
-    word = trial["verdicts"][name]
-    # Gradients that differ from rank to rank are no good; dropout masks that do are.
-    is_plain = word in _PLAIN and (name, word) != ("mixing", "different")
-    return _mark(word, is_plain)
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return write_table(
+        header,
+        [[f"`{one.case}`: {one.about}", one.wrapper, write_word(judge_comparison(one))] for one in comparisons],
+    )
 
 
 def replace_table(text: str, summary: dict[str, Any]) -> str:
@@ -150,23 +110,21 @@ def semantics_page(summary: dict[str, Any], day: str) -> str:
 
 def semantics_sections(summary: dict[str, Any]) -> str:
     """Return the sections alone: what must not differ from run to run."""
-    by_wrapper = groupby(summary["trials"], key=lambda trial: trial["wrapper"])
-    return "\n\n".join(_section(wrapper, list(trials)) for wrapper, trials in by_wrapper)
+    trials = map(read_trial, summary["trials"])
+    by_wrapper = groupby(trials, key=lambda trial: trial.cell.wrapper)
+    return "\n\n".join(_section(wrapper, list(group)) for wrapper, group in by_wrapper)
 
 
-def _section(wrapper: str, trials: list[dict[str, Any]]) -> str:
-    verdicts = [name for name in TITLES if _tells(trials, name) or name in _ALWAYS]
-    header = ["path", *(TITLES[name] for name in verdicts)]
-    rows = [[trial["path"], *(_word(trial, name) for name in verdicts)] for trial in trials]
-    table = "\n".join(_line(cells) for cells in [header, ["---"] * len(header), *rows])
-    crashes = [f"* `{trial['path']}` raises {_crash(trial)}" for trial in trials if trial["error"]]
+def _section(wrapper: str, trials: Sequence[TrialRecord]) -> str:
+    crashes = [f"* `{trial.cell.path}` raises {_crash(trial)}" for trial in trials if trial.error]
+    table = write_truth(build_table(trials, axes=("path",)), spell=False)
     parts = [f"## {wrapper}", WRAPPERS[wrapper].description, table, "\n".join(crashes)]
     return "\n\n".join(part for part in parts if part)
 
 
-def _crash(trial: dict[str, Any]) -> str:
-    message = trial["error"].split(": ", 1)[1]  # which rank was first is chance
-    return f"`{message}`" + (f" Cause: {trial['cause']}." if trial["cause"] else "")
+def _crash(trial: TrialRecord) -> str:
+    _, message = str(trial.error).split(": ", 1)  # which rank was first is chance
+    return f"`{message}`" + (f" Cause: {trial.cause}." if trial.cause else "")
 
 
 def write_page(document: Path, run: Path) -> None:

@@ -19,7 +19,6 @@ from ddpcall.teach.run import Answer, Run, list_contradictions, train_command
 from ddpcall.teach.show import dimmed, show_bullet, styled, text_width
 from ddpcall.teach.sources import Source, locate
 
-_STYLES = {"good": "green", "other": "green", "lost": "bold red", "crash": "bold red"}
 _PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "show_edge": False, "header_style": "bold"}
 MOST_MESSAGE = 160  # characters of a crash's message
 
@@ -66,20 +65,14 @@ def show_evidence(console: Console, lesson: Lesson, run: Run) -> None:
 
 
 def _show_trials(console: Console, lesson: Lesson, run: Run) -> None:
-    from ddpcall.lab.result_table import fit_tables
+    from ddpcall.lab.records import read_trial
+    from ddpcall.lab.report.terminal import fit_tables, lay_out
     from ddpcall.paths import SPELLING, CallPath  # imports torch: after the questions were asked
 
-    axes = [axis for axis in ("model", "wrapper", "window", "hooks", "mode") if _varies(run.trials, axis)]
-    header = [*axes, "path", *map(_header, lesson.columns)]
-    rows = [
-        [
-            *(Text(trial[axis].rsplit(".", 1)[-1]) for axis in axes),
-            Text(trial["path"], style="cyan"),
-            *(_cell(trial, column) for column in lesson.columns),
-        ]
-        for trial in run.trials
-    ]
-    for table in fit_tables(console, header, rows, len(axes) + 1, **_PLAIN):
+    header, rows = lay_out([read_trial(trial) for trial in run.trials], lesson.columns)
+    for row in rows:
+        row[0].stylize("cyan")
+    for table in fit_tables(console, header, rows, 1, **_PLAIN):
         console.print(table)
     paths = dict.fromkeys(trial["path"] for trial in run.trials)
     legend = Text(" · ", style="dim").join(
@@ -89,50 +82,17 @@ def _show_trials(console: Console, lesson: Lesson, run: Run) -> None:
 
 
 def _show_comparisons(console: Console, run: Run) -> None:
-    from ddpcall.lab.report.words import find_tone  # imports torch: after the questions were asked
+    from ddpcall.lab.records import ComparisonRecord
+    from ddpcall.lab.report.terminal import style_word
+    from ddpcall.lab.report.truth import judge_comparison
+    from ddpcall.lab.typed import read_record
 
     table = Table(**_PLAIN)
     for title in ("case", "wrapper", "one process\nand the ranks", "what the step does"):
         table.add_column(title, overflow="fold")
-    for one in run.trials:
-        style = _STYLES.get(find_tone("one_process", one["found"]), "yellow")
-        table.add_row(
-            Text(one["case"], style="cyan"), one["wrapper"], Text(one["found"], style=style), one["about"]
-        )
+    for one in [read_record(ComparisonRecord, item) for item in run.trials]:
+        table.add_row(Text(one.case, style="cyan"), one.wrapper, style_word(judge_comparison(one)), one.about)
     console.print(table)
-
-
-def _varies(trials: Sequence[dict[str, Any]], axis: str) -> bool:
-    return len({trial[axis] for trial in trials}) > 1
-
-
-def _header(column: str) -> str:
-    from ddpcall.lab.columns import TITLES
-
-    if column in TITLES:
-        return (
-            TITLES[column]
-            .replace("hooks on ", "hooks on\n")
-            .replace("hooks below", "hooks\nbelow")
-            .replace("eval of ", "eval of\n")
-            .replace("dropout ", "dropout\n")
-            .replace("running ", "running\n")
-        )
-    return {"accuracy": "accuracy\nby rank", "distance": "distance\nfrom synced"}[column]
-
-
-def _cell(trial: dict[str, Any], column: str) -> Text:
-    consequence = trial["consequence"]
-    if column == "accuracy":
-        shown = consequence and consequence["test_accuracy"]
-        return Text(" ".join(f"{one:.1%}" for one in shown[:4]) if shown else "-")
-    if column == "distance":
-        shown = consequence and consequence["distance"]
-        return Text(f"{max(shown):.2g}" if shown else "-")
-    from ddpcall.lab.report.words import find_tone  # imports torch: after the questions were asked
-
-    word = trial["verdicts"][column]
-    return Text(word, style=_STYLES.get(find_tone(column, word), "yellow"))
 
 
 def _relative(run: Run) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ddpcall.lab.report.records import ComparisonRecord, RunRecord, TrialRecord
+from ddpcall.lab.records import ComparisonRecord, RunRecord, TrialRecord
 from ddpcall.lab.report.words import (
     code,
     format_share,
@@ -14,74 +14,9 @@ from ddpcall.lab.report.words import (
     values_that_tell,
     varying_axes,
 )
-from ddpcall.verdicts import NO_DATA_PARALLELISM
+from ddpcall.verdicts import ONE_PROCESS, VERDICTS
 
-# Verdict by verdict: what the ways with that word do; (one way, several ways).
-_SAYS: dict[str, dict[str, tuple[str, str]]] = {
-    "precision": {
-        word: (f"computes in {word}", f"compute in {word}")
-        for word in ("float32", "bfloat16", "float16", "float64", "mixed precision")
-    },
-    "dropout": {
-        "identical": ("drops the same positions on every rank", "drop the same positions on every rank"),
-        "different": ("gives every rank dropout masks of its own", "give every rank dropout masks of its own"),
-    },
-    "statistics": {
-        "same": (
-            "keeps running statistics the same on all ranks",
-            "keep running statistics the same on all ranks",
-        ),
-        "differ": ("leaves every rank its own running statistics", "leave every rank its own running statistics"),
-    },
-    "evaluation_inner": {
-        "same": ("evaluates alike on all ranks", "evaluate alike on all ranks"),
-        "differ": ("makes evaluation depend on the rank", "make evaluation depend on the rank"),
-    },
-    "compiled": {
-        "compiled": ("runs compiled code", "run compiled code"),
-        "eager": ("runs eager", "run eager"),
-    },
-    "mixing": {
-        "averaged": ("keeps the gradients synchronised", "keep the gradients synchronised"),
-        "summed": ("sums gradients without dividing", "sum gradients without dividing"),
-        "scaled": ("uses a multiple of the mean", "use a multiple of the mean"),
-        "weighted": ("does not weigh the ranks alike", "do not weigh the ranks alike"),
-        "transformed": ("changes the mean alike on all ranks", "change the mean alike on all ranks"),
-        "groups": ("averages in groups that never meet", "average in groups that never meet"),
-        "dropped": ("drops what a rank computed", "drop what a rank computed"),
-        "late": ("lets gradients arrive late", "let gradients arrive late"),
-        "partly_local": ("leaves a part of the gradients local", "leave a part of the gradients local"),
-        "different": ("gives the ranks different mixtures", "give the ranks different mixtures"),
-        "thrown_away": ("throws gradients away", "throw gradients away"),
-        "unaccounted": ("uses gradients from elsewhere", "use gradients from elsewhere"),
-        "unidentifiable": ("does not tell who learns from whom", "do not tell who learns from whom"),
-        "none": ("gives no parameter a gradient", "give no parameter a gradient"),
-        "crashed": ("crashes", "crash"),
-        NO_DATA_PARALLELISM: ("has no data parallelism", "have no data parallelism"),
-        # Last, here and below: the price that is said after it is that of these.
-        "local": ("leaves gradients local to each rank", "leave gradients local to each rank"),
-    },
-    # Where the mixing was not measured.
-    "gradients": {
-        "synced": ("keeps the gradients synchronised", "keep the gradients synchronised"),
-        "sharded": ("trains sharded gradients", "train sharded gradients"),
-        "none": ("gives no parameter a gradient", "give no parameter a gradient"),
-        "crashed": ("crashes", "crash"),
-        NO_DATA_PARALLELISM: ("has no data parallelism", "have no data parallelism"),
-        "local": ("leaves gradients local to each rank", "leave gradients local to each rank"),
-    },
-}
-_DIFFERS = {
-    "scaled": "every gradient is a multiple of it",
-    "weighted": "ranks or micro-batches have other weights",
-    "module": "a module computes something else",
-    "loss": "the loss is another one",
-    "some_parameters": "some parameters differ",
-    "update": "what follows the backward differs",
-    "unexplained": "it cannot be told why it differs",
-    "crashed": "the step crashes",
-}
-_SPECIAL = tuple(name for name in _SAYS if name not in ("mixing", "gradients"))
+_SPECIAL = tuple(name for name in VERDICTS if name not in ("mixing", "gradients"))
 _MOST_NAMES = 3
 _MOST_SPECIAL = 2
 _LEAST_SHARE = 0.2
@@ -112,7 +47,8 @@ def answer_comparisons(comparisons: Sequence[ComparisonRecord]) -> str:
     same = len(by_cause.pop("same", ()))
     steps = plural(len(comparisons), "step")
     sentence = f"{same} of {steps} {'computes' if same == 1 else 'compute'} what one process does"
-    others = [f"{_DIFFERS.get(cause, cause)} in {list_names(names)}" for cause, names in by_cause.items()]
+    says = {cause: word.says for cause, word in ONE_PROCESS.items()}
+    others = [f"{says.get(cause, cause)} in {list_names(names)}" for cause, names in by_cause.items()]
     return f"{'; '.join([sentence, *others])}."
 
 
@@ -122,8 +58,8 @@ def _with_price(clause: str, price: str) -> str:
 
 def _tells_apart(name: str, trials: Sequence[TrialRecord]) -> bool:
     """Say whether a verdict is what this experiment is about: it varies, and not in a few cells only."""
-    words = [trial.verdicts.get(name, "none") for trial in trials]
-    said = [word for word in words if word in _SAYS[name]]
+    words = [trial.word(name) for trial in trials]
+    said = [word for word in words if _says(name, word)]
     counts = [words.count(word) for word in set(words)]
     return len(set(said)) > 1 and len(said) >= len(words) / 2 and min(counts) >= _LEAST_SHARE * len(words)
 
@@ -131,21 +67,31 @@ def _tells_apart(name: str, trials: Sequence[TrialRecord]) -> bool:
 def _clause(name: str, trials: Sequence[TrialRecord]) -> list[str]:
     """Say which ways have which word of one verdict; empty where no word has anything to say."""
     parts = []
-    for word, (of_one, of_several) in _SAYS[name].items():
-        group = [trial for trial in trials if trial.verdicts.get(name, "none") == word]
-        if group:
+    for word, spec in VERDICTS[name].words.items():
+        group = [trial for trial in trials if trial.word(name) == word]
+        if group and spec.says:
             subject, is_one = _name_group(group, trials, said_before=bool(parts))
-            parts.append(f"{subject} {of_one if is_one else of_several}")
+            parts.append(f"{subject} {_put_in_singular(spec.says) if is_one else spec.says}")
     if len(parts) == 2:
         return [", while ".join(parts)]
     return [", ".join([*parts[:-1], f"and {parts[-1]}"] if len(parts) > 1 else parts)] if parts else []
 
 
+def _says(name: str, word: str) -> str:
+    spec = VERDICTS[name].words.get(word)
+    return spec.says if spec is not None else ""
+
+
+def _put_in_singular(sentence: str) -> str:
+    verb, blank, rest = sentence.partition(" ")
+    return {"have": "has", "do": "does", "crash": "crashes"}.get(verb, f"{verb}s") + blank + rest
+
+
 def _hooks_clause(trials: Sequence[TrialRecord]) -> list[str]:
     """Say through which ways every hook that was registered fired."""
     roles = ("hooks_wrapped", "hooks_inner", "hooks_submodules")
-    judged = [trial for trial in trials if {trial.verdicts.get(role, "none") for role in roles} != {"none"}]
-    skips = [any(trial.verdicts.get(role) == "skipped" for role in roles) for trial in judged]
+    judged = [trial for trial in trials if {trial.word(role) for role in roles} != {"none"}]
+    skips = [any(trial.word(role) == "skipped" for role in roles) for trial in judged]
     skipping = [trial for trial, skipped in zip(judged, skips, strict=True) if skipped]
     firing = [trial for trial, skipped in zip(judged, skips, strict=True) if not skipped]
     if not judged:
@@ -183,8 +129,8 @@ def _name_group(
 def _price(run: RunRecord) -> str:
     """Say what became of the models that were trained on local gradients.
 
-    Their accuracy is only said beside one synchronised accuracy, and where all lie below it: else it compares
-    what differs in more than the synchronisation.
+    Their accuracy is only said beside one synchronized accuracy, and where all lie below it: else it compares
+    what differs in more than the synchronization.
     """
     known = [trial for trial in run.trials if trial.consequence is not None]
     apart = max((t.consequence.spread for t in known if t.consequence and _is(t, "local")), default=0.0)
@@ -199,7 +145,7 @@ def _price(run: RunRecord) -> str:
 
 
 def _is(trial: TrialRecord, word: str) -> bool:
-    return trial.verdicts.get("gradients") == word
+    return trial.word("gradients") == word
 
 
 def _accuracies(trials: Sequence[TrialRecord], word: str) -> list[float]:

@@ -11,12 +11,13 @@ from pathlib import Path
 from ddpcall.files import replace_text
 from ddpcall.lab.console import say, shorten_path
 from ddpcall.lab.errors import EXIT_OK, EXIT_WRONG_USE
+from ddpcall.lab.records import RunRecord
 from ddpcall.lab.report.load import load
+from ddpcall.lab.report.load_watch import WatchRecord
 from ddpcall.lab.report.markdown import render_markdown
-from ddpcall.lab.report.records import RunRecord, WatchRecord
-from ddpcall.lab.report.typed import NothingToShow
 from ddpcall.lab.report.view import ReportView, build_view
 from ddpcall.lab.runs import RUNS, list_jobs, list_runs, write_index
+from ddpcall.lab.typed import NothingToShow
 
 REPORT = "report.html"
 TRACE = "trace.json"

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from ddpcall.lab.columns import TITLES
-from ddpcall.lab.report.records import RunRecord
+from ddpcall.lab.records import RunRecord
 from ddpcall.lab.report.truth import VerdictCell, judge_cell, judge_comparison
 from ddpcall.lab.report.words import label_cell, plural, varying_axes
 from ddpcall.lab.runs import differing_overrides
+from ddpcall.verdicts import VERDICTS
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ def compare_runs(runs: Sequence[RunRecord], names: Sequence[str]) -> Comparison:
     differences = []
     for cell in shared:
         found = [trials.get(cell) for trials in by_cell]
-        for name, title in TITLES.items():
+        for name, spec in VERDICTS.items():
             words = [judge_cell(trial, name) if trial is not None else None for trial in found]
             if len({word.word for word in words if word is not None}) > 1:
-                differences.append(Difference(label_cell(cell, axes), title, tuple(words)))
+                differences.append(Difference(label_cell(cell, axes), spec.title, tuple(words)))
     by_label = [{one.label: judge_comparison(one) for one in run.comparisons} for run in runs]
     labels = [label for label in dict.fromkeys(chain(*by_label)) if sum(label in own for own in by_label) > 1]
     for label in labels:

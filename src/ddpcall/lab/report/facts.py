@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 
-from ddpcall.evidence import Evidence, HookCount, ModesEvidence
+from ddpcall.evidence import Evidence, ModesEvidence
+from ddpcall.lab.records import TrialRecord
 from ddpcall.lab.report.mixing import list_facts
-from ddpcall.lab.report.records import TrialRecord
 from ddpcall.lab.report.words import format_number, format_share, list_names, plural
-from ddpcall.verdicts import NO_DATA_PARALLELISM, judge_mixing
+from ddpcall.verdicts import NO_DATA_PARALLELISM, VERDICTS, judge_mixing
 
 Fact = tuple[str, str]
-_ROLES = {"hooks_wrapped": "wrapped", "hooks_inner": "inner", "hooks_submodules": "submodules"}
+_PLAIN = (bool, int, float, str)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def collect_sections(trial: TrialRecord, names: Sequence[str]) -> tuple[Section,
     for name in names:
         unmet = trial.unmet.get(name, {})
         facts = _facts(evidence, name) if evidence is not None else []
-        sections.append(Section(name, trial.verdicts.get(name, "none"), unmet.get("expected", ""), tuple(facts)))
+        sections.append(Section(name, trial.word(name), unmet.get("expected", ""), tuple(facts)))
     extra = {"failure": _failure(trial), "consequence": _consequence(trial)}
     sections += [Section(name, "", "", tuple(facts)) for name, facts in extra.items() if facts]
     if evidence is None:
@@ -48,15 +49,13 @@ def collect_sections(trial: TrialRecord, names: Sequence[str]) -> tuple[Section,
 
 
 def _facts(evidence: Evidence, name: str) -> list[Fact]:
-    if name == "gradients":
-        return _gradients(evidence)
-    if name == "mixing":
-        return _mixing(evidence)
-    if name in _ROLES:
-        return _hooks(evidence.hooks or (), _ROLES[name])
-    if name == "compiled":
-        return _compiled(evidence)
-    return _modes(evidence, name)
+    if name in _FACTS:
+        return _FACTS[name](evidence)
+    part = getattr(evidence, VERDICTS[name].part)
+    if not is_dataclass(part):
+        return []
+    shown = {field.name: getattr(part, field.name) for field in fields(part)}
+    return [(name.replace("_", " "), str(value)) for name, value in shown.items() if isinstance(value, _PLAIN)]
 
 
 def _mixing(evidence: Evidence) -> list[Fact]:
@@ -105,9 +104,9 @@ def _names(label: str, names: Sequence[str]) -> list[Fact]:
     return [(label, list_names(names))]
 
 
-def _hooks(counts: Sequence[HookCount], role: str) -> list[Fact]:
+def _hooks(evidence: Evidence, role: str) -> list[Fact]:
     """Sum hooks by kind; of several modules, name those whose forward ran and whose hooks did not fire."""
-    mine = [count for count in counts if count.role == role]
+    mine = [count for count in evidence.hooks or () if count.role == role]
     facts = []
     for kind in dict.fromkeys(count.kind for count in mine):
         group = [count for count in mine if count.kind == kind]
@@ -130,11 +129,6 @@ def _compiled(evidence: Evidence) -> list[Fact]:
         ("steps that ran a compiled graph", str(compiled.calls_compiled)),
         ("steps that ran none", str(compiled.calls_eager)),
     ]
-
-
-def _modes(evidence: Evidence, name: str) -> list[Fact]:
-    modes = evidence.modes
-    return _MODES[name](modes) if modes is not None and name in _MODES else []
 
 
 def _flags(modes: ModesEvidence) -> list[Fact]:
@@ -166,13 +160,24 @@ def _evaluation(difference: float | None) -> list[Fact]:
     return [("largest difference between ranks", format_number(difference))] if difference is not None else []
 
 
-_MODES: dict[str, Callable[[ModesEvidence], list[Fact]]] = {
-    "modes": _flags,
-    "dropout": _dropout,
-    "statistics": _statistics,
-    "precision": _precision,
-    "evaluation_inner": lambda modes: _evaluation(modes.evaluation_inner),
-    "evaluation_wrapped": lambda modes: _evaluation(modes.evaluation_wrapped),
+def _of_modes(list_facts_of: Callable[[ModesEvidence], list[Fact]]) -> Callable[[Evidence], list[Fact]]:
+    return lambda evidence: list_facts_of(evidence.modes) if evidence.modes is not None else []
+
+
+# Of a verdict that is not here, the numbers of its part of the evidence are shown.
+_FACTS: dict[str, Callable[[Evidence], list[Fact]]] = {
+    "gradients": _gradients,
+    "mixing": _mixing,
+    "hooks_wrapped": partial(_hooks, role="wrapped"),
+    "hooks_inner": partial(_hooks, role="inner"),
+    "hooks_submodules": partial(_hooks, role="submodules"),
+    "compiled": _compiled,
+    "modes": _of_modes(_flags),
+    "dropout": _of_modes(_dropout),
+    "statistics": _of_modes(_statistics),
+    "precision": _of_modes(_precision),
+    "evaluation_inner": _of_modes(lambda modes: _evaluation(modes.evaluation_inner)),
+    "evaluation_wrapped": _of_modes(lambda modes: _evaluation(modes.evaluation_wrapped)),
 }
 
 
@@ -193,7 +198,7 @@ def _consequence(trial: TrialRecord) -> list[Fact]:
         facts.append(("test accuracy by rank", ", ".join(map(format_share, consequence.test_accuracy))))
     if consequence.distance:
         facts.append(
-            ("distance from the synchronised run, by rank", ", ".join(map(format_number, consequence.distance)))
+            ("distance from the synchronized run, by rank", ", ".join(map(format_number, consequence.distance)))
         )
     facts.append(("farthest rank from rank 0", format_number(consequence.spread)))
     if trial.evidence is not None and trial.evidence.step_ms is not None:

@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ddpcall.evidence import AXES, Cell, Environment, Evidence
 from ddpcall.files import parse_json, read_text
-from ddpcall.lab.report.load_watch import load_watch
-from ddpcall.lab.report.records import (
+from ddpcall.lab.records import (
     ComparisonRecord,
     RankSteps,
     RunRecord,
     TimelineRecord,
     TrialRecord,
-    WatchRecord,
+    read_trial,
+    restore_trial,
 )
-from ddpcall.lab.report.typed import Misfit, NothingToShow, describe_error, read_number, read_record
+from ddpcall.lab.report.load_watch import WatchRecord, load_watch
 from ddpcall.lab.run_directory import SUMMARY, SUMMARY_SCHEMA
-from ddpcall.verdicts import explain_crash, judge
+from ddpcall.lab.typed import Misfit, NothingToShow, describe_error, read_number, read_record
 
+T = TypeVar("T")
 FINDINGS = "findings.json"
 MAX_BYTES = 256 * 2**20  # of a file of records
 MAX_YAML_BYTES = 256 * 2**10  # a configuration has some 5 KB
@@ -93,7 +94,7 @@ def load_run(path: Path) -> RunRecord:
         left_out=tuple(map(str, _items(summary.get("left_out")))),
         trials=trials,
         steps=steps,
-        timeline=tuple(_read_lines(path / "timeline.jsonl", TimelineRecord, problems, optional=True)),
+        timeline=tuple(_read_lines(path / "timeline.jsonl", _read_timeline, problems, optional=True)),
         overrides=_read_overrides(path, problems),
         search=_read_search(path),
         num_steps=first.steps if first else _whole(config.get("steps")),
@@ -126,8 +127,7 @@ def _read_trials(summary: Mapping[str, Any], problems: list[str]) -> list[TrialR
     trials = []
     for number, item in enumerate(_items(summary.get("trials"))):
         try:
-            cell = read_record(Cell, item, f"trial {number}")
-            trials.append(read_record(TrialRecord, {**item, "cell": dataclasses.asdict(cell)}, f"trial {number}"))
+            trials.append(read_trial(item, f"trial {number}"))
         except Misfit as error:
             problems.append(f"{SUMMARY}: {error}")
     return trials
@@ -142,39 +142,9 @@ def _read_comparisons(summary: Mapping[str, Any], problems: list[str]) -> Iterat
 
 
 def _read_evidence(path: Path, problems: list[str]) -> dict[Cell, TrialRecord]:
-    """Return what evidence.jsonl says, by cell; verdicts that a record lost are judged anew."""
-    found = {}
-    for evidence, item in _read_pairs(path / "evidence.jsonl", Evidence, problems):
-        verdicts = _texts(item.get("verdicts")) or dataclasses.asdict(judge(evidence))
-        found[evidence.cell] = TrialRecord(
-            cell=evidence.cell,
-            verdicts=verdicts,
-            expected=_texts(item.get("expected")),
-            unmet=_unmet(verdicts, _texts(item.get("expected"))),
-            error=_first_line(evidence),
-            cause=explain_crash(evidence),
-            consequence=evidence.consequence,
-            evidence=evidence,
-        )
-    return found
-
-
-def _unmet(verdicts: Mapping[str, str], expected: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    if verdicts.get("gradients") == "crashed":
-        expected = {"gradients": "no crash", **expected}
-    return {
-        name: {"expected": word, "measured": verdicts.get(name, "unknown")}
-        for name, word in expected.items()
-        if verdicts.get(name) != word
-    }
-
-
-def _first_line(evidence: Evidence) -> str | None:
-    if not evidence.failures:
-        return None
-    first = evidence.failures[0]
-    message = first.message.strip().splitlines() or [""]
-    return f"rank {first.rank}, step {first.step}: {first.kind}: {message[0]}"
+    """Return what evidence.jsonl says, by cell."""
+    found = _read_lines(path / "evidence.jsonl", restore_trial, problems)
+    return {trial.cell: trial for trial in found}
 
 
 def _merge_trials(trials: list[TrialRecord], evidence: dict[Cell, TrialRecord]) -> tuple[TrialRecord, ...]:
@@ -272,18 +242,17 @@ def _load_yaml(path: Path, problems: list[str]) -> Any:
         return None
 
 
-def _read_lines(path: Path, kind: type[Any], problems: list[str], *, optional: bool) -> Iterator[Any]:
-    for record, _ in _read_pairs(path, kind, problems, optional=optional):
-        yield record
+def _read_timeline(line: dict[str, Any]) -> TimelineRecord:
+    return read_record(TimelineRecord, line, "a record")
 
 
-def _read_pairs(
-    path: Path, kind: type[Any], problems: list[str], *, optional: bool = False
-) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _read_lines(
+    path: Path, read: Callable[[dict[str, Any]], T], problems: list[str], *, optional: bool = False
+) -> Iterator[T]:
     misfits = []
     for item in _read_objects(path, problems, optional=optional):
         try:
-            yield read_record(kind, item, "a record"), item
+            yield read(item)
         except Misfit as error:
             misfits.append(str(error))
     if misfits:

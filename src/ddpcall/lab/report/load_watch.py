@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ddpcall.files import is_below, parse_json, read_text
 from ddpcall.findings import Finding
-from ddpcall.lab.report.records import Excerpt, SourceLine, WatchRecord
-from ddpcall.lab.report.typed import Misfit, NothingToShow, describe_error, read_record
+from ddpcall.lab.typed import Misfit, NothingToShow, describe_error, read_record
 from ddpcall.watch.output.watched import Watched, read_watched
 
 FINDINGS_SCHEMA = 1
@@ -15,6 +15,51 @@ CONTEXT_LINES = 3
 MAX_BYTES = 64 * 2**20
 MAX_SOURCE_BYTES = 2 * 2**20
 MAX_FINDINGS = 1_000
+
+
+@dataclass(frozen=True)
+class SourceLine:
+    """One line of a source file.
+
+    Attributes:
+        number: From 1.
+        text: Without its line break.
+        marked: Whether the finding is about it.
+    """
+
+    number: int
+    text: str
+    marked: bool
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """The lines around a finding.
+
+    Attributes:
+        lines: The lines; empty where the file cannot be read.
+        note: What to know about them: the file is missing, or younger than the findings.
+    """
+
+    lines: tuple[SourceLine, ...] = ()
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchRecord:
+    """A watched run: the findings that `ddpcall watch --json` wrote, with the source lines as they are now.
+
+    Attributes:
+        path: The JSON file.
+        findings: Each with its excerpt.
+        problems: What could not be read, a sentence each.
+        watched: What the watch saw; None in a file of an earlier version.
+    """
+
+    path: Path
+    findings: tuple[tuple[Finding, Excerpt], ...] = ()
+    problems: tuple[str, ...] = ()
+    watched: Watched | None = None
 
 
 def load_watch(path: Path) -> WatchRecord:

@@ -29,7 +29,8 @@ def render_markdown(view: ReportView) -> str:
 def _text(text: str) -> str:
     """Return a text that Markdown and the HTML in it leave alone; what is marked as code stays so."""
     one_line = html.escape(re.sub(r"\s+", " ", text), quote=False)
-    return "".join(f"\\{character}" if character in "\\`*_[]|" else character for character in one_line)
+    # An underscore inside a word marks nothing.
+    return re.sub(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)", lambda found: f"\\{found[0]}", one_line)
 
 
 def _prose(text: str) -> str:
@@ -42,7 +43,7 @@ def _code(text: str) -> str:
     return f"`{text}`" if "`" not in text else f"`` {text} ``"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def write_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -51,18 +52,19 @@ def _problems(title: str, problems: Sequence[str]) -> str:
     return "\n".join([f"**{title}.**", "", *(f"* {_text(problem)}" for problem in problems)]) if problems else ""
 
 
-def _word(cell: VerdictCell) -> str:
+def write_word(cell: VerdictCell) -> str:
+    """Return a verdict, bold where something is lost."""
     word = f"**{_text(cell.word)}**" if cell.tone in _ALARMING else _text(cell.word)
     return f"{word} (expected {_text(cell.expected)})" if cell.expected else word
 
 
 def _comparison(comparison: Comparison) -> str:
     rows = [
-        [_text(d.label), d.title, *(_word(cell) if cell else "–" for cell in d.cells)]
+        [_text(d.label), d.title, *(write_word(cell) if cell else "–" for cell in d.cells)]
         for d in comparison.differences
     ]
     parts = [f"# {_text(' and '.join(comparison.runs))}", comparison.sentence]
-    parts += [_table(["cell", "verdict", *map(_text, comparison.runs)], rows)] if rows else []
+    parts += [write_table(["cell", "verdict", *map(_text, comparison.runs)], rows)] if rows else []
     parts += [
         f"Not in every run, but in {_text(name)}: {_text(', '.join(cells))}."
         for name, cells in zip(comparison.runs, comparison.alone, strict=True)
@@ -77,7 +79,7 @@ def _run(run: RunView) -> str:
     parts.append(_problems("What could not be read", run.problems))
     parts += ["\n".join(_failures(run))] if run.failures else []
     parts += [_comparisons(run.comparisons)] if run.comparisons else []
-    parts += [_truth(run.table)] if run.table else []
+    parts += [write_truth(run.table)] if run.table else []
     parts += ["\n\n".join(_mixing(picture) for picture in run.mixing.pictures)] if run.mixing else []
     parts += [_worths(run.worth)] if run.worth else []
     facts = dict(run.environment)
@@ -101,21 +103,27 @@ def _failures(run: RunView) -> Iterator[str]:
 
 def _comparisons(rows: Sequence[ComparisonRow]) -> str:
     cells = [
-        [f"{_code(row.label)} {_text(row.about)}", _text(row.expected), _word(row.found), _text(row.message)]
+        [f"{_code(row.label)} {_text(row.about)}", _text(row.expected), write_word(row.found), _text(row.message)]
         for row in rows
     ]
-    return _table(["training step", "expected", "found", "what the comparison says"], cells)
+    return write_table(["training step", "expected", "found", "what the comparison says"], cells)
 
 
-def _truth(table: TruthTable) -> str:
+def write_truth(table: TruthTable, *, spell: bool = True) -> str:
+    """Return the truth table.
+
+    Args:
+        table: The table.
+        spell: Whether to say how a script writes each call path.
+    """
     rows = []
     for row in table.rows:
         coordinates = [
-            f"{_text(value)}: {_code(row.spelling)}" if axis == "path" else _text(value)
+            f"{_text(value)}: {_code(row.spelling)}" if axis == "path" and spell else _text(value)
             for axis, value in zip(table.axes, row.coordinates, strict=True)
         ]
-        rows.append([*coordinates, *map(_word, row.cells)])
-    return _table([*table.axes, *(title for _, title in table.columns)], rows)
+        rows.append([*coordinates, *map(write_word, row.cells)])
+    return write_table([*table.axes, *(title for _, title in table.columns)], rows)
 
 
 def _mixing(picture: MixingPicture) -> str:
@@ -125,7 +133,7 @@ def _mixing(picture: MixingPicture) -> str:
         for name, entries in zip(picture.rows, picture.entries, strict=True)
     ]
     title = f"**{_text(picture.word)}** ({_text(picture.name)}): {_text(picture.explanation)}"
-    return f"{title}\n\n{_table(['uses of', *(f'rank {name}' for name in picture.columns)], rows)}"
+    return f"{title}\n\n{write_table(['uses of', *(f'rank {name}' for name in picture.columns)], rows)}"
 
 
 def _worths(worths: Sequence[Worth]) -> str:
@@ -137,7 +145,7 @@ def _worths(worths: Sequence[Worth]) -> str:
             [_text(worth.name), _text(worth.gradients), " ".join(values), distance, format_number(worth.spread)]
         )
     quality = "test accuracy by rank" if worths[0].accuracy else "test loss by rank"
-    return _table(["ways that ended alike", "gradients", quality, "from the synchronised run", "apart"], rows)
+    return write_table(["ways that ended alike", "gradients", quality, "from the synchronized run", "apart"], rows)
 
 
 def _watch(watch: WatchView) -> str:
@@ -153,7 +161,7 @@ def _watch(watch: WatchView) -> str:
             ]
             for f in watch.findings
         ]
-        parts.append(_table(["severity", "finding", "where", "when"], rows))
+        parts.append(write_table(["severity", "finding", "where", "when"], rows))
     parts += ["\n\n".join(_finding(found)) for found in watch.findings]
     return "\n\n".join(part for part in parts if part)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpcall.evidence import Cell, MixingEvidence
-from ddpcall.lab.report.records import TrialRecord
-from ddpcall.lab.report.words import find_tone, format_number, label_cell, label_group, list_names, varying_axes
-from ddpcall.verdicts import NO_DATA_PARALLELISM
+from ddpcall.lab.records import TrialRecord
+from ddpcall.lab.report.words import format_number, label_cell, label_group, list_names, varying_axes
+from ddpcall.verdicts import NO_DATA_PARALLELISM, find_tone
 
 MOST_RANKS = 16
 _MOST_PICTURES = 24
@@ -89,7 +89,7 @@ def build_pictures(trials: Sequence[TrialRecord]) -> MixingPictures | None:
     groups: dict[tuple[str, _Matrix], list[TrialRecord]] = {}
     for trial in trials:
         mixing = trial.evidence.mixing if trial.evidence is not None else None
-        word = trial.verdicts.get("mixing", "none")
+        word = trial.word("mixing")
         if mixing is not None and word != NO_DATA_PARALLELISM and _can_be_drawn(mixing):
             groups.setdefault((word, _draw(mixing)), []).append(trial)
     if not groups:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ddpcall.evidence import Cell
-from ddpcall.lab.report.records import RankSteps, RunRecord
+from ddpcall.lab.records import RankSteps, RunRecord
 from ddpcall.lab.report.series import MOST_LINES, Plot, plot_columns, plot_ranks
 from ddpcall.lab.report.words import label_group
 

@@ -14,22 +14,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup, escape
 
 from ddpcall.findings import Severity
-from ddpcall.lab.columns import TITLES
 from ddpcall.lab.report.mixing import MixingPicture
 from ddpcall.lab.report.modes import MaskStrip
 from ddpcall.lab.report.series import Line, Plot
 from ddpcall.lab.report.timeline import Lane, Span
 from ddpcall.lab.report.truth import OverviewCell, TruthTable, VerdictCell
 from ddpcall.lab.report.view import ReportView, RunView
-from ddpcall.lab.report.words import find_tone, format_number, format_share, plural
+from ddpcall.lab.report.words import format_number, format_share, plural
 from ddpcall.lab.report.worth import Worth
 from ddpcall.lab.run_directory import json_safe
+from ddpcall.verdicts import VERDICTS, find_tone
 
 TEMPLATES = Path(__file__).parent / "templates"
 _MOST_RANKS_NAMED = 4
 _KINDS = {"pre_hook", "forward", "hook", "backward", "bucket", "collective", "optimizer"}
 _SEVERITY_TONES = {Severity.ERROR: "lost", Severity.WARNING: "part", Severity.NOTE: "other"}
-_SECTION_TITLES = {
+_TITLES = {name: spec.title for name, spec in VERDICTS.items()} | {
     "failure": "What was raised",
     "consequence": "What the models are worth",
     "evidence": "Evidence",
@@ -81,16 +81,9 @@ def collect_evidence(table: TruthTable) -> Markup:
     numbers: dict[Any, int] = {}
     rows = []
     for row in table.rows:
+        tones = {cell.name: cell.tone for cell in row.cells}
         keys = [
-            (
-                s.name,
-                TITLES.get(s.name, _SECTION_TITLES.get(s.name, s.name)),
-                s.word,
-                find_tone(s.name, s.word),
-                s.expected,
-                s.facts,
-            )
-            for s in row.evidence
+            (s.name, _TITLES[s.name], s.word, tones.get(s.name, "none"), s.expected, s.facts) for s in row.evidence
         ]
         rows.append(
             {
@@ -187,7 +180,7 @@ def describe_lane(lane: Lane) -> str:
 
 def describe_overview(cell: OverviewCell) -> str:
     """Return what the overview shows of a trial, in words."""
-    hooks = ", ".join(f"{TITLES[hook.name]} {hook.word}" for hook in cell.hooks)
+    hooks = ", ".join(f"{_TITLES[hook.name]} {hook.word}" for hook in cell.hooks)
     return f"gradients {cell.gradients.word}, {hooks}"
 
 
@@ -218,7 +211,7 @@ def write_quality(worth: Worth) -> str:
 
 
 def write_distances(worth: Worth) -> str:
-    """Return the distance from the synchronised run by rank."""
+    """Return the distance from the synchronized run by rank."""
     return _list_or_range([format_number(value) for value in worth.distance]) if worth.distance else "–"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from ddpcall.lab.report.records import RunRecord
+from ddpcall.lab.records import RunRecord
 
 
 def repeat_command(run: RunRecord) -> str:

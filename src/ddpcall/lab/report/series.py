@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ddpcall.evidence import Cell
-from ddpcall.lab.report.records import RankSteps, RunRecord
+from ddpcall.lab.records import RankSteps, RunRecord
 from ddpcall.lab.report.words import label_cell, label_group, varying_axes
 
 Points = tuple[tuple[int, float], ...]

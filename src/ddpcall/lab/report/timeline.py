@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ddpcall.evidence import Skipped, TimelineEvent
-from ddpcall.lab.report.records import RunRecord, TimelineRecord
+from ddpcall.lab.records import RunRecord, TimelineRecord
 from ddpcall.lab.report.words import label_cell, plural, spell_path, varying_axes
 
 MOST_TIMELINES = 240

@@ -1,21 +1,18 @@
-"""The truth table as a heat map: rows of verdicts, and for several wrappers an overview of wrappers × paths."""
+"""The truth table: rows of verdicts with their tones, and for several wrappers an overview of wrappers × paths.
+
+Terminal, documents, Markdown, page and lessons all show this one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ddpcall.lab.columns import TITLES, is_interesting
+from ddpcall.lab.records import ComparisonRecord, TrialRecord
 from ddpcall.lab.report.facts import Section, collect_sections
-from ddpcall.lab.report.records import ComparisonRecord, TrialRecord
-from ddpcall.lab.report.words import (
-    axis_value,
-    find_tone,
-    label_cell,
-    spell_path,
-    varying_axes,
-)
+from ddpcall.lab.report.words import axis_value, label_cell, spell_path, varying_axes
 from ddpcall.paths import SPELLING
+from ddpcall.verdicts import VERDICTS, find_tone, list_columns
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Row:
 
     Attributes:
         number: Its place among the run's trials.
-        coordinates: Its values on the axes that vary.
+        coordinates: Its values on the table's axes.
         spelling: How the script calls the model.
         cells: One a column.
         evidence: What opens behind them.
@@ -82,7 +79,7 @@ class TruthTable:
     """All trials of a run.
 
     Attributes:
-        axes: The axes that vary: the titles of the rows' coordinates.
+        axes: Wrapper and path, and which other axes vary: the titles of the rows' coordinates.
         columns: Name and title of each verdict shown.
         rows: One a trial, in the order they ran.
         overview: For grids of wrappers and paths alone; else None.
@@ -94,14 +91,22 @@ class TruthTable:
     overview: Overview | None
 
 
-def build_table(trials: Sequence[TrialRecord]) -> TruthTable:
-    """Return the heat map of a run's trials."""
-    axes = varying_axes([trial.cell for trial in trials])
-    names = [name for name in TITLES if is_interesting(name, [t.verdicts.get(name, "none") for t in trials])]
-    names = names or ["gradients"]
+def build_table(
+    trials: Sequence[TrialRecord], names: Sequence[str] | None = None, axes: Sequence[str] = ()
+) -> TruthTable:
+    """Return the truth table of a run's trials.
+
+    Args:
+        trials: In the order they ran.
+        names: The verdicts to show; None: those that have anything to say.
+        axes: The rows' coordinates; empty: wrapper, path, and what else varies.
+    """
+    varying = varying_axes([trial.cell for trial in trials])
+    axes = axes or ["wrapper", "path", *(axis for axis in varying if axis not in ("wrapper", "path"))]
+    names = list_columns([trial.verdicts for trial in trials]) if names is None else names
     rows = tuple(_row(number, trial, axes, names) for number, trial in enumerate(trials))
-    columns = tuple((name, TITLES[name]) for name in names)
-    return TruthTable(tuple(axes), columns, rows, _overview(trials, axes))
+    columns = tuple((name, VERDICTS[name].title) for name in names)
+    return TruthTable(tuple(axes), columns, rows, _overview(trials, varying))
 
 
 def _row(number: int, trial: TrialRecord, axes: Sequence[str], names: Sequence[str]) -> Row:
@@ -116,7 +121,7 @@ def _row(number: int, trial: TrialRecord, axes: Sequence[str], names: Sequence[s
 
 def judge_cell(trial: TrialRecord, name: str) -> VerdictCell:
     """Return one verdict of a trial with its tone, and what was expected instead."""
-    word = trial.verdicts.get(name, "none")
+    word = trial.word(name)
     return VerdictCell(name, word, find_tone(name, word), trial.unmet.get(name, {}).get("expected", ""))
 
 
@@ -174,7 +179,11 @@ def collect_failures(trials: Sequence[TrialRecord]) -> tuple[FailedExpectation, 
             label_cell(trial.cell, axes),
             spell_path(trial.cell.path),
             tuple(
-                (TITLES.get(name, name), words.get("expected", ""), words.get("measured", ""))
+                (
+                    VERDICTS[name].title if name in VERDICTS else name,
+                    words.get("expected", ""),
+                    words.get("measured", ""),
+                )
                 for name, words in trial.unmet.items()
             ),
             trial.error,

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ddpcall
+from ddpcall.lab.records import ComparisonRecord, RunRecord
 from ddpcall.lab.report.answer import answer, status
 from ddpcall.lab.report.compare import Comparison, compare_runs, name_runs
+from ddpcall.lab.report.load_watch import WatchRecord
 from ddpcall.lab.report.mixing import MixingPictures, build_pictures
 from ddpcall.lab.report.modes import Modes, build_modes
-from ddpcall.lab.report.records import ComparisonRecord, RunRecord, WatchRecord
 from ddpcall.lab.report.repeat import repeat_command
 from ddpcall.lab.report.series import Plot, plot_columns, plot_ranks
 from ddpcall.lab.report.timeline import Timelines, build_timelines

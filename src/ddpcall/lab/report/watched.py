@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpcall.findings import CATALOGUE, Finding, Rule, Severity
+from ddpcall.lab.report.load_watch import Excerpt, WatchRecord
 from ddpcall.lab.report.mixing import MixingPicture, picture_watched
-from ddpcall.lab.report.records import Excerpt, WatchRecord
 from ddpcall.lab.report.words import code, plural
 from ddpcall.watch.output.watched import Watched, weigh
 

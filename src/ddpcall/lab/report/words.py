@@ -9,26 +9,8 @@ from collections.abc import Sequence
 from ddpcall.evidence import AXES, Cell
 from ddpcall.paths import SPELLING
 
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
-# A verdict's tone decides its colour; the word itself is always printed too.
-_TONES = {
-    "good": ("synced", "averaged", "fired", "compiled", "same", "train"),
-    "lost": ("local", "partly_local", "late", "groups", "dropped", "thrown_away", "differ", "differs"),
-    "crash": ("crashed",),
-    "part": ("skipped", "eager", "mixed", "identical", "summed", "weighted", "unaccounted", "unidentifiable"),
-    "other": ("sharded", "scaled", "transformed", "eval", "different", *_DTYPES),
-}
-_TONE_OF = {word: tone for tone, words in _TONES.items() for word in words}
 _MOST_NAMES = 5
 _MOST_LISTED = 6
-
-
-def find_tone(name: str, word: str) -> str:
-    """Return the tone of one verdict's word; none for words that are neither good nor bad."""
-    if name == "one_process":
-        return {"same": "good", "unexplained": "part", "crashed": "crash"}.get(word, "lost")
-    # Masks that differ between ranks are what dropout is for; gradients that do are not.
-    return "lost" if (name, word) == ("mixing", "different") else _TONE_OF.get(word, "none")
 
 
 def varying_axes(cells: Sequence[Cell]) -> list[str]:

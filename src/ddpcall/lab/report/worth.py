@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ddpcall.evidence import Cell, Consequence
-from ddpcall.lab.report.records import RunRecord
+from ddpcall.lab.records import RunRecord
 from ddpcall.lab.report.words import label_cell, label_group, varying_axes
 
 
@@ -19,7 +19,7 @@ class Worth:
         gradients: Their verdict.
         accuracy: Test accuracy of each rank's model; None for regression.
         loss: Test loss of each.
-        distance: Distance of each from the synchronised run's parameters; None where no such run was made.
+        distance: Distance of each from the synchronized run's parameters; None where no such run was made.
         spread: Distance of the farthest rank from rank 0.
     """
 
@@ -37,7 +37,7 @@ def collect_worth(run: RunRecord) -> tuple[Worth, ...]:
     groups: dict[tuple[str, Consequence], list[Cell]] = {}
     for trial in run.trials:
         if trial.consequence is not None:
-            key = (trial.verdicts.get("gradients", "none"), trial.consequence)
+            key = (trial.word("gradients"), trial.consequence)
             groups.setdefault(key, []).append(trial.cell)
     cells = [trial.cell for trial in run.trials]
     axes = varying_axes(cells) if cells else []
