@@ -49,9 +49,11 @@ from ddpcall.taps.reducer import (
 from ddpcall.taps.undo import (
     Undo,
     find_tensors,
+    hear_calls,
     in_backward,
     remove_handles,
     replace_attribute,
+    undo_all,
     wrap_method,
 )
 
@@ -77,6 +79,7 @@ __all__ = [
     "find_call_frames_among",
     "find_call_site",
     "find_tensors",
+    "hear_calls",
     "hook_arrival",
     "in_backward",
     "is_installed_file",
@@ -95,5 +98,6 @@ __all__ = [
     "tap_lazy_reducer",
     "tap_reducer",
     "time_hooks",
+    "undo_all",
     "wrap_method",
 ]

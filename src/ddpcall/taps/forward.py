@@ -6,7 +6,6 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from types import CodeType, FrameType, MethodType
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from ddpcall import torch_internals as internals
 from ddpcall.taps.call_site import TORCH
-from ddpcall.taps.undo import Undo, replace_attribute
+from ddpcall.taps.undo import Undo, replace_attribute, undo_all
 
 
 def outside_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -188,8 +187,9 @@ def strip_forward_taps() -> Undo:
         with suspend_forward_taps(module):
             return script(module, *args, **kwargs)
 
-    with ExitStack() as stack:
-        stack.callback(replace_attribute(nn.Module, "__getstate__", __getstate__))
-        stack.callback(replace_attribute(nn.Module, replicate.__name__, _replicate_for_data_parallel))
-        stack.callback(replace_attribute(recursive, script.__name__, create_script_module))
-        return stack.pop_all().close
+    patches = (
+        (nn.Module, "__getstate__", __getstate__),
+        (nn.Module, replicate.__name__, _replicate_for_data_parallel),
+        (recursive, script.__name__, create_script_module),
+    )
+    return undo_all(replace_attribute(*patch) for patch in patches)

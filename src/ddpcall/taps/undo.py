@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ddpcall import torch_internals as internals
@@ -66,6 +69,49 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Undo:
             delattr(owner, name)
 
     return undo
+
+
+def hear_calls(
+    owner: Any,
+    name: str,
+    before: Callable[..., object] | None = None,
+    after: Callable[..., object] | None = None,
+    *,
+    is_traced: bool = True,
+) -> Undo:
+    """Hear of every call of a function or method, looked up on its owner; return the undo.
+
+    Calls that dynamo traces are not heard of.
+
+    Args:
+        owner: The class or module that has it.
+        name: Its name there.
+        before: Gets the arguments.
+        after: Gets the result, then the arguments.
+        is_traced: Whether dynamo may look into it; of what it should not, it calls the original.
+    """
+    original, is_compiling = getattr(owner, name), torch.compiler.is_compiling
+
+    @functools.wraps(original)
+    def heard(*args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return original(*args, **kwargs)
+        if before is not None:
+            before(*args, **kwargs)
+        result = original(*args, **kwargs)
+        if after is not None:
+            after(result, *args, **kwargs)
+        return result
+
+    return replace_attribute(owner, name, heard if is_traced else internals.disable_dynamo(heard, recursive=False))
+
+
+def undo_all(undos: Iterable[Undo]) -> Undo:
+    """Return one undo for several, the last first; where one cannot be made, those before it are called."""
+    with ExitStack() as stack:
+        for undo in undos:
+            stack.callback(undo)
+        return stack.pop_all().close
 
 
 def remove_handles(*handles: Any) -> Undo:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ddpcall import torch_internals as internals
 from ddpcall.imports import after_import
-from ddpcall.taps import Undo, strip_forward_taps
+from ddpcall.taps import Undo, strip_forward_taps, undo_all
 from ddpcall.watch.compare.at_steps import CompareAtSteps, MeasureAtSteps
 from ddpcall.watch.compare.exchange import RunExchange
 from ddpcall.watch.compare.hang_watch import HangWatch
@@ -174,10 +174,7 @@ class Attachment:
 
     def _attach_steps(self) -> Undo:
         """Steps are not judged without the log of collectives: gradients reduced by hand would look unreduced."""
-        with ExitStack() as stack:
-            stack.callback(self._run.collectives.attach())
-            stack.callback(self._steps.attach())
-            return stack.pop_all().close
+        return undo_all(part.attach() for part in (self._run.collectives, self._steps))
 
     def _forward_begins(self, step: int, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._hangs.begin_forward()

@@ -60,9 +60,9 @@ class Run:
         self.contain = outside_dynamo(self._contain)
         self._undo = ExitStack()
 
-    def _contain(self, work: Callable[..., Any], *args: Any) -> None:
+    def _contain(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         try:
-            work(*args)
+            work(*args, **kwargs)
         except WatchError:
             raise
         except Exception as error:

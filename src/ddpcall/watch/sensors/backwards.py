@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import NOWHERE, Undo, find_call_site, in_backward, replace_attribute
+from ddpcall.taps import NOWHERE, Undo, find_call_site, in_backward, replace_attribute, undo_all
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.gradients import GradientSensor
 from ddpcall.watch.sensors.losses import LossSensor
@@ -60,10 +59,8 @@ class BackwardWatch:
             return taken
 
         patched = internals.disable_dynamo(_engine_run_backward, recursive=False)
-        with ExitStack() as stack:
-            for owner in (torch.autograd.graph, torch.autograd):
-                stack.callback(replace_attribute(owner, internals.ENGINE_RUN_BACKWARD.name, patched))
-            return stack.pop_all().close
+        owners = (torch.autograd.graph, torch.autograd)
+        return undo_all(replace_attribute(owner, internals.ENGINE_RUN_BACKWARD.name, patched) for owner in owners)
 
     def _begin(self, accumulates: bool, inputs: Iterable[Any]) -> None:
         if not in_backward():  # else a checkpoint's, inside another

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn import utils
 from torch.nn.utils import clip_grad
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import Undo, replace_attribute
+from ddpcall.taps import Undo, replace_attribute, undo_all
 from ddpcall.watch.run import Run
 
 ROUNDING = 1e-6
@@ -84,15 +83,13 @@ class ClippingSensor:
             self._tell(parameters, clip_value, None)
             by_value(parameters, clip_value, foreach)
 
-        with ExitStack() as stack:
-            for owner, name, patched in (
-                (clip_grad, internals.CLIP_WITH_NORM.name, by_norm_of(is_given=False)),
-                (utils, "clip_grads_with_norm_", by_norm_of(is_given=True)),
-                (clip_grad, "clip_grad_value_", clip_grad_value_),
-                (utils, "clip_grad_value_", clip_grad_value_),
-            ):
-                stack.callback(replace_attribute(owner, name, patched))
-            return stack.pop_all().close
+        patches = (
+            (clip_grad, internals.CLIP_WITH_NORM.name, by_norm_of(is_given=False)),
+            (utils, "clip_grads_with_norm_", by_norm_of(is_given=True)),
+            (clip_grad, "clip_grad_value_", clip_grad_value_),
+            (utils, "clip_grad_value_", clip_grad_value_),
+        )
+        return undo_all(replace_attribute(*patch) for patch in patches)
 
     def _tell(self, parameters: list[Tensor], limit: float, norm: Any, is_given: bool = False) -> None:
         if torch.compiler.is_compiling():

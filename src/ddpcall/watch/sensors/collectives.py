@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import Undo, find_tensors, replace_attribute
+from ddpcall.taps import Undo, find_tensors, hear_calls, outside_dynamo, undo_all
 
 # DDP's reducer calls the C++ side directly, so these see the script's own calls alone.
 METHODS = (
@@ -84,30 +82,23 @@ class CollectiveLog:
         """Watch the process group class and the functional collectives; returns the undo."""
         from torch.distributed import ProcessGroup
 
-        with ExitStack() as stack:
-            functional = internals.FUNCTIONAL_COLLECTIVES.get(None)
-            for owner, names in ((ProcessGroup, METHODS), (functional, FUNCTIONAL)):
-                for name in names:
-                    if owner is functional and not hasattr(owner, name):
-                        name = FORMERLY.get(name, name)
-                    original = getattr(owner, name, None)
-                    if original is not None:
-                        noting = self._noting(original)
-                        if owner is ProcessGroup:  # dynamo traces the functional ones, and none of these
-                            noting = internals.disable_dynamo(noting, recursive=False)
-                        stack.callback(replace_attribute(owner, name, noting))
-            return stack.pop_all().close
+        functional = internals.FUNCTIONAL_COLLECTIVES.get(None)
+        names = [name if hasattr(functional, name) else FORMERLY.get(name, name) for name in FUNCTIONAL]
+        return undo_all(
+            # Dynamo traces the functional ones, and none of the group's methods.
+            hear_calls(
+                owner, name, before=outside_dynamo(partial(self._hear, name)), is_traced=owner is functional
+            )
+            for owner, its_names in ((ProcessGroup, METHODS), (functional, names))
+            for name in its_names
+            if hasattr(owner, name)
+        )
 
-    def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling() and not _in_graph_node():
-                self.note(tensor for value in args for tensor in find_tensors(value, 3))
-                for listener in self.listeners:
-                    listener(original.__name__, args)
-            return original(*args, **kwargs)
-
-        return noting
+    def _hear(self, name: str, *args: Any, **kwargs: Any) -> None:
+        if not _in_graph_node():
+            self.note(tensor for value in args for tensor in find_tensors(value, 3))
+            for listener in self.listeners:
+                listener(name, args)
 
     def note(self, tensors: Iterable[Tensor]) -> None:
         """Remember tensors that a collective was called with."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -20,10 +19,12 @@ from ddpcall.taps import (
     Undo,
     count_hook,
     find_call_site,
+    hear_calls,
     in_backward,
     is_user_file,
     replace_attribute,
     suspend_forward_taps,
+    undo_all,
 )
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.hooks import can_be_tapped, is_users
@@ -111,7 +112,7 @@ class CompiledSensor:
     def attach(self) -> Undo:
         """Hear of models as they are compiled; returns the undo."""
         internals.require(internals.COMPILED_CALL_IMPL, internals.CURRENT_GRAPH_TASK)
-        compile_, in_place = torch.compile, nn.Module.compile
+        compile_ = torch.compile
 
         @functools.wraps(compile_)
         def compiling(model: Any = None, **kwargs: Any) -> Any:
@@ -124,16 +125,12 @@ class CompiledSensor:
                 self._adopt_object(model, compiled)
             return compiled
 
-        @functools.wraps(in_place)
-        def compile_in_place(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        def compiled_in_place(_: None, module: nn.Module, *args: Any, **kwargs: Any) -> None:
             self.is_used = True
-            in_place(module, *args, **kwargs)
             self._adopt_in_place(module)
 
-        with ExitStack() as stack:
-            stack.callback(replace_attribute(torch, "compile", compiling))
-            stack.callback(replace_attribute(nn.Module, "compile", compile_in_place))
-            return stack.pop_all().close
+        in_place = hear_calls(nn.Module, "compile", after=compiled_in_place)
+        return undo_all((in_place, replace_attribute(torch, "compile", compiling)))
 
     def adopt(self, module: nn.Module) -> None:
         """Follow a module that was compiled before the watch began. Whether it was called since is not known."""
@@ -165,8 +162,7 @@ class CompiledSensor:
             self._keep(replace_attribute(compiled, "forward", self._counting(forward, root)))
         if not self._getattr_patched:
             self._getattr_patched = True
-            cls = type(compiled)
-            self._keep(replace_attribute(cls, "__getattr__", self._noting(cls.__getattr__)))
+            self._keep(hear_calls(type(compiled), "__getattr__", after=self._note_method))
         return root
 
     def _adopt(self, module: nn.Module, in_place: bool) -> CompiledRoot:
@@ -197,17 +193,11 @@ class CompiledSensor:
 
         return counting
 
-    def _noting(self, get: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(get)
-        def __getattr__(compiled: Any, name: str) -> Any:
-            value = get(compiled, name)
-            if isinstance(value, MethodType) and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-                root = self._of_module.get(get(compiled, internals.ORIG_MOD.name))
-                if root is not None and is_user_file(value.__func__.__code__.co_filename):
-                    root.methods = [*root.methods[-15:], find_call_site()]
-            return value
-
-        return __getattr__
+    def _note_method(self, value: Any, compiled: nn.Module, name: str) -> None:
+        if isinstance(value, MethodType) and torch.is_grad_enabled():
+            root = self._of_module.get(internals.ORIG_MOD.of(compiled))
+            if root is not None and is_user_file(value.__func__.__code__.co_filename):
+                root.methods = [*root.methods[-15:], find_call_site()]
 
     def _observe(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

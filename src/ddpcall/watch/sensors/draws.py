@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from ddpcall import torch_internals as internals
 from ddpcall.replicas import is_unreadable
-from ddpcall.taps import CallSite, Undo, find_call_site, find_tensors, replace_attribute
+from ddpcall.taps import CallSite, Undo, find_call_site, find_tensors, hear_calls, undo_all
 from ddpcall.watch.run import Run
 
 # A permutation of one's own data does no harm where it is the same on all ranks: torch.randperm is left out.
@@ -65,25 +63,16 @@ class DrawSensor:
 
     def open(self) -> None:
         """Hear of draws from the next batch on."""
-        with ExitStack() as stack:
-            for owner, names in ((torch, _FUNCTIONS), (Tensor, _METHODS)):
-                for name in names:
-                    stack.callback(replace_attribute(owner, name, self._noting(getattr(owner, name))))
-            stack.callback(self._leave_when_scripting())
-            self._undo = stack.pop_all().close
+        self._undo = undo_all(self._hear())
 
-    def _leave_when_scripting(self) -> Undo:
-        """`torch.jit.script` knows torch's functions by identity: give them back before it looks them up."""
-        script: Any = internals.SCRIPT_IMPL.get(None)
-        if script is None:
-            return lambda: None
-
-        @functools.wraps(script)
-        def _script_impl(*args: Any, **kwargs: Any) -> Any:
-            self._close()
-            return script(*args, **kwargs)
-
-        return replace_attribute(internals.SCRIPT_IMPL.owner(), script.__name__, _script_impl)
+    def _hear(self) -> Iterator[Undo]:
+        for owner, names in ((torch, _FUNCTIONS), (Tensor, _METHODS)):
+            for name in names:
+                yield hear_calls(owner, name, after=self._drawn)
+        script = internals.SCRIPT_IMPL
+        if script.get(None) is not None:
+            # `torch.jit.script` knows torch's functions by identity: give them back before it looks them up.
+            yield hear_calls(script.owner(), script.name, before=lambda *_, **__: self._close())
 
     def close(self) -> list[Draw]:
         """Return what was drawn since the first batch that was taken; torch is left as it was."""
@@ -100,15 +89,9 @@ class DrawSensor:
         """A batch is about to be taken: what was drawn before the first of a step is not for it."""
         self._has_batch = self.is_open
 
-    def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def drawing(*args: Any, **kwargs: Any) -> Any:
-            drawn = original(*args, **kwargs)
-            if self._has_batch and not torch.compiler.is_compiling() and kwargs.get("generator") is None:
-                self._run.contain(self._note, drawn)
-            return drawn
-
-        return drawing
+    def _drawn(self, drawn: Any, *args: Any, **kwargs: Any) -> None:
+        if self._has_batch and kwargs.get("generator") is None:
+            self._run.contain(self._note, drawn)
 
     def _note(self, drawn: Any) -> None:
         in_transform = internals.FUNCTORCH_LEVEL.get(lambda: None)() is not None

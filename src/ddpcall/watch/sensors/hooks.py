@@ -6,7 +6,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import ForwardTap, Undo, came_through_call, replace_attribute
+from ddpcall.taps import ForwardTap, Undo, came_through_call, hear_calls, undo_all
 from ddpcall.watch.run import Run
 
 REGISTRATIONS = {
@@ -58,21 +58,16 @@ class HookSensor:
     def attach(self) -> Undo:
         """Hear of hooks as they are registered; returns the undo."""
         internals.require(*internals.CALLS.values(), *internals.HOOK_DICTS.values())
-        with ExitStack() as stack:
-            for name, kind in REGISTRATIONS.items():
-                stack.callback(replace_attribute(nn.Module, name, self._hearing(getattr(nn.Module, name), kind)))
-            return stack.pop_all().close
+        return undo_all(
+            hear_calls(nn.Module, name, after=partial(self._was_registered, kind))
+            for name, kind in REGISTRATIONS.items()
+        )
 
-    def _hearing(self, register: Callable[..., Any], kind: str) -> Callable[..., Any]:
-        @functools.wraps(register)
-        def registering(module: nn.Module, hook: Any, *args: Any, **kwargs: Any) -> Any:
-            handle = register(module, hook, *args, **kwargs)
-            if not torch.compiler.is_compiling():
-                self.hear(module, hook)
-                self._registered(module, kind, hook)
-            return handle
-
-        return registering
+    def _was_registered(
+        self, kind: str, handle: Any, module: nn.Module, hook: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        self.hear(module, hook)
+        self._registered(module, kind, hook)
 
     def hear(self, module: nn.Module, hook: Any) -> None:
         """Tap a module because of a hook that it has."""

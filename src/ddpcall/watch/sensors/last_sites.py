@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_site, replace_attribute
+from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_site, replace_attribute, undo_all
 
 
 @dataclass(frozen=True)
@@ -90,20 +89,21 @@ class LastSites:
             optimizer_made: Hears of optimizers, before they have parameters.
         """
         self._optimizer_made = optimizer_made
-        with ExitStack() as stack:
-            for owner, name, note in (
-                (nn.Module, "load_state_dict", self._note_load),
-                (nn.Module, "train", self._note_mode),
-                (Optimizer, "__init__", self._note_optimizer),
-                (Optimizer, "add_param_group", self._note_addition),
-                (LRScheduler, "step", self._note_scheduler),
-                (ReduceLROnPlateau, "step", self._note_scheduler),
-                (GradScaler, "step", self._note_scaler),
-                (GradScaler, "unscale_", self._note_scaler),
-                (GradScaler, "load_state_dict", self._note_scaler_load),
-            ):
-                stack.callback(replace_attribute(owner, name, self._noting(getattr(owner, name), note)))
-            return stack.pop_all().close
+        followed = (
+            (nn.Module, "load_state_dict", self._note_load),
+            (nn.Module, "train", self._note_mode),
+            (Optimizer, "__init__", self._note_optimizer),
+            (Optimizer, "add_param_group", self._note_addition),
+            (LRScheduler, "step", self._note_scheduler),
+            (ReduceLROnPlateau, "step", self._note_scheduler),
+            (GradScaler, "step", self._note_scaler),
+            (GradScaler, "unscale_", self._note_scaler),
+            (GradScaler, "load_state_dict", self._note_scaler_load),
+        )
+        return undo_all(
+            replace_attribute(owner, name, self._noting(getattr(owner, name), note))
+            for owner, name, note in followed
+        )
 
     def _noting(self, original: Callable[..., Any], note: Callable[..., None]) -> Callable[..., Any]:
         @functools.wraps(original)

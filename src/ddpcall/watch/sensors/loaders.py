@@ -6,8 +6,8 @@ import functools
 import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType, ModuleType
 from typing import Any, Protocol
 
@@ -21,7 +21,17 @@ from torch.utils.data import (
 )
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import NOWHERE, CallSite, Undo, find_call_frames, find_call_site, replace_attribute, site_of
+from ddpcall.taps import (
+    NOWHERE,
+    CallSite,
+    Undo,
+    find_call_frames,
+    find_call_site,
+    hear_calls,
+    replace_attribute,
+    site_of,
+    undo_all,
+)
 from ddpcall.watch.run import Run
 
 MAX_KEPT = 2**16
@@ -159,13 +169,7 @@ class LoaderSensor:
         """Follow from now on; returns the undo."""
         internals.require(internals.NEXT_INDEX, internals.SAMPLER_ITERATOR, internals.INDEX_SAMPLER)
         iterator_class = internals.LOADER_ITERATOR.get()
-        next_index, take = internals.NEXT_INDEX.get(), iterator_class.__next__
-
-        @functools.wraps(next_index)
-        def drawing(iterator: Any) -> Any:
-            given = next_index(iterator)
-            self._run.contain(self._draw, iterator, given)
-            return given
+        take, contain = iterator_class.__next__, self._run.contain
 
         @functools.wraps(take)
         def taking(iterator: Any) -> Any:
@@ -173,36 +177,27 @@ class LoaderSensor:
             try:
                 batch = take(iterator)
             except StopIteration:
-                self._run.contain(self._end, iterator)
+                contain(self._end, iterator)
                 raise
-            self._run.contain(self._take, iterator)
+            contain(self._take, iterator)
             return batch
 
-        with ExitStack() as stack:
-            stack.callback(replace_attribute(iterator_class, next_index.__name__, drawing))
-            stack.callback(replace_attribute(iterator_class, "__next__", taking))
-            stack.callback(self._follow("__init__", self._note_made))
-            stack.callback(self._follow("set_epoch", self._note_told))
-            return stack.pop_all().close
+        heard = (
+            (iterator_class, internals.NEXT_INDEX.name, self._draw),
+            (DistributedSampler, "__init__", self._note_made),
+            (DistributedSampler, "set_epoch", self._note_told),
+        )
+        hearing = (hear_calls(owner, name, after=partial(contain, note)) for owner, name, note in heard)
+        return undo_all((replace_attribute(iterator_class, "__next__", taking), *hearing))
 
-    def _follow(self, name: str, note: Callable[[Any], None]) -> Undo:
-        original = vars(DistributedSampler)[name]
-
-        @functools.wraps(original)
-        def following(sampler: Any, *args: Any, **kwargs: Any) -> None:
-            original(sampler, *args, **kwargs)
-            self._run.contain(note, sampler)
-
-        return replace_attribute(DistributedSampler, name, following)
-
-    def _note_made(self, sampler: Any) -> None:
+    def _note_made(self, _: None, sampler: Any, *args: Any, **kwargs: Any) -> None:
         self._made[sampler] = find_call_site()
 
-    def _note_told(self, sampler: Any) -> None:
-        times, _ = self._told.get(sampler, (0, NOWHERE))
+    def _note_told(self, _: None, sampler: Any, *args: Any, **kwargs: Any) -> None:
+        times, _site = self._told.get(sampler, (0, NOWHERE))
         self._told[sampler] = (times + 1, find_call_site())
 
-    def _draw(self, iterator: Any, given: Any) -> None:
+    def _draw(self, given: Any, iterator: Any) -> None:
         drawn_from = internals.SAMPLER_ITERATOR.of(iterator)  # another one in every pass of persistent workers
         known, current = self._passes.get(iterator, (None, None))
         if known is not drawn_from:

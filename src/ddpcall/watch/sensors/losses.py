@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import CallSite, Undo, find_call_site, outside_dynamo, replace_attribute
+from ddpcall.taps import CallSite, Undo, find_call_site, outside_dynamo, replace_attribute, undo_all
 from ddpcall.targets import LOSSES, count_targets, wrap_loss
 from ddpcall.watch.run import Run
 
@@ -60,10 +59,7 @@ class LossSensor:
 
     def attach(self) -> Undo:
         """See losses from now on; returns the undo."""
-        with ExitStack() as stack:
-            for loss in LOSSES:
-                stack.callback(replace_attribute(F, loss.__name__, wrap_loss(loss, self._call)))
-            return stack.pop_all().close
+        return undo_all(replace_attribute(F, loss.__name__, wrap_loss(loss, self._call)) for loss in LOSSES)
 
     def take(self) -> Means:
         """Return what was seen since the last call; waits for the device where targets are on one."""

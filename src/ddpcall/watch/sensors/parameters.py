@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import Undo, find_call_site, remove_handles, replace_attribute
+from ddpcall.taps import Undo, find_call_site, hear_calls, remove_handles, replace_attribute, undo_all
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.reducer_state import ReducerState
 
@@ -29,10 +28,9 @@ class ParameterWatch:
 
     def attach(self) -> Undo:
         """Watch from now on; returns the undo."""
-        with ExitStack() as stack:
-            for patch in (self._patch_conversion, self._patch_unfreezing, self._hook_registrations):
-                stack.callback(patch())
-            return stack.pop_all().close
+        return undo_all(
+            patch() for patch in (self._patch_conversion, self._patch_unfreezing, self._hook_registrations)
+        )
 
     def _patch_conversion(self) -> Undo:
         apply = internals.APPLY.get()
@@ -70,24 +68,21 @@ class ParameterWatch:
 
     def _patch_unfreezing(self) -> Undo:
         slot = internals.TENSOR_REQUIRES_GRAD.get()
-        in_place = nn.Parameter.requires_grad_
 
         def set_requires_grad(parameter: Tensor, value: bool) -> None:
             slot.__set__(parameter, value)
-            if value and self._models.is_frozen(parameter):
-                self._models.note_origin(parameter)
+            note(parameter, value)
 
-        @functools.wraps(in_place)
-        def requires_grad_(parameter: Any, requires_grad: bool = True) -> Tensor:
+        def note(parameter: Tensor, requires_grad: bool = True) -> None:
             if requires_grad and self._models.is_frozen(parameter):
                 self._models.note_origin(parameter)
-            return in_place(parameter, requires_grad)
 
-        with ExitStack() as stack:
-            changed = property(slot.__get__, set_requires_grad)
-            stack.callback(replace_attribute(nn.Parameter, "requires_grad", changed))
-            stack.callback(replace_attribute(nn.Parameter, "requires_grad_", requires_grad_))
-            return stack.pop_all().close
+        changed = property(slot.__get__, set_requires_grad)
+        patches = (
+            lambda: replace_attribute(nn.Parameter, "requires_grad", changed),
+            lambda: hear_calls(nn.Parameter, "requires_grad_", before=note),
+        )
+        return undo_all(patch() for patch in patches)
 
     def _hook_registrations(self) -> Undo:
         """See modules and parameters that are put into a wrapped model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from types import ModuleType
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpcall.taps import CallSite, ForwardTap, Undo, find_call_site, in_backward, replace_attribute
+from ddpcall.taps import CallSite, ForwardTap, Undo, find_call_site, hear_calls, in_backward
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.hooks import can_be_tapped
 
@@ -36,26 +35,20 @@ class PrecisionSensor:
 
     def attach(self, accelerator: ModuleType) -> Undo:
         """Hear of models as they are prepared; returns the undo."""
-        cls = accelerator.Accelerator
-        prepare_model = cls.prepare_model
+        return hear_calls(accelerator.Accelerator, "prepare_model", after=self._prepared)
 
-        @functools.wraps(prepare_model)
-        def preparing(self_: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            prepared = prepare_model(self_, model, *args, **kwargs)
-            if self_.mixed_precision in ("fp16", "bf16") and hasattr(model, "_original_forward"):
-                self._adopt(model, self_.mixed_precision)
-            return prepared
-
-        return replace_attribute(cls, "prepare_model", preparing)
+    def _prepared(self, prepared: Any, accelerator: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self._adopt(model, accelerator.mixed_precision)
 
     def adopt(self, accelerator: Any) -> None:
         """Follow what an Accelerator prepared before the watch began."""
         for prepared in accelerator._models:
             for module in prepared.modules():
-                if accelerator.mixed_precision in ("fp16", "bf16") and hasattr(module, "_original_forward"):
-                    self._adopt(module, accelerator.mixed_precision)
+                self._adopt(module, accelerator.mixed_precision)
 
     def _adopt(self, root: nn.Module, precision: str) -> None:
+        if precision not in ("fp16", "bf16") or not hasattr(root, "_original_forward"):
+            return
         for module in root.modules():
             if can_be_tapped(module) and module not in self._roots:
                 self._roots[module] = (weakref.ref(root), precision)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
-from ddpcall.taps import Undo, find_tensors, replace_attribute
+from ddpcall.taps import Undo, find_tensors, hear_calls, undo_all
 from ddpcall.watch.run import Run
 
 SAVERS = {
@@ -35,21 +34,11 @@ class SaveWatch:
 
     def attach(self, module: ModuleType) -> Undo:
         """Hear of what one of the modules of `SAVERS` writes; returns the undo."""
-        with ExitStack() as stack:
-            for name in SAVERS[module.__name__]:
-                if hasattr(module, name):
-                    stack.callback(replace_attribute(module, name, self._hearing(getattr(module, name))))
-            return stack.pop_all().close
+        names = [name for name in SAVERS[module.__name__] if hasattr(module, name)]
+        return undo_all(hear_calls(module, name, before=partial(self._run.contain, self._look)) for name in names)
 
-    def _hearing(self, save: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(save)
-        def saving(*args: Any, **kwargs: Any) -> Any:
-            self._run.contain(self._look, next(iter((*args, *kwargs.values())), None))
-            return save(*args, **kwargs)
-
-        return saving
-
-    def _look(self, content: Any) -> None:
+    def _look(self, *args: Any, **kwargs: Any) -> None:
+        content = next(iter((*args, *kwargs.values())), None)
         wrappers = [ddp for state in self._run.models.reducer_states if (ddp := state.ddp()) is not None]
         buffers = {id(ddp): {b.data_ptr() for b in ddp.modules_buffers} for ddp in wrappers}
         if any(buffers.values()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from types import ModuleType
@@ -18,8 +17,8 @@ from ddpcall.taps import (
     ForwardTap,
     Undo,
     find_call_site,
+    hear_calls,
     in_backward,
-    replace_attribute,
 )
 from ddpcall.watch.output.watched import WatchedModel
 from ddpcall.watch.run import Run
@@ -54,16 +53,12 @@ class ShardedSensor:
     def attach(self, fully_shard: ModuleType) -> Undo:
         """Hear where synchronisation is switched off; returns the undo."""
         internals.require(*internals.TO_WATCH_SHARDS)
-        switch = fully_shard.FSDPModule.set_requires_gradient_sync
+        return hear_calls(fully_shard.FSDPModule, "set_requires_gradient_sync", after=self._note_switch)
 
-        @functools.wraps(switch)
-        def set_requires_gradient_sync(module: Any, requires_gradient_sync: bool, **kwargs: Any) -> None:
-            switch(module, requires_gradient_sync, **kwargs)
-            if not requires_gradient_sync:
-                site = find_call_site()
-                self._switched.update((group, site) for group in _groups_below(module) if not group.reduce_grads)
-
-        return replace_attribute(fully_shard.FSDPModule, "set_requires_gradient_sync", set_requires_gradient_sync)
+    def _note_switch(self, _: None, module: Any, requires_gradient_sync: bool, **kwargs: Any) -> None:
+        if not requires_gradient_sync:
+            site = find_call_site()
+            self._switched.update((group, site) for group in _groups_below(module) if not group.reduce_grads)
 
     def hook_registered(self, module: nn.Module, kind: str, hook: Any) -> None:
         """Remember a module that torch's sharding puts a pre-forward hook on."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import Undo, replace_attribute
+from ddpcall.taps import Undo, hear_calls
 from ddpcall.watch.output.watched import DATA_PARALLEL, FSDP1
 
 # Module, what is called there when somebody uses it, and its name in the answer.
@@ -63,14 +62,7 @@ class StackWatch:
         """
         owner_name, _, name = path.rpartition(".")
         owner = getattr(module, owner_name) if owner_name else module
-        original: Callable[..., Any] = getattr(owner, name)
-
-        @functools.wraps(original)
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            self.note(stack)
-            return original(*args, **kwargs)
-
-        return replace_attribute(owner, name, noting)
+        return hear_calls(owner, name, before=lambda *_, **__: self.note(stack))
 
     def attach_groups(self, made: Callable[[], None]) -> Undo:
         """Hear of default process groups; returns the undo.
@@ -80,11 +72,9 @@ class StackWatch:
 
         Source: `init_process_group` in torch/distributed/distributed_c10d.py ends with it.
         """
-        c10d, update = internals.UPDATE_DEFAULT_PG.owner(), internals.UPDATE_DEFAULT_PG.get()
+        c10d = internals.UPDATE_DEFAULT_PG.owner()
 
-        @functools.wraps(update)
-        def updating(group: Any) -> None:
-            update(group)
+        def updated(_: None, group: Any) -> None:
             if hasattr(group, "size"):
                 self.group_size = max(self.group_size, group.size())
                 made()
@@ -92,4 +82,4 @@ class StackWatch:
         if c10d.is_initialized():
             self.group_size = c10d.get_world_size()
             made()
-        return replace_attribute(c10d, internals.UPDATE_DEFAULT_PG.name, updating)
+        return hear_calls(c10d, internals.UPDATE_DEFAULT_PG.name, after=updated)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +18,11 @@ from ddpcall.taps import (
     Undo,
     find_call_frames,
     find_call_site,
+    hear_calls,
     in_backward,
     is_lazy,
-    replace_attribute,
     site_of,
+    undo_all,
 )
 from ddpcall.watch.output.watched import DELAYED_ALL_REDUCE, PYTHON_REDUCER
 from ddpcall.watch.run import Run
@@ -69,86 +69,48 @@ class WrapWatch:
     def attach(self) -> Undo:
         """Find every DDP that is made from now on; returns the undo."""
         internals.require(*internals.TO_WATCH_WRAPPERS)
-        ddp_class: Any = DistributedDataParallel
-        init, set_attribute = ddp_class.__init__, ddp_class.__setattr__
-        pre_forward, post_forward = internals.DDP_PRE_FORWARD.get(), internals.DDP_POST_FORWARD.get()
+        return undo_all(self._hear())
 
-        @functools.wraps(init)
-        def __init__(ddp: Any, *args: Any, **kwargs: Any) -> None:
-            init(ddp, *args, **kwargs)
-            self._contain(self.adopt, ddp)
-
-        @functools.wraps(set_attribute)
-        def __setattr__(ddp: Any, name: str, value: Any) -> None:
-            set_attribute(ddp, name, value)
-            if name == "require_backward_grad_sync":
-                self._contain(self._sync_switched, ddp, value)
-
-        @functools.wraps(pre_forward)
-        def _pre_forward(ddp: Any, *inputs: Any, **kwargs: Any) -> Any:
-            self._contain(self._entering, ddp, inputs, kwargs)
-            return pre_forward(ddp, *inputs, **kwargs)
-
-        @functools.wraps(post_forward)
-        def _post_forward(ddp: Any, output: Any) -> Any:
-            output = post_forward(ddp, output)
-            self._contain(self._passed, ddp, output)
-            return output
-
-        reducer_class: Any = dist.Reducer
-        prepare = reducer_class.prepare_for_backward
-
-        @functools.wraps(prepare)
-        def prepare_for_backward(reducer: Any, *args: Any, **kwargs: Any) -> None:
-            prepare(reducer, *args, **kwargs)
-            self._contain(self._prepared, reducer)
-
-        register = ddp_class.register_comm_hook
-
-        @functools.wraps(register)
-        def register_comm_hook(ddp: Any, state: Any, hook: Any) -> None:
-            register(ddp, state, hook)
-            self._contain(self._adopt_replicas)  # local SGD is one
-
-        with ExitStack() as stack:
-            stack.callback(self._patch_switch())
-            stack.callback(replace_attribute(ddp_class, "__init__", __init__))
-            stack.callback(replace_attribute(ddp_class, "register_comm_hook", register_comm_hook))
-            for owner, method in (
-                (ddp_class, __setattr__),
-                (ddp_class, _pre_forward),
-                (ddp_class, _post_forward),
-                (reducer_class, prepare_for_backward),
-            ):
-                disabled = internals.disable_dynamo(method, recursive=False)
-                stack.callback(replace_attribute(owner, method.__name__, disabled))
-            return stack.pop_all().close
-
-    def _patch_switch(self) -> Undo:
-        """See where `replicate` is told not to synchronize, if this torch has it."""
+    def _hear(self) -> Iterator[Undo]:
+        ddp, reducer, contain = DistributedDataParallel, dist.Reducer, self._contain
+        yield hear_calls(ddp, "__init__", after=partial(contain, self._made))
+        yield hear_calls(ddp, "register_comm_hook", after=partial(contain, self._hooked))
+        yield hear_calls(ddp, "__setattr__", after=partial(contain, self._was_set), is_traced=False)
+        entering, passed, prepared = (
+            partial(contain, hear) for hear in (self._entering, self._passed, self._prepared)
+        )
+        yield hear_calls(ddp, internals.DDP_PRE_FORWARD.name, before=entering, is_traced=False)
+        yield hear_calls(ddp, internals.DDP_POST_FORWARD.name, after=passed, is_traced=False)
+        yield hear_calls(reducer, "prepare_for_backward", after=prepared, is_traced=False)
         replicated = internals.REPLICATED_MODULE.get(None)
-        if replicated is None:
-            return lambda: None
-        switch = replicated.set_requires_gradient_sync
+        if replicated is not None:
+            yield hear_calls(replicated, "set_requires_gradient_sync", after=partial(contain, self._switched))
 
-        @functools.wraps(switch)
-        def set_requires_gradient_sync(module: Any, requires_gradient_sync: bool) -> None:
-            switch(module, requires_gradient_sync)
-            for state in self._models.states_with(module):
-                state.announce_switch(None if requires_gradient_sync else find_call_site())
+    def _made(self, _: None, ddp: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:
+        self.adopt(ddp)
 
-        return replace_attribute(replicated, switch.__name__, set_requires_gradient_sync)
+    def _hooked(self, *args: Any, **kwargs: Any) -> None:
+        self._adopt_replicas()  # local SGD is a hook of the reducer's
 
-    def _entering(self, ddp: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _was_set(self, _: None, ddp: nn.Module, name: str, value: Any) -> None:
+        if name == "require_backward_grad_sync":
+            self._sync_switched(ddp, value)
+
+    def _switched(self, _: None, module: nn.Module, requires_gradient_sync: bool) -> None:
+        """`replicate` is told whether to synchronize."""
+        for state in self._models.states_with(module):
+            state.announce_switch(None if requires_gradient_sync else find_call_site())
+
+    def _entering(self, ddp: nn.Module, *inputs: Any, **kwargs: Any) -> None:
         if self._models.state_of(ddp) is not None:
             self._called(self._count.preparing_lead(), inputs, kwargs)
 
-    def _passed(self, ddp: nn.Module, output: Any) -> None:
+    def _passed(self, output: Any, ddp: nn.Module, before: Any) -> None:
         state = self._models.state_of(ddp)
         if state is not None:
             state.passed(output)
 
-    def _prepared(self, reducer: Any) -> None:
+    def _prepared(self, _: None, reducer: Any, *args: Any, **kwargs: Any) -> None:
         """Note whose reducer was prepared for a backward, by its forward or by anybody else."""
         for state in self._models.reducer_states:
             ddp = state.ddp()
