@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from ddpcall import torch_internals as internals
 from ddpcall.imports import after_import
 from ddpcall.taps import Undo, strip_forward_taps, undo_all
-from ddpcall.watch.compare.at_steps import CompareAtSteps, MeasureAtSteps
 from ddpcall.watch.compare.exchange import RunExchange
 from ddpcall.watch.compare.hang_watch import HangWatch
 from ddpcall.watch.compare.mixing_watch import MixingWatch
@@ -47,10 +46,8 @@ from ddpcall.watch.sensors.backwards import BackwardWatch
 from ddpcall.watch.sensors.clipping import ClippingSensor
 from ddpcall.watch.sensors.earlier import find_living
 from ddpcall.watch.sensors.gathers import STRATEGIES
-from ddpcall.watch.sensors.gradients import GradientSensor
 from ddpcall.watch.sensors.hooks import can_be_tapped
 from ddpcall.watch.sensors.loaders import LoaderSensor
-from ddpcall.watch.sensors.losses import LossSensor
 from ddpcall.watch.sensors.parameters import ParameterWatch
 from ddpcall.watch.sensors.saves import SAVERS, SaveWatch
 from ddpcall.watch.sensors.sharded import FULLY_SHARD
@@ -90,9 +87,8 @@ class Attachment:
         self.keep = run.keep
         self._exchange = exchange = RunExchange()
         self._hangs = hangs = HangWatch(run, hang_after_s, say)
-        losses = LossSensor(run, lambda: self._gradients.expects_measuring())
-        self._mixing = mixing = MixingWatch(run, exchange, losses)
-        self._gradients = gradients = GradientSensor(run, every, self._find_roots, mixing.measured)
+        self._mixing = mixing = MixingWatch(run, exchange, every, self._find_roots)
+        self._gradients = gradients = mixing.gradients
         self._hooks = HooksRule(run, self._hook_registered)
         self._compiled = CompiledRule(run, self._hooks.sensor.tap)
         self._sharded = ShardedRule(run)
@@ -117,9 +113,8 @@ class Attachment:
             self._precision,
             order,
             evaluation := EvaluationRule(run),
-            MeasureAtSteps(gradients, mixing),
             mixing,
-            CompareAtSteps(run, self._replicas),
+            self._replicas,
             StatisticsWatch(run, gradients.roots),
         )
         self._stacks = stacks = StackWatch()
@@ -134,10 +129,10 @@ class Attachment:
             ("DistributedDataParallel and replicate", wraps.attach),
             ("parameters changed after wrapping", ParameterWatch(run, wraps.tap).attach),
             ("process groups", partial(stacks.attach_groups, partial(run.contain, hangs.group_made))),
-            ("backwards", BackwardWatch(run, gradients, losses, self._rules).attach),
+            ("backwards", BackwardWatch(run, gradients, mixing.losses, self._rules).attach),
             ("collectives and optimizer steps", self._attach_steps),
             ("gradient clipping", ClippingSensor(run, (clipping.clipping, norms.clipping)).attach),
-            ("losses", losses.attach),
+            ("losses", mixing.losses.attach),
             ("gathered objects", gathers.sensor.attach),
             ("hooks of modules", self._hooks.sensor.attach),
             ("torch.compile", self._compiled.sensor.attach),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -86,7 +87,7 @@ class HangWatch(Rule):
 
     def explain_crash(self, error: BaseException) -> None:
         """Say, where a collective failed because another rank's script was over, that it took fewer steps."""
-        lines = _read_traceback(error)
+        lines: dict[Any, int] = dict(traceback.walk_tb(error.__traceback__))  # by frame, outermost first
         if self._store is None or not isinstance(error, RuntimeError) or not communicates([*lines][-1]):
             return
         if self._found == self._sensor.read(FAILED).counts:  # told while it hung
@@ -170,12 +171,3 @@ class HangWatch(Rule):
 
     def _read(self, store: Store, rank: int) -> Position | None:
         return Position.from_json(store.get(str(rank))) if store.check([str(rank)]) else None
-
-
-def _read_traceback(error: BaseException) -> dict[Any, int]:
-    """Return the line that each frame of an error was at, outermost first."""
-    trace, lines = error.__traceback__, dict[Any, int]()
-    while trace is not None:
-        lines[trace.tb_frame] = trace.tb_lineno
-        trace = trace.tb_next
-    return lines

@@ -1,11 +1,12 @@
-"""Brings the measured steps of all ranks together, and has them judged on rank 0."""
+"""Measures the steps of all optimizers, brings the ranks' measures together, and has them judged on rank 0."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
+from torch import nn
 from torch.optim import Optimizer
 
 from ddpcall.mixing.judge import judge_records
@@ -32,7 +33,9 @@ from ddpcall.watch.rules.mixing import Certificate, MixingRule, Where
 from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.rules.targets import TargetsRule
 from ddpcall.watch.run import Run
+from ddpcall.watch.sensors.gradients import GradientSensor
 from ddpcall.watch.sensors.losses import LossSensor
+from ddpcall.watch.sensors.steps import Step
 
 _MAX_NAMED = 5
 
@@ -46,16 +49,24 @@ class MixingWatch(Rule):
     Args:
         run: What this rank knows; its book gets findings, on rank 0.
         exchange: That of this run.
+        every: Steps between vitals, as the user chose; 0 for never: then ranks are not compared.
+        find_roots: Returns the inner modules of the wrapped models that are known.
+
+    Attributes:
+        gradients: Measures the steps.
         losses: Sees the means that losses take for a measured step.
 
     Blind to: which mixture it is, with more ranks than can be asked, where all used the same that is not the mean;
     numbers of targets that differ between so many ranks.
     """
 
-    def __init__(self, run: Run, exchange: RunExchange, losses: LossSensor) -> None:
+    def __init__(
+        self, run: Run, exchange: RunExchange, every: int, find_roots: Callable[[], Iterable[nn.Module]]
+    ) -> None:
         self._run = run
-        self._losses = losses
-        self._targets = TargetsRule(run.book.report, lambda place: losses.sites.get(place, NOWHERE))
+        self.gradients = GradientSensor(run, every, find_roots, self._measured)
+        self.losses = LossSensor(run, self.gradients.expects_measuring)
+        self._targets = TargetsRule(run.book.report, lambda place: self.losses.sites.get(place, NOWHERE))
         self._rule = MixingRule(run)
         self._exchange = exchange
         self._steps: dict[int, Where] = {}
@@ -65,15 +76,20 @@ class MixingWatch(Rule):
         """What was measured so far; empty on ranks other than 0."""
         return self._rule.certificate
 
-    def measured(self, number: int, optimizer: Optimizer, record: RankSketches) -> None:
-        """Take what was measured of a step.
+    def before_step(self, step: Step) -> None:
+        """Measure optimizers that were made before the watch began."""
+        self.gradients.add(step.optimizer)
 
-        Args:
-            number: The step's number over all optimizers, by which ranks are paired.
-            optimizer: The one that stepped.
-            record: This rank's.
-        """
-        record = replace(record, targets=self._losses.take())
+    def after_step(self, step: Step) -> None:
+        """Count the step, unless it was another optimizer's."""
+        if not step.is_nested:
+            self.gradients.count()
+        # Before replicas are compared: where the gradients tell why they differ, nothing else is said of it.
+        self._read()
+
+    def _measured(self, number: int, optimizer: Optimizer, record: RankSketches) -> None:
+        """Take this rank's record of a step, by whose number over all optimizers ranks are paired."""
+        record = replace(record, targets=self.losses.take())
         exchange = self._exchange.begin()
         if exchange is None:
             return
@@ -81,9 +97,9 @@ class MixingWatch(Rule):
             site, made = find_call_site(), self._run.sites.made(optimizer)
             self._steps[number] = Where(self._run.steps.of(optimizer), id(optimizer), site, made)
         exchange.publish(MeasuredStep.of(record, dist.get_world_size()).to_vitals(number))
-        self.read()
+        self._read()
 
-    def read(self, wait: bool = False) -> None:
+    def _read(self, wait: bool = False) -> None:
         """Say what has become of the steps of which all that is needed has come."""
         exchange = self._exchange.current()
         for number, judged in () if exchange is None else exchange.judged(wait=wait):
@@ -96,18 +112,13 @@ class MixingWatch(Rule):
                 if tells_targets:
                     self._targets.judge(where.step, records, mixing)
 
-    def finish(self, in_order: bool) -> None:
-        """Judge what the other ranks measured last.
-
-        Args:
-            in_order: Whether the script came to its end; other ranks are not waited for where it did not.
-        """
-        self.read(wait=in_order)
-
     def close(self, in_order: bool) -> None:
-        """Say what has waited: for the weights to be averaged, or for more steps."""
-        self._rule.close()
-        self._targets.close()
+        """Judge what the other ranks measured last; say what has waited: for an average, or for more steps."""
+        try:
+            self._read(wait=in_order)
+        finally:
+            self._rule.close()
+            self._targets.close()
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,13 @@ from ddpcall.watch.compare.exchange import Comparison, DetailsComparison, Exchan
 from ddpcall.watch.compare.vitals import AT_THE_END, LOSS_SCALE, Facts, Vitals, VitalsTaker
 from ddpcall.watch.rules.draws import DrawRule
 from ddpcall.watch.rules.replicas import Divergence, diagnose_divergence
+from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.rules.shares import PART as SHARES
 from ddpcall.watch.rules.shares import ShareRule
 from ddpcall.watch.rules.statistics import first_line
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.last_sites import BufferUse
+from ddpcall.watch.sensors.steps import Step
 
 LEAVE_S = 10.0
 EVERY_STEP_UNTIL = 16
@@ -48,7 +50,7 @@ class Sites:
     scheduled: CallSite = NOWHERE
 
 
-class ReplicaWatch:
+class ReplicaWatch(Rule):
     """Takes vitals after an optimizer step, hands them to the exchange and reads what comes back.
 
     One optimizer leads: the first that stepped parameters of a wrapped model. Vitals are taken after its steps 1
@@ -131,25 +133,31 @@ class ReplicaWatch:
             self._first = self._first or forward
             self.sites = replace(self.sites, forward=find_call_site())
 
-    def starting(self, step: int, num_sent: int) -> None:
+    def before_step(self, step: Step) -> None:
         """Note the parameters that a step starts from, where the script may have sent them since the last.
 
         Replicas that differ after a step and are equal when the next one starts are kept equal by the script: an
         optimizer sharded by hand does so.
-
-        Args:
-            step: The step that begins.
-            num_sent: Elements that the script sent since the last one.
         """
+        steps, num_sent = self._run.steps, self._run.collectives.num_sent()
+        if steps.lead_done() is None or not steps.leads(step.optimizer):
+            return
         self._started = None
-        if self._taker is None or num_sent == 0 or not self.is_due(step):
+        if self._taker is None or num_sent == 0 or not self.is_due(step.number):
             return
         if self._numel is None:
             self._numel = self._taker.numel()
         if num_sent >= self._numel:
             self._started = self._taker.digest_parameters()
 
-    def stepped(self, optimizer: Optimizer, step: int) -> None:
+    def after_step(self, step: Step) -> None:
+        """Take vitals of the leading optimizer's steps."""
+        # A step inside another optimizer's is not one: ZeroRedundancyOptimizer sends parameters after it.
+        if step.states and not step.is_nested and self._run.steps.leads(step.optimizer) and dist.is_initialized():
+            self._run.steps.expect_evaluation()
+            self._stepped(step.optimizer, step.number)
+
+    def _stepped(self, optimizer: Optimizer, step: int) -> None:
         """If they are due, take and publish the vitals of a step, and read what has come back meanwhile."""
         if self._taker is None:
             return

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ddpcall.findings import CATALOGUE, Finding, Place
+from ddpcall.findings import Finding
 from ddpcall.mixing.record import RankSketches
 from ddpcall.mixing.result import Mixing, name_some
 from ddpcall.mixing.shapes import NEVER_USED
 from ddpcall.taps import NOWHERE, CallSite
+from ddpcall.watch.rules.rule import make_finding
 from ddpcall.watch.run import Run
 
 PATIENCE_STEPS = 64
@@ -281,23 +282,15 @@ class MixingRule:
             code = "DC106"
         elif apart.shape in _OF_ONE_RANK and (name in self._run.inside or len(apart.names) < num_all):
             code = "DC102"
-        rule = CATALOGUE[code]
-        led = apart.site.called_from
-        caller = None if led is None else Place(led.file, led.line, led.function)
-        return Finding(
-            code=code,
-            name=rule.name,
-            severity=rule.severity,
-            message=_describe(apart, num_all, self.certificate.ranks),
-            file=apart.site.file,
-            line=apart.site.line,
-            function=apart.site.function,
-            called_from=caller,
-            ranks=apart.ranks,
+        return make_finding(
+            code,
+            f"mixing_{apart.shape}",
+            apart.site,
+            _describe(apart, num_all, self.certificate.ranks),
             step=apart.step,
+            ranks=apart.ranks,
             parameters=tuple(apart.names),
-            cause=f"mixing_{apart.shape}",
-            fix=_FIXES.get(apart.shape, rule.fix),
+            fix=_FIXES.get(apart.shape, ""),
         )
 
 

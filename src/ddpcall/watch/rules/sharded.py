@@ -7,7 +7,8 @@ it: synchronisation was off, or the forward went past the hooks. Forwards past t
 
 from __future__ import annotations
 
-from types import FrameType, TracebackType
+import traceback
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -78,7 +79,7 @@ class ShardedRule(Rule):
         """
         if _MIXED not in str(error) or not self.sensor.has_hooked():
             return
-        frames = _frames_of(error.__traceback__)
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]  # outermost first
         modules = [self_ for frame in frames if isinstance(self_ := frame.f_locals.get("self"), nn.Module)]
         gatherer = self.sensor.find_gatherer(modules[-1] if modules else None)
         if gatherer is None or any(_gathers(frame, gatherer) for frame in frames):
@@ -96,15 +97,6 @@ class ShardedRule(Rule):
 def _find_names(groups: list[Any], step: Step) -> tuple[str, ...]:
     is_stepped = step.view.parameters.__contains__
     return tuple(name for group in groups for name in find_unreduced(group, is_stepped))
-
-
-def _frames_of(trace: TracebackType | None) -> list[FrameType]:
-    """Return the frames of a traceback, outermost first."""
-    frames = []
-    while trace is not None:
-        frames.append(trace.tb_frame)
-        trace = trace.tb_next
-    return frames
 
 
 def _gathers(frame: FrameType, gatherer: nn.Module) -> bool:

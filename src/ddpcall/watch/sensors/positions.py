@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -113,7 +113,7 @@ class PositionSensor:
         frame = sys._current_frames().get(self._thread or 0)
         if state != RUNS or frame is None:
             return position
-        frames = list(_outward(frame))
+        frames = [outer for outer, _ in traceback.walk_stack(frame)]
         call = _read_call(frames)
         position = dataclasses.replace(position, call=call, site=site_of(*find_call_frames_among(iter(frames))))
         has_recorder = internals.DUMP_FLIGHT_RECORDER.get(None) is not None
@@ -130,12 +130,6 @@ class PositionSensor:
         # The recorder knows no point-to-point calls of gloo; where there is none, the stack must do.
         sends = communicates(frames[0]) or (pending is None and not has_recorder and call == "backward")
         return dataclasses.replace(position, operation=call if call and sends else "")
-
-
-def _outward(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def _read_call(frames: list[FrameType]) -> str:
