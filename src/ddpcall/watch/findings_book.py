@@ -73,7 +73,6 @@ class FindingsBook:
     """
 
     def __init__(self, publisher: Publisher) -> None:
-        """Start empty."""
         self._publisher = publisher
         self.clear()
 

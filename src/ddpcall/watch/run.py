@@ -45,7 +45,6 @@ class Run:
     """
 
     def __init__(self, book: FindingsBook) -> None:
-        """Start with nothing seen."""
         self.book = book
         self.steps = StepCount()
         self.collectives = CollectiveLog()

@@ -17,7 +17,6 @@ class StepCount:
     """
 
     def __init__(self) -> None:
-        """Start at no steps."""
         self._done: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._lead: weakref.ref[Optimizer] | None = None
         self.latest: weakref.ref[Optimizer] | None = None

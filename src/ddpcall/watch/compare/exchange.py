@@ -552,7 +552,6 @@ class RunExchange:
     """
 
     def __init__(self) -> None:
-        """Begin nothing yet."""
         self._exchange: Exchange | None = None
         self._trouble = ""
 

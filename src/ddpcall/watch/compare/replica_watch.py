@@ -73,7 +73,6 @@ class ReplicaWatch(Rule):
         shares: ShareRule,
         draws: DrawRule,
     ) -> None:
-        """Take the run, its exchange, the steps between vitals, what is called after them, who judges data."""
         self._run = run
         self._shares = shares
         self._draws = draws

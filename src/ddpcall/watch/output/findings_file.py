@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddpcall.files import replace_text
 from ddpcall.findings import Finding, Place
-from ddpcall.watch.output.streams import write_atomically
 from ddpcall.watch.output.watched import Watched, merge_watched, read_watched
 
 SCHEMA = 1
@@ -63,7 +63,7 @@ class WriteResult:
 
     Attributes:
         new: Findings that no rank had said before.
-        done: Authors that have left by then: in good order, or without a word.
+        done: Writers that have left by then: in good order, or without a word.
     """
 
     new: set[Key]
@@ -150,12 +150,12 @@ class FindingsFile:
             state.setdefault("process", os.getpid())
             state["present"][writer] = [place, os.getpid()]
             self._known = dict(state["present"])
-            write_atomically(self._beside("ranks"), json.dumps(state))
+            replace_text(self._beside("ranks"), json.dumps(state))
 
     def write(
         self, writer: str, findings: Iterable[Finding], watched: Watched | None = None, done: bool = False
     ) -> WriteResult:
-        """Put an writer's findings, all it has so far, in place of what it said before; return what that changed.
+        """Put a writer's findings, all it has so far, in place of what it said before; return what that changed.
 
         Args:
             writer: This rank, or a name for it.
@@ -175,7 +175,7 @@ class FindingsFile:
             if done:
                 state["done"] = sorted({*state["done"], writer})
             self._known.update(state["present"])
-            write_atomically(self._beside("ranks"), json.dumps(state))
+            replace_text(self._beside("ranks"), json.dumps(state))
             contents = _contents(state)
             self.publish(*contents.merged())
             now = {key_of(finding) for found in contents.findings.values() for finding in found}
@@ -189,7 +189,7 @@ class FindingsFile:
         """
         records = [dataclasses.asdict(finding) for finding in findings]
         content = {"schema": SCHEMA, "watched": dataclasses.asdict(watched), "findings": records}
-        write_atomically(self.path, json.dumps(content, indent=2) + "\n")
+        replace_text(self.path, json.dumps(content, indent=2) + "\n")
 
     def read(self) -> Contents:
         """Return what the ranks have said so far, also once the last of them has cleared up."""

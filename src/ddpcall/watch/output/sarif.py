@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ddpcall import __version__
+from ddpcall.files import replace_text
 from ddpcall.findings import CATALOGUE, Finding, Place
 from ddpcall.watch.output.source_line import read_source_line
-from ddpcall.watch.output.streams import write_atomically
 from ddpcall.watch.output.watched import Watched, weigh
 
 
@@ -118,4 +118,4 @@ def _fingerprints(findings: list[Finding]) -> list[str]:
 
 def write_sarif(findings: Iterable[Finding], watched: Watched, path: Path) -> None:
     """Write the SARIF log."""
-    write_atomically(path, json.dumps(to_sarif(findings, watched), indent=2) + "\n")
+    replace_text(path, json.dumps(to_sarif(findings, watched), indent=2) + "\n")

@@ -6,9 +6,11 @@ import ast
 import io
 import linecache
 import os
-import stat
 import tokenize
 from dataclasses import dataclass
+from pathlib import Path
+
+from ddpcall.files import read_bytes
 
 MAX_BYTES = 2_000_000
 _MAX_COLUMNS = 1_000
@@ -50,12 +52,7 @@ def _read_lines(file: str) -> list[str]:
     if file in linecache.cache and not os.path.exists(file):  # a notebook's cell
         return [line.rstrip("\n") for line in linecache.getlines(file)]
     try:
-        # Without O_NONBLOCK a named pipe in the file's place would be waited for.
-        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
-            status = os.fstat(opened.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-                return []
-            content = opened.read(MAX_BYTES)
+        content = read_bytes(Path(os.path.realpath(file)), MAX_BYTES)  # it may be a link
         encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
         return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     except (OSError, ValueError, SyntaxError, LookupError):

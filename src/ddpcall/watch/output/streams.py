@@ -9,6 +9,7 @@ import contextlib
 import os
 import stat
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
@@ -62,35 +63,5 @@ def check_output(path: Path, option: str) -> None:
         kind = "directory" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device or socket"
         raise ValueError(f"{option} {path} is a {kind}. Write the name of a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    probe = _temporary(path)
-    try:
-        _write_new(probe, "")
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Put a text in a file's place at once: whoever reads it sees the old or the new.
-
-    Raises:
-        OSError: It cannot be written; the old text is still there.
-    """
-    temporary = _temporary(path)
-    try:
-        _write_new(temporary, text)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name.removeprefix('.')}.{os.getpid()}")
-
-
-def _write_new(path: Path, text: str) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()  # what a killed process of this id has left
-    with open(path, "x", encoding="utf-8") as file:  # follows no link
-        file.write(text)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+        pass

@@ -57,7 +57,6 @@ class ClippingRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        """Take the run."""
         self._run = run
         self._clipped: list[_Clipped] = []
         self._told: set[CallSite] = set()

@@ -23,7 +23,6 @@ class CompiledRule(Rule):
     """
 
     def __init__(self, run: Run, adopted: Callable[[nn.Module], None]) -> None:
-        """Take the run, and what hears of all modules that are compiled."""
         self._run = run
         self.sensor = CompiledSensor(run, adopted, self.ran_eagerly)
 

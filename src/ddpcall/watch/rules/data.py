@@ -22,7 +22,6 @@ class OrderRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        """Take the run."""
         self._run = run
         self._passes: list[Pass] = []
         self._open: list[Pass] = []

@@ -18,7 +18,6 @@ class EarlyStepRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        """Take the run."""
         self._run = run
 
     def before_step(self, step: Step) -> None:

@@ -32,7 +32,6 @@ class EvaluationRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        """Take the run, and hear of its collectives."""
         self._run = run
         self._passes: list[Pass] = []
         self._is_told = False

@@ -18,7 +18,6 @@ class GatherRule(Rule):
     """
 
     def __init__(self, run: Run, is_due: Callable[[], bool]) -> None:
-        """Take the run, and what says whether a step is measured."""
         self._run = run
         self.sensor = GatherSensor(run, is_due)
 

@@ -124,7 +124,6 @@ class MixingRule:
     """
 
     def __init__(self, run: Run) -> None:
-        """Take the run, which knows what sensors saw of a parameter."""
         self.certificate = Certificate()
         self._run = run
         self._confirmed: dict[Hashable, set[str]] = {}

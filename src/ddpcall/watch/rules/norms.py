@@ -61,7 +61,6 @@ class NormRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        """Take the run, and hear of its collectives."""
         self._run = run
         self._summed: _Summed | None = None
         self._matches: dict[CallSite, bool] = {}

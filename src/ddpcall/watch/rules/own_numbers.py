@@ -41,7 +41,6 @@ class OwnNumbers(Rule):
     """
 
     def __init__(self, run: Run, gradients: GradientSensor, is_judged: Callable[[], bool]) -> None:
-        """Take the run, what measures gradients, and whether all ranks' records are put together."""
         self._run = run
         self._gradients = gradients
         self._is_judged = is_judged

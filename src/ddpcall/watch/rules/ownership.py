@@ -21,7 +21,6 @@ class OwnershipRule(Rule):
     """
 
     def __init__(self, run: Run, numbers: OwnNumbers) -> None:
-        """Take the run, and what tells harm from what is only suspected."""
         self._run = run
         self._numbers = numbers
 

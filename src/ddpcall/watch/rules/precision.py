@@ -17,7 +17,6 @@ class PrecisionRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        """Take the run."""
         self._run = run
         self.sensor = PrecisionSensor(run, self.lost)
 

@@ -30,7 +30,6 @@ class ShardedRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        """Take the run."""
         self._run = run
         self.sensor = ShardedSensor(run)
 

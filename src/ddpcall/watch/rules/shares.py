@@ -107,7 +107,6 @@ class ShareRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        """Take the run."""
         self._run = run
         self._followed: list[_Followed] = []
         self._by_sampler: weakref.WeakKeyDictionary[Any, _Shared] = weakref.WeakKeyDictionary()

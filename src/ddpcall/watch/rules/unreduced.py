@@ -41,7 +41,6 @@ class UnreducedRule(Rule):
     """
 
     def __init__(self, run: Run, numbers: OwnNumbers) -> None:
-        """Take the run, and what tells harm from what is only suspected."""
         self._run = run
         self._numbers = numbers
         self._locator: WeightLocator | None = None

@@ -35,7 +35,6 @@ class BackwardWatch:
     def __init__(
         self, run: Run, gradients: GradientSensor, losses: LossSensor, listeners: Sequence[Listener]
     ) -> None:
-        """Take the run, what measures gradients and losses, and who is told of backwards."""
         self._listeners = listeners
         self._models = run.models
         self._gradients = gradients

@@ -58,7 +58,6 @@ class ClippingSensor:
     """
 
     def __init__(self, run: Run, listeners: Sequence[Callable[[Clipping], None]]) -> None:
-        """Take the run, and who is told."""
         self._run = run
         self._listeners = listeners
 

@@ -72,7 +72,6 @@ class CollectiveLog:
     """
 
     def __init__(self) -> None:
-        """Start with nothing seen."""
         self.listeners: list[Callable[[str, tuple[Any, ...]], None]] = []
         self._storages: dict[int, int] = {}
         self._now = self._last_step = Mark()

@@ -156,7 +156,6 @@ class LoaderSensor:
     def __init__(
         self, run: Run, listeners: Sequence[PassListener], taking: Callable[[], None] = lambda: None
     ) -> None:
-        """Take the run, who hears of passes, and what is called before any batch is taken."""
         self._run = run
         self._listeners = listeners
         self._taking = taking

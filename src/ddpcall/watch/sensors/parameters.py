@@ -20,7 +20,6 @@ class ParameterWatch:
     """Patches what converts, unfreezes and registers parameters: calls that are rare in a training step."""
 
     def __init__(self, run: Run, tap: Callable[[Iterable[nn.Module], ReducerState], None]) -> None:
-        """Take the run, and what taps modules that are added to a wrapped model."""
         self._models = run.models
         self._contain = run.contain
         self._tap = tap

@@ -82,7 +82,6 @@ class PositionSensor:
     """
 
     def __init__(self, run: Run) -> None:
-        """Take the run, and count its collectives."""
         self._run = run
         self._thread = threading.main_thread().ident
         self._last: tuple[int, ...] = ()

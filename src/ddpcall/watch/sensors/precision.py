@@ -24,7 +24,6 @@ class PrecisionSensor:
     """
 
     def __init__(self, run: Run, lost: Callable[[nn.Module, str, CallSite], None]) -> None:
-        """Take the run, and what hears of a prepared model, its precision and the line that missed it."""
         self._keep = run.keep
         self._lost = lost
         self._roots: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], str]] = (

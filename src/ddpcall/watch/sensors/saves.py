@@ -29,7 +29,6 @@ class SaveWatch:
     """
 
     def __init__(self, run: Run) -> None:
-        """Take the run."""
         self._run = run
 
     def attach(self, module: ModuleType) -> Undo:

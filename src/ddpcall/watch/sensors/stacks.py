@@ -44,7 +44,6 @@ class StackWatch:
     """
 
     def __init__(self) -> None:
-        """Start with nothing seen."""
         self.not_followed: dict[str, None] = {}
         self.group_size = 0
 

@@ -92,7 +92,6 @@ class StepSensor:
     def __init__(
         self, run: Run, listeners: Sequence[Listener], models_used: Callable[[list[ReducerState]], None]
     ) -> None:
-        """Take the run, who is told of steps, and what hears of models that an optimizer steps."""
         self._run = run
         self._listeners = listeners
         self._models_used = models_used
