@@ -13,7 +13,7 @@ from torch import nn
 import ddpcall
 from ddpcall.watch.sensors.collectives import CollectiveLog
 from ddpcall.watch.sensors.compiled import CompiledSensor
-from ddpcall.watch.sensors.hooks import HookSensor
+from ddpcall.watch.sensors.hooks import REGISTRATIONS
 from ddpcall.watch.sensors.steps import StepSensor
 from tests.ranks.lab_process import clean_environment
 
@@ -132,7 +132,7 @@ def test_ranks_other_than_the_first_do_not_repeat_it(monkeypatch, capsys):
 
 def test_a_part_that_fails_half_way_leaves_nothing_behind(monkeypatch):
     register, load = nn.Module.register_forward_hook, nn.Module.load_state_dict
-    monkeypatch.setattr(HookSensor, "_hearing", cannot)
+    monkeypatch.setitem(REGISTRATIONS, "register_what_torch_has_not", "forward")
     with ddpcall.watch(on_finding="record") as session:
         assert nn.Module.register_forward_hook is register
         assert nn.Module.load_state_dict is not load

@@ -40,7 +40,7 @@ class HangWatch(Rule):
     """
 
     def __init__(self, run: Run, bound_s: float, say: Callable[[str], object]) -> None:
-        self._run = run
+        super().__init__(run)
         self._say = say
         self._bound_s = bound_s
         self._pause_s = min(bound_s / LOOKS, _LONGEST_PAUSE_S)

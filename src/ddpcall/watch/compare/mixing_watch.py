@@ -63,7 +63,7 @@ class MixingWatch(Rule):
     def __init__(
         self, run: Run, exchange: RunExchange, every: int, find_roots: Callable[[], Iterable[nn.Module]]
     ) -> None:
-        self._run = run
+        super().__init__(run)
         self.gradients = GradientSensor(run, every, find_roots, self._measured)
         self.losses = LossSensor(run, self.gradients.expects_measuring)
         self._targets = TargetsRule(run.book.report, lambda place: self.losses.sites.get(place, NOWHERE))

@@ -73,7 +73,7 @@ class ReplicaWatch(Rule):
         shares: ShareRule,
         draws: DrawRule,
     ) -> None:
-        self._run = run
+        super().__init__(run)
         self._shares = shares
         self._draws = draws
         self._every = every

@@ -45,7 +45,7 @@ class StatisticsWatch(Rule):
     _watches = itertools.count()
 
     def __init__(self, run: Run, find_roots: Callable[[], list[nn.Module]]) -> None:
-        self._run = run
+        super().__init__(run)
         self._find_roots = find_roots
         self._sensor = StatisticsSensor()
         self._optimizer: weakref.ref[Optimizer] | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddpcall import torch_internals as internals
 from ddpcall.taps import NOWHERE, CallSite, find_call_site
-from ddpcall.watch.rules.rule import Rule, count_parameters, make_finding
+from ddpcall.watch.rules.rule import Rule, count_parameters
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.clipping import Clipping
 from ddpcall.watch.sensors.collectives import Mark
@@ -57,7 +57,7 @@ class ClippingRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        self._run = run
+        super().__init__(run)
         self._clipped: list[_Clipped] = []
         self._told: set[CallSite] = set()
 
@@ -141,7 +141,5 @@ class ClippingRule(Rule):
             f"Gradients of {count} were clipped here before the ranks averaged them for optimizer step "
             f"{step.number}: rank {dist.get_rank()} {clipped.cut}, and every rank clips by its own gradients."
         )
-        finding = make_finding(
-            "DC111", "clipped_before_reduction", clipped.site, message, step=step.number, parameters=names
-        )
-        self._run.book.report(finding)
+        cause = "clipped_before_reduction"
+        self.report("DC111", cause, clipped.site, message, step=step.number, parameters=names)

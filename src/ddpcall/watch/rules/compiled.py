@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ddpcall.taps import CallSite
-from ddpcall.watch.rules.rule import Rule, make_finding
+from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.compiled import CompiledRoot, CompiledSensor
 from ddpcall.watch.sensors.steps import Step
@@ -23,7 +23,7 @@ class CompiledRule(Rule):
     """
 
     def __init__(self, run: Run, adopted: Callable[[nn.Module], None]) -> None:
-        self._run = run
+        super().__init__(run)
         self.sensor = CompiledSensor(run, adopted, self.ran_eagerly)
 
     def ran_eagerly(self, root: CompiledRoot, site: CallSite, is_whole: bool) -> None:
@@ -60,8 +60,7 @@ class CompiledRule(Rule):
 
     def _report_bypassed(self, root: CompiledRoot, site: CallSite) -> None:
         message = f"{root.name} was compiled, and runs eager when it is reached from here."
-        step = self._run.steps.preparing()
-        self._run.book.report(make_finding("DC302", "compiled_bypassed", site, message, step=step))
+        self.report("DC302", "compiled_bypassed", site, message)
 
     def _judge_late_hooks(self) -> None:
         for late in list(self.sensor.late):
@@ -75,8 +74,7 @@ class CompiledRule(Rule):
                     f"The hook registered here on {late.module}, after its first compiled call, has not fired "
                     "since."
                 )
-                step = self._run.steps.preparing()
-                self._run.book.report(make_finding("DC303", "late_hook", late.site, message, step=step))
+                self.report("DC303", "late_hook", late.site, message)
 
 
 def _has_gradient(root: CompiledRoot, step: Step) -> bool:

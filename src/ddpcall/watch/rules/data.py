@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddpcall.watch.rules.rule import Rule, make_finding
+from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.loaders import Pass
 
@@ -22,7 +22,7 @@ class OrderRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        self._run = run
+        super().__init__(run)
         self._passes: list[Pass] = []
         self._open: list[Pass] = []
 
@@ -66,11 +66,7 @@ class OrderRule(Rule):
             f"before, which began with optimizer step {before.first_step}"
         )
         message += f": it was told epoch {current.epoch} both times." if is_told_the_same else "."
-        self._run.book.report(
-            make_finding(
-                "DC401", "same_order", current.site, message, step=current.first_step, fix=_advise(current)
-            )
-        )
+        self.report("DC401", "same_order", current.site, message, step=current.first_step, fix=_advise(current))
 
     def close(self, in_order: bool) -> None:
         """Judge epochs that were broken off."""

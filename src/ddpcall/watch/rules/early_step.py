@@ -6,8 +6,7 @@ import torch.distributed as dist
 
 from ddpcall import torch_internals as internals
 from ddpcall.taps import find_call_site, in_backward
-from ddpcall.watch.rules.rule import Rule, count_parameters, make_finding
-from ddpcall.watch.run import Run
+from ddpcall.watch.rules.rule import Rule, count_parameters
 from ddpcall.watch.sensors.steps import Step
 
 
@@ -16,9 +15,6 @@ class EarlyStepRule(Rule):
 
     Silent on `_apply_optimizer_in_backward`: DDP knows of such optimizers, and steps them after the reduction.
     """
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
 
     def before_step(self, step: Step) -> None:
         """Report a step inside a backward whose gradients are still to be reduced."""
@@ -35,8 +31,4 @@ class EarlyStepRule(Rule):
                 f"The optimizer stepped inside the backward (step {step.number}), before the reducer had averaged "
                 f"the gradients of {count_parameters(names)}."
             )
-            self._run.book.report(
-                make_finding(
-                    "DC105", "stepped_early", find_call_site(), message, step=step.number, parameters=names
-                )
-            )
+            self.report("DC105", "stepped_early", find_call_site(), message, step=step.number, parameters=names)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ddpcall.replicas import is_unreadable
 from ddpcall.taps import find_call_site
-from ddpcall.watch.rules.rule import Rule, make_finding
+from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.collectives import find_summed
 from ddpcall.watch.sensors.loaders import Pass
@@ -32,7 +32,7 @@ class EvaluationRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        self._run = run
+        super().__init__(run)
         self._passes: list[Pass] = []
         self._is_told = False
         run.collectives.listeners.append(lambda name, args: run.contain(self._hear, name, args))
@@ -82,7 +82,7 @@ class EvaluationRule(Rule):
             "over the ranks has them twice, too."
         )
         step = max(1, self._run.steps.preparing() - 1)
-        self._run.report(make_finding("DC403", "padding_counted", find_call_site(), message, step=step))
+        self.report("DC403", "padding_counted", find_call_site(), message, step=step)
 
 
 def _count_ranks() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ddpcall import torch_internals as internals
-from ddpcall.watch.rules.rule import Rule, make_finding
+from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.gathers import Gather, GatherSensor
 from ddpcall.watch.sensors.steps import Step
@@ -18,7 +18,7 @@ class GatherRule(Rule):
     """
 
     def __init__(self, run: Run, is_due: Callable[[], bool]) -> None:
-        self._run = run
+        super().__init__(run)
         self.sensor = GatherSensor(run, is_due)
 
     def before_backward(self) -> None:
@@ -44,11 +44,7 @@ class GatherRule(Rule):
             f"result does not. {where[0].upper()}{where[1:]} computes with it, this rank's own part included: "
             f"in the backward of optimizer step {step.number} nothing flowed back to it from there."
         )
-        self._run.book.report(
-            make_finding(
-                "DC113", "gathered", gather.site, message, step=step.number, fix=advise(gather.by_lightning)
-            )
-        )
+        self.report("DC113", "gathered", gather.site, message, step=step.number, fix=advise(gather.by_lightning))
 
 
 def advise(by_lightning: bool) -> str:

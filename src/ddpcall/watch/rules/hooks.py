@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ddpcall import torch_internals as internals
 from ddpcall.taps import find_call_site
-from ddpcall.watch.rules.rule import Rule, make_finding
+from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.hooks import NORMS, HookSensor, is_users
 
@@ -27,12 +27,12 @@ class HooksRule(Rule):
 
     def __init__(self, run: Run, registered: Callable[[nn.Module, str, Any], None]) -> None:
         """Take the run, and what else hears of every hook: its module, its kind, and itself."""
-        self._run = run
+        super().__init__(run)
         self.sensor = HookSensor(run, registered, self.entered_past_call)
 
     def entered_past_call(self, module: nn.Module) -> None:
         """Report what did not run on a module that was entered past its `__call__`."""
-        name, step = type(module).__name__, self._run.steps.preparing()
+        name = type(module).__name__
         for hook in internals.HOOK_DICTS["forward_pre"].of(module).values():
             if isinstance(hook, NORMS) and _is_stale(hook, module):
                 weight = _weight_name(hook)
@@ -40,11 +40,7 @@ class HooksRule(Rule):
                     f"{name} was entered through .forward here: {type(hook).__name__} did not recompute its "
                     f"{weight}, and a stale one was used."
                 )
-                self._run.book.report(
-                    make_finding(
-                        "DC305", "stale_weight", find_call_site(), message, step=step, parameters=(weight,)
-                    )
-                )
+                self.report("DC305", "stale_weight", find_call_site(), message, parameters=(weight,))
         slots = internals.HOOK_DICTS.items()
         counts = {kind: sum(map(is_users, slot.of(module).values())) for kind, slot in slots}
         skipped = [f"{count} {kind} hook{'s' * (count != 1)}" for kind, count in counts.items() if count]
@@ -52,7 +48,7 @@ class HooksRule(Rule):
             message = (
                 f"{name} has {' and '.join(skipped)} and was entered through .forward here: none of them ran."
             )
-            self._run.book.report(make_finding("DC301", "hooks_skipped", find_call_site(), message, step=step))
+            self.report("DC301", "hooks_skipped", find_call_site(), message)
 
 
 def _weight_name(hook: Any) -> str:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddpcall.taps import CallSite, find_call_site, in_backward
-from ddpcall.watch.rules.rule import Rule, make_finding
+from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.clipping import Clipping
 from ddpcall.watch.sensors.collectives import find_summed
@@ -61,7 +61,7 @@ class NormRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        self._run = run
+        super().__init__(run)
         self._summed: _Summed | None = None
         self._matches: dict[CallSite, bool] = {}
         run.collectives.listeners.append(lambda name, args: run.contain(self._hear, name, args))
@@ -109,7 +109,7 @@ class NormRule(Rule):
             f"over {ranks} ranks here it is {summed.factor:.3g} times too large: in optimizer step {step} "
             f"gradients were clipped to {limit:.3g} instead of {min(limit * summed.factor, summed.norm()):.3g}."
         )
-        self._run.book.report(make_finding("DC112", "norm_summed", summed.site, message, step=step))
+        self.report("DC112", "norm_summed", summed.site, message, step=step)
 
 
 def _is_averaged(state: ReducerState) -> bool:

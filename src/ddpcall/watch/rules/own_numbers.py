@@ -41,7 +41,7 @@ class OwnNumbers(Rule):
     """
 
     def __init__(self, run: Run, gradients: GradientSensor, is_judged: Callable[[], bool]) -> None:
-        self._run = run
+        super().__init__(run)
         self._gradients = gradients
         self._is_judged = is_judged
         self._reported: dict[Hashable, _Reported] = {}

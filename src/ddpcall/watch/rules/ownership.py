@@ -21,7 +21,7 @@ class OwnershipRule(Rule):
     """
 
     def __init__(self, run: Run, numbers: OwnNumbers) -> None:
-        self._run = run
+        super().__init__(run)
         self._numbers = numbers
 
     def judge(self, step: Step) -> None:

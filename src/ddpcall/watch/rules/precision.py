@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ddpcall.taps import CallSite
-from ddpcall.watch.rules.rule import Rule, make_finding
+from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.precision import PrecisionSensor
 
@@ -17,7 +17,7 @@ class PrecisionRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        self._run = run
+        super().__init__(run)
         self.sensor = PrecisionSensor(run, self.lost)
 
     def lost(self, root: nn.Module, precision: str, site: CallSite) -> None:
@@ -26,5 +26,4 @@ class PrecisionRule(Rule):
             f"{type(root).__name__} was prepared for {precision}, but ran outside its autocast when reached from "
             "here."
         )
-        step = self._run.steps.preparing()
-        self._run.book.report(make_finding("DC304", "precision_lost", site, message, step=step))
+        self.report("DC304", "precision_lost", site, message)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ddpcall.findings import CATALOGUE, Finding, Place, Severity
 from ddpcall.taps import CallSite
+from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.steps import Step
 
 
 class Rule:
     """A family of findings: when there is one, what is said, what to write instead, and what it cannot see."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def report(self, code: str, cause: str, site: CallSite, message: str, *, step: int = 0, **more: Any) -> None:
+        """Report a finding; see `make_finding`. Without a step it is of the one that is being prepared."""
+        step = step or self._run.steps.preparing()
+        self._run.book.report(make_finding(code, cause, site, message, step=step, **more))
 
     def before_backward(self) -> None:
         """A backward that accumulates gradients is about to run."""

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ddpcall.taps import CallSite, came_through_call, find_call_frames_among, site_of
-from ddpcall.watch.rules.rule import Rule, and_lines, count_parameters, make_finding
+from ddpcall.watch.rules.rule import Rule, and_lines, count_parameters
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.sharded import ShardedSensor, find_unreduced
 from ddpcall.watch.sensors.steps import Step
@@ -30,7 +30,7 @@ class ShardedRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        self._run = run
+        super().__init__(run)
         self.sensor = ShardedSensor(run)
 
     def before_step(self, step: Step) -> None:
@@ -53,9 +53,7 @@ class ShardedRule(Rule):
                 f"optimizer step {step.number} ran: gradients of {count_parameters(names)} were kept unreduced, "
                 "and the step went without them."
             )
-            self._run.book.report(
-                make_finding("DC104", "sharded_sync_off", site, message, step=step.number, parameters=names)
-            )
+            self.report("DC104", "sharded_sync_off", site, message, step=step.number, parameters=names)
 
     def _report_bypassed(self, groups: list[Any], entries: dict[CallSite, nn.Module], step: Step) -> None:
         names, (site, *others) = _find_names(groups, step), entries
@@ -66,9 +64,7 @@ class ShardedRule(Rule):
                 f"nothing reduced their gradients, and optimizer step {step.number} went without those of "
                 f"{count_parameters(names)}."
             )
-            self._run.book.report(
-                make_finding("DC306", "sharded_unreduced", site, message, step=step.number, parameters=names)
-            )
+            self.report("DC306", "sharded_unreduced", site, message, step=step.number, parameters=names)
 
     def explain_crash(self, error: BaseException) -> None:
         """Report the bypass that caused the exception which ends the script, if one did.
@@ -89,8 +85,7 @@ class ShardedRule(Rule):
             f"{type(gatherer).__name__} is sharded and was entered here past the hooks that gather its parameters"
             f": {str(error).splitlines()[0][:_MOST_OF_AN_ERROR]}"
         )
-        step = self._run.steps.preparing()
-        self._run.book.report(make_finding("DC306", "sharded_bypassed", site, message, step=step))
+        self.report("DC306", "sharded_bypassed", site, message)
 
 
 def _find_names(groups: list[Any], step: Step) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ddpcall.taps import CallSite
-from ddpcall.watch.rules.rule import Rule, make_finding
+from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.loaders import MAX_KEPT, Pass, Share
 
@@ -107,7 +107,7 @@ class ShareRule(Rule):
     """
 
     def __init__(self, run: Run) -> None:
-        self._run = run
+        super().__init__(run)
         self._followed: list[_Followed] = []
         self._by_sampler: weakref.WeakKeyDictionary[Any, _Shared] = weakref.WeakKeyDictionary()
         self._trained: list[_Shared] = []
@@ -220,16 +220,14 @@ class ShareRule(Rule):
         if cause.leaves_out and not (all(each["whole"] for each in facts) and seen.num_given <= MAX_KEPT):
             return
         self._found.add(loader)
-        self._run.report(
-            make_finding(
-                "DC402",
-                "shares_overlap",
-                cause.site,
-                f"{cause.text} {_count(facts, times, len(told) == world_size)}",
-                step=seen.current.first_step,
-                ranks=tuple(told),
-                fix=cause.fix,
-            )
+        self.report(
+            "DC402",
+            "shares_overlap",
+            cause.site,
+            f"{cause.text} {_count(facts, times, len(told) == world_size)}",
+            step=seen.current.first_step,
+            ranks=tuple(told),
+            fix=cause.fix,
         )
 
 

@@ -41,7 +41,7 @@ class UnreducedRule(Rule):
     """
 
     def __init__(self, run: Run, numbers: OwnNumbers) -> None:
-        self._run = run
+        super().__init__(run)
         self._numbers = numbers
         self._locator: WeightLocator | None = None
         self._held: tuple[Hashable, Use] | None = None
@@ -114,9 +114,7 @@ class UnreducedRule(Rule):
             "no_sync() around a backward alone has no effect: the forward before it had already prepared DDP to "
             "average, and the gradients were averaged."
         )
-        step = self._run.steps.preparing()
-        cause = "no_sync_without_effect"
-        self._run.book.report(make_finding("DC104", cause, site, message, step=step, severity=Severity.WARNING))
+        self.report("DC104", "no_sync_without_effect", site, message, severity=Severity.WARNING)
 
     # ---- raw weights: the line is looked for in the next step ------------------------------------------------
 
