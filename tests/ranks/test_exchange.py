@@ -232,6 +232,30 @@ def test_a_step_that_was_measured_on_one_rank_alone_holds_the_next_up_no_longer_
         exchange.close()
 
 
+def test_a_step_that_one_rank_alone_measured_is_looked_for_less_and_less_often(monkeypatch):
+    """Nothing later comes: rank 1 is given up, by a few dozen looks at most; then replicas are compared at once."""
+    looks, look = [], RankStore.is_complete
+    monkeypatch.setattr(
+        RankStore, "is_complete", lambda self, kind, step: looks.append(kind) or look(self, kind, step)
+    )
+    store = HashStore()
+    first, second = exchanges = [Exchange(store, rank, 2, wait_s=3) for rank in range(2)]
+    first.publish(Vitals(17, {"used": 1}, kind=GRADIENTS, judge=lambda comparison, told: comparison.missing))
+    while not (judged := first.judged()):
+        time.sleep(0.01)
+    assert judged == [(17, (1,))]
+    assert 5 < len(looks) < 28  # every 0.1 s would be 35
+    begun = time.monotonic()
+    for exchange in exchanges:
+        exchange.publish(Vitals(20, HEALTHY))
+    comparison = first.compare(20, wait=True)
+    assert comparison is not None
+    assert comparison.missing == ()
+    assert time.monotonic() - begun < 2.5
+    for exchange in (second, first):
+        exchange.close()
+
+
 def test_questions_of_both_kinds_are_answered_in_any_order():
     """Rank 1 sleeps while it is asked for its record, and then for details; of details it was asked before."""
     store = HashStore()

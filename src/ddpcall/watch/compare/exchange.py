@@ -104,6 +104,7 @@ class _Worker:
     _num_questions: int = 0
     _asked: dict[str, deque[_Asked]] = field(default_factory=partial(defaultdict, deque))
     _looking: bool = False
+    _hurries: bool = False
     _has_left: bool = False
 
     def run(self, store: Store) -> None:
@@ -129,12 +130,12 @@ class _Worker:
         while True:
             with self.changed:
                 # Asleep without a limit, it must be woken when somebody begins to wait.
-                self._looking = self._is_expecting()
+                self._looking, self._hurries = self._is_expecting(), bool(self.inbox.hurried)
                 woken = self.changed.wait_for(self._has_work, pause_s if self._looking else None)
                 self._held.extend((time.monotonic(), vitals) for vitals in self.inbox.vitals)
                 self.inbox.vitals.clear()
                 closing = self.inbox.closing
-            pause_s = least_pause_s if woken else min(2 * pause_s, max(_POLL_S, least_pause_s))
+            pause_s = least_pause_s if woken else min(2 * pause_s, max(self._longest_pause_s(), least_pause_s))
             if not self.compares:
                 self._tell(self.ranks.read_state())
             if self._state is not None:
@@ -154,12 +155,17 @@ class _Worker:
         inbox = self.inbox
         is_leaving = inbox.last is not None and not self._has_left
         news = inbox.vitals or inbox.closing or inbox.to_ask or is_leaving
-        return bool(news or (inbox.hurried and not self._looking))
+        return bool(news or (inbox.hurried and not (self._looking and self._hurries)))
 
     def _is_expecting(self) -> bool:
         """Say whether the store is to be looked at without being told to."""
         is_due = any(each.due_s is not None for asked in self._asked.values() for each in asked)
         return bool(self.inbox.hurried or any(self._pending.values()) or self._held or is_due)
+
+    def _longest_pause_s(self) -> float:
+        """Return how long to sleep at most: a rank that is late for long is looked for less and less often."""
+        since = [pending[0][0] for pending in self._pending.values() if pending]
+        return _POLL_S if self._hurries or not since else max(_POLL_S, (time.monotonic() - max(since)) / 4)
 
     def _write(self, state: State) -> None:
         self.ranks.write_state(state)
