@@ -233,7 +233,7 @@ def test_a_step_that_was_measured_on_one_rank_alone_holds_the_next_up_no_longer_
 
 
 def test_a_step_that_one_rank_alone_measured_is_looked_for_less_and_less_often(monkeypatch):
-    """Nothing later comes: rank 1 is given up, by a few dozen looks at most; then replicas are compared at once."""
+    """Nothing later comes: rank 1 is given up after a few dozen looks; then replicas are compared at once."""
     looks, look = [], RankStore.is_complete
     monkeypatch.setattr(
         RankStore, "is_complete", lambda self, kind, step: looks.append(kind) or look(self, kind, step)

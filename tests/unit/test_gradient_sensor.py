@@ -15,7 +15,7 @@ NUMEL = 4
 @pytest.fixture
 def sensor():
     nobody: Any = None
-    made = GradientSensor(Run(FindingsBook(nobody)), 10, lambda: [], lambda step, optimizer, record: None)
+    made = GradientSensor(Run(FindingsBook(nobody)), 10, list, lambda step, optimizer, record: None)
     made._numel = NUMEL
     return made
 

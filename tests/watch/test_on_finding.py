@@ -1,5 +1,6 @@
 """`with ddpcall.watch(...)` in code: raised where the harm would be done, and undone whatever happens."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -314,7 +315,45 @@ def test_one_watch_after_the_other_starts_anew_on_the_same_model(rank):
                 ddpcall.watch()
             training.run(training.ddp.module)
         assert [(finding.code, finding.count) for finding in session.findings] == [("DC101", 2)]
-        rank.barrier()  # a watch that another rank has not ended yet would leave its findings to the next
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("calls_wrapper", [True, False])
+def test_the_next_watch_on_the_same_file_may_begin_before_another_rank_has_left_the_last(
+    rank, tmp_path, calls_wrapper, monkeypatch
+):
+    shared = [str(tmp_path)]
+    torch.distributed.broadcast_object_list(shared, 0)
+    file = Path(shared[0]) / "findings.json"
+    for name, value in (("RANK", rank.rank), ("WORLD_SIZE", 2)):  # as a launcher says
+        monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv(f"LOCAL_{name}", str(value))
+    monkeypatch.setenv("DDPCALL_LAUNCH", file.parent.name)
+    training = Training(rank)
+    first = ddpcall.watch(training.ddp, on_finding="record", json=file)
+    training.run(training.ddp.module)
+    if rank.rank == 1:
+        rank.barrier()  # rank 0 is in its next watch
+    first.close()
+    second = ddpcall.watch(training.ddp, on_finding="record", json=file)
+    if rank.rank == 0:
+        rank.barrier()
+    for parameter in training.net.parameters():
+        torch.distributed.broadcast(parameter.data, 0)
+    training.run(training.ddp if calls_wrapper else training.net)
+    second.close()
+    rank.barrier()
+    codes, content = ([] if calls_wrapper else ["DC101"]), json.loads(file.read_text())
+    assert [finding.code for finding in first.findings] == ["DC101"]
+    assert [finding.code for finding in second.findings] == codes
+    assert [(each["code"], each["ranks"]) for each in content["findings"]] == [(code, [0, 1]) for code in codes]
+    assert content["watched"]["ranks"] == [0, 1]
+    assert content["watched"]["mixing"]["shapes"] == {"averaged" if calls_wrapper else "local": 3}
+    assert second.answer().is_evidence
+    if rank.rank == 1:  # the last to leave the first
+        assert [(finding.code, finding.ranks) for finding in first.all_findings()] == [("DC101", (0, 1))]
+    rank.barrier()
+    assert [path.name for path in file.parent.glob("*findings.json*")] == ["findings.json"]
 
 
 HOOKED = """

@@ -112,6 +112,7 @@ class FindingsFile:
         self._patience_s = patience_s
         self._presence: int | None = None
         self._known: dict[str, list[int]] = {}
+        self._number = 1  # of this process's watches on the file
 
     def hold_presence(self, writer: str, script: str, begins: bool = False) -> None:
         """Begin, and let others see that this process is there: by a lock that its end releases.
@@ -148,6 +149,10 @@ class FindingsFile:
             fcntl.lockf(presence, fcntl.LOCK_EX, 1, place)
             state.setdefault("script", script)
             state.setdefault("process", os.getpid())
+            numbers = state["numbers"]
+            # A rank may begin its next watch before another has left the last: what they say is kept apart.
+            running = [n for other, n in numbers.items() if other not in self._part(state, n)["done"]]
+            numbers[writer] = self._number = max([numbers.get(writer, 0) + 1, *running])
             state["present"][writer] = [place, os.getpid()]
             self._known = dict(state["present"])
             replace_text(self._beside("ranks"), json.dumps(state))
@@ -168,18 +173,19 @@ class FindingsFile:
         """
         with self._locked():
             state = self._load()
-            before = {key_of(finding) for found in _contents(state).findings.values() for finding in found}
-            state["by_writer"][writer] = [dataclasses.asdict(finding) for finding in findings]
+            part = self._part(state, self._number)
+            before = {key_of(finding) for found in _contents(part).findings.values() for finding in found}
+            part["by_writer"][writer] = [dataclasses.asdict(finding) for finding in findings]
             if watched is not None:
-                state["watched"][writer] = dataclasses.asdict(watched)
+                part["watched"][writer] = dataclasses.asdict(watched)
             if done:
-                state["done"] = sorted({*state["done"], writer})
+                part["done"] = sorted({*part["done"], writer})
             self._known.update(state["present"])
             replace_text(self._beside("ranks"), json.dumps(state))
-            contents = _contents(state)
+            contents = _contents(part)
             self.publish(*contents.merged())
             now = {key_of(finding) for found in contents.findings.values() for finding in found}
-            return WriteResult(now - before, self._done(state))
+            return WriteResult(now - before, self._done(part))
 
     def publish(self, findings: Iterable[Finding], watched: Watched) -> None:
         """Write the file that others read.
@@ -198,7 +204,7 @@ class FindingsFile:
                 content = json.loads(self.path.read_text())
                 findings = [from_record(record) for record in content["findings"]]
                 return Contents({_ALL: findings}, {_ALL: read_watched(content["watched"])})
-        return _contents(self._load())
+        return _contents(self._load_part())
 
     def writers(self) -> set[str]:
         """Return the writers that were there when this one last wrote, whether they have left or not."""
@@ -206,11 +212,11 @@ class FindingsFile:
 
     def read_done(self) -> set[str]:
         """Return the writers that have left, in good order or without a word."""
-        return self._done(self._load())
+        return self._done(self._load_part())
 
-    def _done(self, state: dict[str, Any]) -> set[str]:
+    def _done(self, part: dict[str, Any]) -> set[str]:
         gone = {writer for writer, (place, process) in self._known.items() if self._is_gone(place, process)}
-        return gone | set(state["done"])
+        return gone | set(part["done"])
 
     def _is_gone(self, place: int, process: int) -> bool:
         """Say whether a process that was there has ended; its lock ended with it."""
@@ -237,13 +243,20 @@ class FindingsFile:
         state = self._load_any()
         return state if state.get("run") == self._run else self._empty()
 
+    def _load_part(self) -> dict[str, Any]:
+        return self._part(self._load(), self._number)
+
+    def _part(self, state: dict[str, Any], number: int) -> dict[str, Any]:
+        """Return what was said in one watch of several that the same processes began; it may be written to."""
+        return state if number == 1 else state["later"].setdefault(str(number), _empty_part())
+
     def _load_any(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
             return json.loads(self._beside("ranks").read_text())
         return {}
 
     def _empty(self) -> dict[str, Any]:
-        return {"run": self._run, "by_writer": {}, "watched": {}, "present": {}, "done": []}
+        return {"run": self._run, "present": {}, "numbers": {}, "later": {}, **_empty_part()}
 
     def _beside(self, part: str) -> Path:
         return self.path.with_name(f".{self.path.name}.{part}")
@@ -258,9 +271,9 @@ class FindingsFile:
         Args:
             writer: The one above; theirs go on with a dot and their process id.
         """
-        state, above = self._load(), writer.partition("/")[2]
-        below = {other for other in state["by_writer"] if other.partition("/")[2].startswith(f"{above}.")}
-        return below - set(state["done"])
+        part, above = self._load_part(), writer.partition("/")[2]
+        below = {other for other in part["by_writer"] if other.partition("/")[2].startswith(f"{above}.")}
+        return below - set(part["done"])
 
     def wait_for_others_to_exit(self, patience_s: float) -> None:
         """Wait until all other processes that stayed have ended.
@@ -281,11 +294,21 @@ class FindingsFile:
             os.close(presence)
 
     def remove_state(self, keep: bool) -> None:
-        """Remove what only the ranks need, once all are done; without `keep`, the JSON file too."""
+        """Remove what only the ranks need, once all are done; without `keep`, the JSON file too.
+
+        Nothing is removed while one of them is in its next watch.
+        """
+        state = self._load()
+        if any(n > self._number and w not in self._part(state, n)["done"] for w, n in state["numbers"].items()):
+            return
         paths = [self._beside(part) for part in ("ranks", "lock", "alive")]
         for path in paths if keep else [*paths, self.path]:
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def _empty_part() -> dict[str, Any]:
+    return {"by_writer": {}, "watched": {}, "done": []}
 
 
 def _contents(state: dict[str, Any]) -> Contents:
