@@ -58,7 +58,7 @@ tables: $(VENV)/.lab  ## rewrite the tables of README and docs from fresh runs
 lessons: $(VENV)/.lab  ## write the pages of docs/labs from fresh runs
 	for name in $(IN_LESSONS); do \
 	  $(BIN)/python launch/train.py experiment=$$name device=cpu hydra.run.dir=runs/lessons/$$name || exit 1; done
-	$(BIN)/python -m ddpcall.teach.pages docs/labs $(IN_LESSONS:%=runs/lessons/%)
+	$(BIN)/python -m ddpcall.teach.pages labs docs/labs $(IN_LESSONS:%=runs/lessons/%)
 
 mixing: $(VENV)/.lab  ## draw the matrices of docs/mixing_matrix.md from a fresh run
 	$(BIN)/python launch/train.py experiment=mixing_matrix device=cpu hydra.run.dir=runs/tables/mixing_matrix
@@ -69,7 +69,7 @@ semantics: $(VENV)/.lab  ## write docs/semantics.md from a run of the whole trut
 	$(BIN)/python -m ddpcall.lab.truth_table --page docs/semantics.md runs/tables/truth_table
 
 claims: $(VENV)/.lab  ## run every claim and rewrite docs/claims.md from it
-	$(BIN)/python -m ddpcall.teach.claims.document docs/claims.md
+	$(BIN)/python -m ddpcall.teach.pages claims docs/claims.md
 
 versions: $(VENV)/.dev  ## try the oldest, constrained and newest torch, and rewrite docs/versions.md
 	$(BIN)/python -m tests.versions

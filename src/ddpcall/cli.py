@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="run a lab experiment; takes Hydra overrides, such as experiment=forward_bypass",
     )
     commands.add_parser(
-        "claims", add_help=False, help="put on trial what people say about forward: every claim an experiment"
+        "claims", add_help=False, help="try what people say about forward: every claim is an experiment"
     )
     commands.add_parser(
         "lab", add_help=False, help="learn: lessons that predict, run and explain, and exercises that are graded"
@@ -246,7 +246,7 @@ def compare(arguments: list[str]) -> None:
 
 def explain(arguments: list[str]) -> None:
     """Print a finding's page, or write them all."""
-    from ddpcall.findings import find_rule, render_index, render_page, render_pages
+    from ddpcall.findings import find_rule, render_page, render_pages
 
     parser = argparse.ArgumentParser(prog="ddpcall explain", description="Print the page of a finding.")
     parser.add_argument("code", nargs="?", help="DC101, or gradients-not-synchronized; without it, the list")
@@ -257,8 +257,11 @@ def explain(arguments: list[str]) -> None:
         for name, page in render_pages().items():
             (options.write / name).write_text(page)
         return
+    if options.code is None:
+        _list_findings()
+        return
     try:
-        page = render_index() if options.code is None else render_page(find_rule(options.code))
+        page = render_page(find_rule(options.code))
     except ValueError as error:
         parser.error(str(error))
     if not sys.stdout.isatty():
@@ -270,27 +273,44 @@ def explain(arguments: list[str]) -> None:
     Console().print(Markdown(page))
 
 
+def _list_findings() -> None:
+    """Print the findings, one a row, between words where the terminal is narrow."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ddpcall.findings import FAMILIES
+
+    console = Console()
+    for heading, rules in FAMILIES.items():
+        console.print(f"[bold]{heading}[/]")
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for rule in rules:
+            table.add_row(
+                rule.code, f"[dim]{rule.severity}[/]", f"[bold]{rule.name}[/]\n{rule.title.replace('`', '')}"
+            )
+        console.print(table, width=min(console.width, 100))
+        console.print()
+    console.print("ddpcall explain DC101 prints a page; so does its name.", style="dim", highlight=False)
+
+
 def claims(arguments: list[str]) -> None:
     """Run, show or list claims; exits with 1 if an experiment could not be carried through."""
-    options = _claims_parser().parse_args(arguments)
+    _teach("claims", arguments)
+
+
+def lab(arguments: list[str]) -> None:
+    """List or run lessons, write or grade exercises."""
+    _teach("lab", arguments)
+
+
+def _teach(command: str, arguments: list[str]) -> None:
     _exit_without_torch()
     try:
-        from ddpcall.teach.claims.command import main as claims_main
+        from ddpcall.teach import command as teach
+
+        sys.exit(teach.claims(arguments) if command == "claims" else teach.main(arguments))
     except ModuleNotFoundError as error:
-        _exit_without_lab("claims", error)
-    sys.exit(claims_main(options.ids, show=options.show, list_only=options.list, json_path=options.json))
-
-
-def _claims_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ddpcall claims", description="Run the experiments behind claims about `forward`: what do they show?"
-    )
-    parser.add_argument("ids", nargs="*", metavar="ID", help="claims to run, such as CF-3; all if none is given")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--show", action="store_true", help="print their code instead: scripts that run")
-    instead.add_argument("--list", action="store_true", help="list them instead")
-    instead.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts to a file too")
-    return parser
+        _exit_without_lab(command, error)
 
 
 def report(arguments: list[str]) -> None:
@@ -327,16 +347,6 @@ def _report_parser() -> argparse.ArgumentParser:
         help="a page; Markdown or JSON, to standard output; or a trace of the measured step (RUN_DIR/trace.json)",
     )
     return parser
-
-
-def lab(arguments: list[str]) -> None:
-    """List or run lessons, write or grade exercises."""
-    _exit_without_torch()
-    try:
-        from ddpcall.teach.command import main as lab_main
-    except ModuleNotFoundError as error:
-        _exit_without_lab("lab", error)
-    sys.exit(lab_main(arguments))
 
 
 def _exit_without_torch() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from ddpcall.teach import grade as grading
-from ddpcall.teach.exercises import find_exercise
-from ddpcall.teach.grade import Report
+from ddpcall.teach.exercises import EXERCISES
+from ddpcall.teach.grade import Grade
+from ddpcall.teach.question import find
 from tests.labs import quick_launch
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,7 @@ def forked_ranks() -> Iterator[Path]:
 
 
 @pytest.fixture
-def grade_text(forked_ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
+def grade_text(forked_ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Grade]:
     """Grade a script's text for an exercise: `grade_text(name, text, ranks=2)`."""
 
     def launch(script: Path, ranks: int) -> list[str]:
@@ -50,9 +51,9 @@ def grade_text(forked_ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(grading, "launch_command", launch)
 
-    def grade(name: str, text: str, ranks: int = 2) -> Report:
+    def grade(name: str, text: str, ranks: int = 2) -> Grade:
         script = tmp_path / "mine.py"
         script.write_text(text)
-        return grading.grade(find_exercise(name), script, ranks, LIMIT_S)
+        return grading.grade(find(name, EXERCISES, "exercise"), script, ranks, LIMIT_S)
 
     return grade

@@ -1,8 +1,8 @@
 """Starts graded ranks by forking a process that has imported torch already: seconds less a run than torchrun.
 
-What runs in a rank is the same, `ddpcall.teach.rank`, in the environment that torchrun makes. The real launch is
-tested beside it. `python -m tests.labs.quick_launch SOCKET` is the process that is forked; with arguments behind
-it, the command that takes torchrun's place.
+What runs in a rank is the same, `ddpcall.teach.grade.rank`, in the environment that torchrun makes. The real
+launch is tested beside it. `python -m tests.labs.quick_launch SOCKET` is the process that is
+forked; with arguments, the command that takes torchrun's place.
 """
 
 import atexit
@@ -20,7 +20,7 @@ def serve(path: str) -> None:
     import torch.utils.data.distributed  # noqa: F401
     from torch.distributed.elastic.multiprocessing import errors  # noqa: F401
 
-    import ddpcall.teach.rank  # noqa: F401
+    import ddpcall.teach.grade.rank  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # agents are not waited for
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -85,7 +85,7 @@ def run_rank(order: dict, rank: int, output: int, port: int) -> None:
         os.environ.clear()
         os.environ.update({**order["environment"], **launch, **store, "TORCHELASTIC_USE_AGENT_STORE": "True"})
         sys.argv = ["rank.py", order["script"]]
-        from ddpcall.teach.rank import main
+        from ddpcall.teach.grade.rank import main
 
         main()
     except SystemExit as stop:

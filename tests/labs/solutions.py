@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from ddpcall.teach.exercises import find_exercise
+from ddpcall.teach.exercises import EXERCISES
+from ddpcall.teach.question import find
 
 Edit = tuple[str, str]
 
@@ -276,7 +277,7 @@ def edit(text: str, edits: tuple[Edit, ...]) -> str:
 
 def broken(name: str) -> str:
     """Return an exercise's script as it is handed out."""
-    return find_exercise(name).script.read_text()
+    return find(name, EXERCISES, "exercise").script
 
 
 def mended(name: str) -> str:

@@ -5,6 +5,7 @@ import ast
 import pytest
 
 from ddpcall.teach.exercises import EXERCISES
+from ddpcall.teach.question import MET
 from tests.labs.solutions import CHEATS, SOLUTIONS, broken, cheating, mended
 
 NAMES = [exercise.name for exercise in EXERCISES]
@@ -34,7 +35,7 @@ CODES = {
 
 
 def missed(report) -> set[str]:
-    return {score.criterion.key for score in report.scores if not score.judgement.passed}
+    return {result.question.key for result in report.results if result.measured != MET}
 
 
 def test_every_exercise_has_a_solution_and_two_cheats():
@@ -66,7 +67,7 @@ def test_the_broken_script_misses_what_it_is_about(name, grade_text):
     assert missed(report) == BROKEN[name]
     assert report.points <= 70
     assert not report.is_full
-    assert CODES[name] in {finding["code"] for finding in report.findings}
+    assert CODES[name] in {finding["code"] for finding in report.run.findings}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,7 +112,7 @@ def test_a_gradient_that_was_clipped_is_still_the_mean(grade_text):
 )
 def test_a_script_that_trains_nothing_gets_nothing_but_its_end(text, sentence, grade_text):
     report = grade_text("module_bypass", text)
-    runs = next(score for score in report.scores if score.criterion.key == "runs")
+    runs = next(result for result in report.results if result.question.key == "runs")
     assert report.points == (0 if sentence else 5)
-    assert runs.judgement.passed is (sentence is None)
-    assert (sentence or "came to its end on 2 ranks") in runs.judgement.sentence
+    assert (runs.measured == MET) is (sentence is None)
+    assert (sentence or "came to its end on 2 ranks") in runs.sentence

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from ddpcall.teach import command
-from ddpcall.teach.exercises import find_exercise
+from ddpcall.teach.exercises import EXERCISES
 from ddpcall.teach.grade import find_faults
+from ddpcall.teach.question import find
 from tests.labs.solutions import mended
 from tests.ranks.lab_process import clean_environment
 
@@ -41,15 +42,16 @@ def test_a_mended_script_exits_with_0_and_shows_every_criterion(full):
     done, record, _ = full
     assert done.returncode == 0, done.stdout + done.stderr
     assert "100 of 100 points" in done.stdout
-    for criterion in find_exercise(NAME).criteria:
-        assert criterion.title in done.stdout
+    for criterion in find(NAME, EXERCISES, "exercise").criteria:
+        assert criterion.text in done.stdout
     assert record["outcome"] == "full marks"
 
 
 def test_the_gradebook_has_every_criterion_with_its_sentence(full):
     _, record, _ = full
     assert (record["schema"], record["exercise"], record["points"], record["of"]) == (1, NAME, 100, 100)
-    assert [one["key"] for one in record["criteria"]] == [one.key for one in find_exercise(NAME).criteria]
+    criteria = find(NAME, EXERCISES, "exercise").criteria
+    assert [one["key"] for one in record["criteria"]] == [one.key for one in criteria]
     assert all(one["passed"] and one["sentence"].endswith(".") for one in record["criteria"])
     assert record["sha256"] == hashlib.sha256(mended(NAME).encode()).hexdigest()
     assert (record["ranks"], record["timed_out"], record["findings"]) == (2, False, [])

@@ -17,11 +17,10 @@ from ddpcall.lab.errors import WrongUse
 from ddpcall.teach import command, pages
 from ddpcall.teach import run as lesson_run
 from ddpcall.teach.exercises import EXERCISES
-from ddpcall.teach.lesson import Choice, Question, find_trial
-from ddpcall.teach.lessons import LESSONS, find_lesson, number_of
-from ddpcall.teach.run import Run, compare, judge_run, list_contradictions
-from ddpcall.teach.sources import Source, locate
-from ddpcall.verdicts import VERDICTS
+from ddpcall.teach.lesson import LESSONS, LessonQuestion, find_trial
+from ddpcall.teach.question import SKIPPED, Answer, find
+from ddpcall.teach.run import LessonRun
+from ddpcall.teach.source_code import Source, locate
 from tests.labs.test_grade import lab
 from tests.ranks.lab_process import ROOT, clean_environment
 
@@ -44,8 +43,12 @@ MEASURED = {
 }
 
 
-def wrong(question: Question, measured: str) -> str:
-    return next(choice.word for choice in question.choices if choice.word != measured)
+def find_lesson(name: str) -> Any:
+    return find(name, LESSONS, "lesson")
+
+
+def wrong(question: LessonQuestion, measured: str) -> str:
+    return next(word for word in question.choices if word != measured)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,7 +58,7 @@ def test_a_lesson_compares_the_prediction_with_what_it_measures_and_its_page_say
     first, *others = MEASURED[name]
     predicted = [wrong(lesson.predict[0], first), *others]
     done = lab(
-        tmp_path, "run", str(number_of(lesson)), "--device", "cpu", "--json", "told.json", "--predict", *predicted
+        tmp_path, "run", str(lesson.number), "--device", "cpu", "--json", "told.json", "--predict", *predicted
     )
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "told.json").read_text())
@@ -69,7 +72,7 @@ def test_a_lesson_compares_the_prediction_with_what_it_measures_and_its_page_say
     fresh = pages.render_page(lesson, summary)
     assert pages.strip_captions(page) == pages.strip_captions(fresh), "stale: write `make lessons`"
     for source in lesson.sources:  # with the line of the version installed
-        assert f"{source.file}:{locate(source).line} {source.name}" in " ".join(done.stdout.split())
+        assert f"{source.file}:{locate(source)[1]} {source.name}" in " ".join(done.stdout.split())
 
 
 def test_the_index_is_written_from_the_catalogue():
@@ -81,17 +84,20 @@ def test_the_index_is_written_from_the_catalogue():
 def test_what_a_lesson_refers_to_is_there(name):
     lesson = find_lesson(name)
     assert (ROOT / "conf" / "experiment" / f"{lesson.experiment}.yaml").exists()
-    assert set(lesson.columns) <= {*VERDICTS, "accuracy", "distance"}
+    assert lesson.number == NAMES.index(name) + 1
+    assert [question.key for question in lesson.predict] == [str(n + 1) for n in range(len(MEASURED[name]))]
+    assert all(word in question.choices for question, word in zip(lesson.predict, MEASURED[name], strict=True))
+    assert lesson.sources
     experiments = {path.stem for path in (ROOT / "conf" / "experiment").iterdir()}
     exercises = {exercise.name for exercise in EXERCISES}
-    for text, _ in lesson.further:
-        assert set(re.findall(r"experiment=(\w+)", text)) <= experiments
-        assert set(re.findall(r"lab start (\w+)", text)) <= exercises
-        assert set(re.findall(r"lab run (\w+)", text)) <= set(NAMES)
+    text = lesson.sections["Go further"]
+    assert set(re.findall(r"experiment=(\w+)", text)) <= experiments
+    assert set(re.findall(r"lab start (\w+)", text)) <= exercises
+    assert set(re.findall(r"lab run (\w+)", text)) <= set(NAMES)
     for source in lesson.sources:
-        found = locate(source)
-        assert found.path.as_posix().endswith(source.file)
-        line = found.path.read_text().splitlines()[found.line - 1 :]
+        path, number = locate(source)
+        assert path.as_posix().endswith(source.file)
+        line = path.read_text().splitlines()[number - 1 :]
         assert any(source.name.rsplit(".", 1)[-1] in text for text in line[:3])  # decorators stand above
 
 
@@ -182,11 +188,13 @@ def test_a_measurement_that_contradicts_the_lesson_exits_with_1(tmp_path, monkey
     assert told["contradictions"] == ["none × call: hooks_wrapped is fired, expected skipped"]
 
 
-def test_an_experiment_that_does_not_run_says_what_it_said(tmp_path, monkeypatch, capsys):
+def test_an_experiment_that_does_not_run_says_why(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lesson_run, "train_command", lambda *_: ["ddpcall", "train", "experiment=nothing"])
     assert command.main(["run", "hooks_and_call", "--predict", "skipped", "fired", "crashed"]) == 2
-    assert "the experiment did not run" in capsys.readouterr().err
+    said = capfd.readouterr().err
+    assert "the experiment did not run" in said
+    assert "experiment/nothing" in said
 
 
 @pytest.mark.parametrize(
@@ -194,7 +202,7 @@ def test_an_experiment_that_does_not_run_says_what_it_said(tmp_path, monkeypatch
     [(0, "ok", 0), (1, "expectations failed", 1), (1, "hung", 1), (2, "", 2), (0, "running", 1), (-9, "", 1)],
 )
 def test_the_exit_code_follows_the_run(code, outcome, expected):
-    assert judge_run(Run(code, Path(), {"outcome": outcome}, "")) == expected
+    assert LessonRun(code, Path(), {"outcome": outcome}).exit_code == expected
 
 
 def trial(**changed: Any) -> dict[str, Any]:
@@ -213,28 +221,30 @@ def trial(**changed: Any) -> dict[str, Any]:
 
 def test_answers_come_from_the_trials_and_from_nowhere_else():
     lesson = find_lesson("replicas_parting")
+
+    def answers(*trials: dict[str, Any]) -> list[tuple[str, bool]]:
+        results = LessonRun(0, Path(), {"trials": list(trials)}).answer(lesson, ["same", "equal"])
+        return [(one.measured, one.is_as_expected) for one in results]
+
     parted = trial(path="inner_call", consequence={"spread": 0.1, "test_accuracy": [0.95, 0.5]})
-    assert [one.measured for one in compare(lesson, ["same", "equal"], [trial(), parted])] == [
-        "different",
-        "first",
-    ]
-    alike = trial(path="inner_call")
-    answers = compare(lesson, ["same", "equal"], [trial(), alike])
-    assert [(one.measured, one.is_right) for one in answers] == [("same", True), ("equal", True)]
+    assert answers(trial(), parted) == [("different", False), ("first", False)]
+    assert answers(trial(), trial(path="inner_call")) == [("same", True), ("equal", True)]
     crashed = trial(path="inner_call", consequence=None)
-    assert [one.measured for one in compare(lesson, ["same", "equal"], [trial(), crashed])] == ["none", "none"]
+    assert answers(trial(), crashed) == [("none", False), ("none", False)]
+    assert answers(trial()) == [(SKIPPED, False), (SKIPPED, False)]
     with pytest.raises(LookupError, match="no trial has"):
-        find_trial([trial()], path="inner_call")
+        find_trial([trial()], {"path": "inner_call"})
 
 
 def test_contradictions_are_told_by_cell():
     unmet = {"gradients": {"expected": "synced", "measured": "local"}}
-    run = Run(1, Path(), {"trials": [trial(), trial(unmet=unmet)]}, "")
-    assert list_contradictions(run) == ["ddp × call: gradients is local, expected synced"]
+    run = LessonRun(1, Path(), {"trials": [trial(), trial(unmet=unmet)]})
+    assert run.contradictions() == ["ddp × call: gradients is local, expected synced"]
 
 
 def test_an_answer_is_a_word_or_a_number():
-    question = Question("?", (Choice("a", "A"), Choice("b", "B")), lambda trials: "a")
+    choices = {"a": "A", "b": "B"}
+    question = LessonQuestion(key="1", text="?", choices=choices, judge=lambda trials: Answer("a"))
     assert [question.parse(text) for text in ("a", " B ", "1", "2")] == ["a", "b", "a", "b"]
     for text in ("0", "3", "c", ""):
         with pytest.raises(ValueError, match="write one of: a, b"):

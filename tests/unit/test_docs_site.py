@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ddpcall.teach.claims.catalogue import CLAIMS
+from ddpcall.teach.claims import CLAIMS
 from ddpcall.teach.exercises import EXERCISES
-from ddpcall.teach.lessons import LESSONS
+from ddpcall.teach.lesson import LESSONS
 from ddpcall.teach.pages import page_name
 from tests.report.chromium import CHROMIUM, DRIVER, MISSING, set_view, start_chromium
 

@@ -27,9 +27,7 @@ OF_OTHERS = {
 }
 EXCEPTED = {
     "torch_internals.py": "the room itself",
-    "teach/claims": "experiments that a learner reads and copies: they spell out what they touch",
     "teach/exercises": "scripts as users write them",
-    "teach/lessons.py": "cites torch's source",
     "ranks/interpreters.py": "names a module to import, in a process that must not import torch itself",
 }
 

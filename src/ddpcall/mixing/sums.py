@@ -82,7 +82,7 @@ def pool(record: RankSketches, num_ranks: int) -> Pooled | None:
 
     Shards of gradients are such a case, and gradients that are not finite, thrown away, or of no backward.
     """
-    own, has_own = _add_backwards(record)
+    own, has_own = sum_backwards(record)
     sharded = (record.own_parts, record.own_sum, record.own_unit, record.used_parts, record.weight_parts)
     if record.failure or not record.num_steps or any(parts for each in sharded for parts in each):
         return None
@@ -122,7 +122,7 @@ def _find_underflow(record: RankSketches, norms: np.ndarray) -> np.ndarray:
     return np.array([find_underflow(dtype, numel, float(norm)) for dtype, numel, norm in told])
 
 
-def _add_backwards(record: RankSketches) -> tuple[np.ndarray, np.ndarray]:
+def sum_backwards(record: RankSketches) -> tuple[np.ndarray, np.ndarray]:
     """Return what was to be mixed, by parameter: all backwards, ahead of hooks that may reduce, and `.grad`.
 
     Second, whether anything was computed.

@@ -1,1 +1,1 @@
-"""The course: lessons that predict, run and explain, and graded exercises. Stands on `lab` and `watch`."""
+"""Lessons, claims and exercises: predict, run, compare. One kind of question, one kind of result."""

@@ -1,9 +1,9 @@
-"""Run a lesson: ask for a prediction, run the experiment, compare the prediction with what was measured."""
+"""Run a lesson: ask for predictions, run the experiment, answer the questions from what it measured."""
 
 from __future__ import annotations
 
-import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,123 +11,133 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ddpcall
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
 from ddpcall.lab.run_directory import RunDirectory, new_run_id
-from ddpcall.teach.lesson import Lesson, Question, Trials
+from ddpcall.teach.lesson import Lesson, LessonQuestion, Trials
+from ddpcall.teach.question import Result, answer
 
 SCHEMA = 1
-OUTPUT_SHOWN = 4_000  # characters of a failed run's output
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One question, answered twice.
-
-    Attributes:
-        question: The question.
-        predicted: The student's answer.
-        measured: The experiment's.
-    """
-
-    question: Question
-    predicted: str
-    measured: str
-
-    @property
-    def is_right(self) -> bool:
-        """Whether they agree."""
-        return self.predicted == self.measured
-
-
-@dataclass(frozen=True)
-class Run:
+class LessonRun:
     """A finished run of a lesson's experiment.
 
     Attributes:
         code: The lab's exit code: 0, 1 (expectations failed, or the run did) or 2 (wrong use).
         directory: The run directory.
         summary: What summary.json says.
-        output: What the lab printed.
     """
 
     code: int
     directory: Path
     summary: dict[str, Any]
-    output: str
 
     @property
     def trials(self) -> Trials:
         """The finished trials, or comparisons with one process."""
         return self.summary.get("trials") or self.summary.get("comparisons", [])
 
+    @property
+    def exit_code(self) -> int:
+        """The lesson's: 1 when the run failed or contradicts what its experiment expects."""
+        if self.code == EXIT_WRONG_USE:
+            return EXIT_WRONG_USE
+        return EXIT_OK if self.code == 0 and self.summary.get("outcome") == "ok" else EXIT_FAILED
 
-def parse_predictions(lesson: Lesson, answers: Sequence[str]) -> list[str]:
+    def answer(self, lesson: Lesson, predicted: Sequence[str]) -> list[Result]:
+        """Put what was measured beside what was predicted."""
+        return [
+            answer(question, self.trials, word) for question, word in zip(lesson.predict, predicted, strict=True)
+        ]
+
+    def contradictions(self) -> list[str]:
+        """Return what was measured otherwise than the experiment expects, in words."""
+        unmet = [
+            f"{trial['wrapper']} × {trial['path']}: {name} is {words['measured']}, expected {words['expected']}"
+            for trial in self.summary.get("trials", [])
+            for name, words in trial["unmet"].items()
+        ]
+        return unmet + [
+            f"{one['case']} × {one['wrapper']}: {one['found']}, expected {one['expected']}"
+            for one in self.summary.get("comparisons", [])
+            if not one["expectation_met"]
+        ]
+
+    def record(self, lesson: Lesson, results: Sequence[Result]) -> dict[str, Any]:
+        """Return what was predicted and measured, as `--json` writes it (docs/teaching.md)."""
+        return {
+            "schema": SCHEMA,
+            "lesson": lesson.name,
+            "experiment": lesson.experiment,
+            "outcome": self.summary.get("outcome", "failed"),
+            "answers": [
+                {
+                    "question": result.question.text,
+                    "choices": list(result.question.choices),
+                    "predicted": result.expected,
+                    "measured": result.measured,
+                    "right": result.is_as_expected,
+                }
+                for result in results
+            ],
+            "contradictions": self.contradictions(),
+            "environment": self.summary.get("environment"),
+            "run_directory": str(self.directory),
+        }
+
+
+def describe_environment() -> dict[str, str]:
+    """Return the versions that a record was made with."""
+    import torch
+
+    return {"ddpcall": ddpcall.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def parse_predictions(lesson: Lesson, given: Sequence[str]) -> list[str]:
     """Return the choices' words for answers given on the command line.
 
     Raises:
         WrongUse: Too few, too many, or not among the choices.
     """
-    if len(answers) != len(lesson.predict):
-        questions = "\n".join(
-            f"  {number}. {question.text}  {' | '.join(choice.word for choice in question.choices)}"
-            for number, question in enumerate(lesson.predict, 1)
-        )
+    if len(given) != len(lesson.predict):
+        questions = "\n".join(f"  {one.key}. {one.text}  {' | '.join(one.choices)}" for one in lesson.predict)
         raise WrongUse(
-            f"{lesson.name} asks {len(lesson.predict)} questions, and --predict gives {len(answers)} answers. "
+            f"{lesson.name} asks {len(lesson.predict)} questions, and --predict gives {len(given)} answers. "
             f"Write one for each:\n{questions}"
         )
     try:
-        return [question.parse(answer) for question, answer in zip(lesson.predict, answers, strict=True)]
+        return [question.parse(word) for question, word in zip(lesson.predict, given, strict=True)]
     except ValueError as error:
         raise WrongUse(f"--predict: {error}") from None
 
 
-def ask(lesson: Lesson, show: Callable[[int, Question], None], read: Callable[[str], str]) -> list[str]:
+def ask(lesson: Lesson, show: Callable[[LessonQuestion], None], read: Callable[[str], str]) -> list[str]:
     """Ask every question until it is answered with one of its choices.
 
     Args:
         lesson: The lesson.
-        show: Shows a question, given its number from 1.
+        show: Shows a question.
         read: Reads a line, given the prompt.
 
     Raises:
         WrongUse: The input ended before the last answer.
     """
-    answers: list[str] = []
+    words: list[str] = []
     for number, question in enumerate(lesson.predict, 1):
-        show(number, question)
-        while len(answers) < number:
+        show(question)
+        while len(words) < number:
             try:
-                answers.append(question.parse(read("your prediction: ")))
+                words.append(question.parse(read("your prediction: ")))
             except EOFError:
                 raise WrongUse(
                     "the predictions ended before the questions did; give them with --predict"
                 ) from None
             except ValueError:
                 numbers = " or ".join(str(index) for index in range(1, len(question.choices) + 1))
-                read_as = " or ".join(choice.word for choice in question.choices)
-                print(f"  write {numbers}, or {read_as}")
-    return answers
-
-
-def run_experiment(lesson: Lesson, ranks: int | None, device: str) -> Run:
-    """Run the lesson's experiment as `ddpcall train experiment=…` does, in a process of its own.
-
-    Args:
-        lesson: The lesson.
-        ranks: How many ranks; None for as many as the experiment asks for.
-        device: auto, cpu or cuda.
-    """
-    directory = Path("runs", "lab", lesson.name, new_run_id()).absolute()
-    command = [*train_command(lesson, ranks, device), f"hydra.run.dir={_quote(str(directory))}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ddpcall", *command[1:]],
-        stdout=subprocess.PIPE,  # the table is shown in the lesson's own way; stderr has the progress bar
-        text=True,
-        check=False,
-        env=os.environ | {"COLUMNS": "120"},
-    )
-    return Run(done.returncode, directory, RunDirectory(directory).read_summary(), done.stdout)
+                print(f"  write {numbers}, or {' or '.join(question.choices)}")
+    return words
 
 
 def train_command(lesson: Lesson, ranks: int | None = None, device: str = "auto") -> list[str]:
@@ -137,59 +147,17 @@ def train_command(lesson: Lesson, ranks: int | None = None, device: str = "auto"
     return command + ([f"device={device}"] if device != "auto" else [])
 
 
-def _quote(value: str) -> str:
-    """Quote a value for Hydra's grammar."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def run_experiment(lesson: Lesson, ranks: int | None, device: str) -> LessonRun:
+    """Run the lesson's experiment as `ddpcall train experiment=…` does, in a process that prints its own table.
 
-
-def compare(lesson: Lesson, predicted: Sequence[str], trials: Trials) -> list[Answer]:
-    """Put what was measured beside what was predicted."""
-    return [
-        Answer(question, answer, question.measure(trials))
-        for question, answer in zip(lesson.predict, predicted, strict=True)
-    ]
-
-
-def judge_run(run: Run) -> int:
-    """Return the lesson's exit code: 1 when the run failed or contradicts what its experiment expects."""
-    if run.code == EXIT_WRONG_USE:
-        return EXIT_WRONG_USE
-    return EXIT_OK if run.code == 0 and run.summary.get("outcome") == "ok" else EXIT_FAILED
-
-
-def list_contradictions(run: Run) -> list[str]:
-    """Return what was measured otherwise than the experiment expects, in words."""
-    unmet = [
-        f"{trial['wrapper']} × {trial['path']}: {name} is {words['measured']}, expected {words['expected']}"
-        for trial in run.summary.get("trials", [])
-        for name, words in trial["unmet"].items()
-    ]
-    return unmet + [
-        f"{one['case']} × {one['wrapper']}: {one['found']}, expected {one['expected']}"
-        for one in run.summary.get("comparisons", [])
-        if not one["expectation_met"]
-    ]
-
-
-def write_record(path: Path, lesson: Lesson, run: Run, answers: Sequence[Answer]) -> None:
-    """Write what was predicted and measured, as JSON (docs/teaching.md)."""
-    record = {
-        "schema": SCHEMA,
-        "lesson": lesson.name,
-        "experiment": lesson.experiment,
-        "outcome": run.summary.get("outcome", "failed"),
-        "answers": [
-            {
-                "question": answer.question.text,
-                "choices": [choice.word for choice in answer.question.choices],
-                "predicted": answer.predicted,
-                "measured": answer.measured,
-                "right": answer.is_right,
-            }
-            for answer in answers
-        ],
-        "contradictions": list_contradictions(run),
-        "environment": run.summary.get("environment"),
-        "run_directory": str(run.directory),
-    }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    Args:
+        lesson: The lesson.
+        ranks: How many ranks; None for as many as the experiment asks for.
+        device: auto, cpu or cuda.
+    """
+    directory = Path("runs", "lab", lesson.name, new_run_id()).absolute()
+    quoted = "'" + str(directory).replace("\\", "\\\\").replace("'", "\\'") + "'"  # for Hydra's grammar
+    command = [*train_command(lesson, ranks, device)[1:], f"hydra.run.dir={quoted}"]
+    sys.stdout.flush()
+    done = subprocess.run([sys.executable, "-m", "ddpcall", *command], check=False, env=dict(os.environ))
+    return LessonRun(done.returncode, directory, RunDirectory(directory).read_summary())

@@ -5,17 +5,7 @@ DDP has no such method, so the trainer reaches for the model inside. It ran at o
     torchrun --standalone --nproc-per-node 2 custom_method.py
 """
 
-import gc
-import os
-
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-
-EPOCHS, BATCH_SIZE = 3, 32
+from ddpcall.teach.exercises.plain import *  # pyright: ignore[reportAssignmentType]
 
 
 class Net(nn.Module):
@@ -31,18 +21,6 @@ class Net(nn.Module):
     def compute_loss(self, x, y):
         hidden = self.encoder(x)
         return F.cross_entropy(self.head(hidden), y) + 0.1 * F.mse_loss(self.decoder(hidden), x)
-
-
-def make_data(split, samples=768):
-    generator = torch.Generator().manual_seed({"train": 1, "test": 2}[split])
-    centers = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)) * 1.5
-    labels = torch.randint(0, 4, (samples,), generator=generator)
-    return TensorDataset(centers[labels] + torch.randn(samples, 8, generator=generator), labels)
-
-
-def make_model():
-    torch.manual_seed(0)
-    return Net()
 
 
 def main(device):
@@ -63,11 +41,3 @@ def main(device):
             loss.backward()
             optimizer.step()
         print(f"rank {rank} epoch {epoch} loss {loss.item():.3f}", flush=True)
-
-
-if __name__ == "__main__":
-    use_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-    dist.init_process_group("nccl" if use_gpu else "gloo")
-    main(torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_gpu else torch.device("cpu"))
-    gc.collect()
-    dist.destroy_process_group()

@@ -7,27 +7,9 @@ every batch, it learns something else", says the colleague who wrote it.
     torchrun --standalone --nproc-per-node 2 one_process.py
 """
 
-import gc
-import os
-
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from ddpcall.teach.exercises.plain import *
 
 EPOCHS, BATCH_SIZE = 4, 32
-
-
-class Net(nn.Module):
-    def __init__(self, features=8, classes=4, width=32):
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(features, width), nn.ReLU())
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, x):
-        return self.head(self.encoder(x))
 
 
 def make_data(split, samples=768):
@@ -39,11 +21,6 @@ def make_data(split, samples=768):
         share = torch.where(torch.arange(samples) < samples // 2, 0.95, 0.25)
         labels[torch.rand(samples, generator=generator) > share] = -100
     return TensorDataset(inputs, labels)
-
-
-def make_model():
-    torch.manual_seed(0)
-    return Net()
 
 
 def main(device):
@@ -63,11 +40,3 @@ def main(device):
             loss.backward()
             optimizer.step()
         print(f"rank {rank} epoch {epoch} loss {loss.item():.3f}", flush=True)
-
-
-if __name__ == "__main__":
-    use_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-    dist.init_process_group("nccl" if use_gpu else "gloo")
-    main(torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_gpu else torch.device("cpu"))
-    gc.collect()
-    dist.destroy_process_group()

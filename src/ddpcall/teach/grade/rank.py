@@ -1,6 +1,6 @@
-"""One rank of a graded run: `python -m ddpcall.teach.rank SCRIPT`, under torchrun.
+"""One rank of a graded run: `python -m ddpcall.teach.grade.rank SCRIPT`, under torchrun.
 
-The witness is put on before the watch, the watch before the script; the script finds neither in its arguments or
+The observer is put on before the watch, the watch before the script; the script finds neither in its arguments or
 its environment, and runs as it would under `ddpcall watch`.
 """
 
@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from ddpcall.findings import Finding
-from ddpcall.teach.witness import FINDINGS, SOCKET, Line, Witness
+from ddpcall.teach.grade.observations import FACTS, FINDINGS, FactFile
+from ddpcall.teach.grade.observe import RankObserver
 from ddpcall.watch import session
 from ddpcall.watch.options import Options
 from ddpcall.watch.program.script import load_script, run_program
@@ -28,19 +29,15 @@ class GradingOptions(Options):
 
 
 def main() -> None:
-    """Run the script under witness and watch, tell how it ended, and leave as it left."""
-    script = sys.argv[1]
-    findings = Path(os.environ.pop(FINDINGS))
-    line = Line(os.environ.pop(SOCKET))
-    line.say("hello", rank=int(os.environ["RANK"]))
-    line.wait_for_go()
-    witness = Witness(line.say)
-    witness.put_on()
-    error = None
+    """Run the script under observer and watch, tell how it ended, and leave as it left."""
+    script, findings = sys.argv[1], Path(os.environ.pop(FINDINGS))
+    facts = FactFile(Path(os.environ.pop(FACTS)), int(os.environ["RANK"]))
+    observer = RankObserver(facts.tell)
+    observer.start()
+    code, error = 0, None
     try:
-        program = load_script(script)
         # Findings are read by the grader; the exit code stays the script's own. Ranks are compared at every step.
-        run_program(program, [], GradingOptions(json=findings, every=1, fail_on="never"))
+        run_program(load_script(script), [], GradingOptions(json=findings, every=1, fail_on="never"))
     except SystemExit as stop:
         code = stop.code
         uncaught = getattr(sys, "last_value", None)
@@ -48,10 +45,8 @@ def main() -> None:
             error = f"{type(uncaught).__name__}: {uncaught}"
     except SyntaxError as wrong:
         code, error = 1, f"SyntaxError: {wrong}"
-    else:
-        code = 0
-    witness.testify(code, error)
-    line.close()
+    observer.report_end(code, error)
+    facts.close()
     sys.exit(code)
 
 
