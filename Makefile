@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
 WORKERS ?= 2
+N ?= 1000
+SEED ?= 0
 IN_DOCS := replicate_bypass compile_bypass hooks_bypass sharded_bypass precision_bypass batchnorm_modes \
   sync_batchnorm dropout_modes mode_mismatch jit_hooks checkpointing same_as_one_process
 
@@ -11,7 +13,7 @@ IN_LESSONS := hooks_bypass forward_bypass arming replicas_parting batchnorm_drop
   accelerate_unwrap mode_mismatch mixing_matrix same_as_one_process
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test browser corpus check bench tables lessons mixing semantics claims versions screenshot docs wheel clean
+.PHONY: help lab test browser corpus soak check bench tables lessons mixing semantics claims versions screenshot docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -37,6 +39,9 @@ browser:  ## install Chromium and its driver, for the tests of the report (Debia
 
 corpus: $(VENV)/.dev  ## score the watch on the scripts of tests/corpus: found, missed, false
 	$(BIN)/python -m tests.corpus.score
+
+soak: $(VENV)/.dev  ## $(N) random faults on forked ranks; case i has the seed $(SEED) + i
+	$(BIN)/python -m tests.soak --seed $(SEED) --cases $(N)
 
 check: $(VENV)/.dev  ## format, lint and type check
 	$(BIN)/ruff format --check .

@@ -124,7 +124,7 @@ class GradientEvidence:
 
     Attributes:
         max_difference: By step: largest absolute difference between two ranks, over all parameters.
-        max_magnitude: By step: largest absolute gradient on any rank.
+        max_magnitude: By step: largest absolute gradient on any rank, of those that are finite.
         parameters: Over all steps: largest absolute difference of each parameter that differed.
         sharded: Names of the parameters whose gradient is spread over the ranks; they are not compared.
         with_gradient: Number of parameters that received a gradient in the last step.

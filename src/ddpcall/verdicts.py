@@ -90,6 +90,8 @@ def judge_gradients(evidence: Evidence) -> str:
         return "none"
     if gradients.sharded:
         return "sharded"
+    if not any(gradients.max_magnitude):  # NaN from the first step on, or zero: equality proves nothing
+        return "none"
     comparable = evidence.environment.world_size > 1 and gradients.batches_differ
     if comparable and _equal_in_every_step(gradients):
         return "synced"

@@ -1,15 +1,14 @@
 """What goes wrong is told once, in a file and on the terminal, and nothing is left hanging."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.ranks.lab_process import ROOT, SCRIPT, clean_environment, run_lab, torchrun
+from tests.ranks.processes import wait_until_gone
 
 USER_MODELS = {"PYTHONPATH": str(ROOT)}
 QUICK = ("steps=5", "tensorboard=false")
@@ -17,26 +16,6 @@ QUICK = ("steps=5", "tensorboard=false")
 
 def model(name: str) -> str:
     return f"model._target_=tests.ranks.user_models.{name}"
-
-
-def processes_in(directory) -> list[str]:
-    """Return the command lines of processes whose working directory this is."""
-    found = []
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            try:
-                if os.readlink(f"{entry.path}/cwd") == str(directory):
-                    found.append(Path(entry.path, "cmdline").read_text())
-            except OSError:
-                continue
-    return found
-
-
-def wait_until_gone(directory, seconds: float = 60) -> list[str]:
-    deadline = time.monotonic() + seconds
-    while (left := processes_in(directory)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.ranks.lab_process import SCRIPT, clean_environment
+from tests.ranks.processes import processes_in
 from tests.ranks.test_engines import BYPASS, bug_line
-from tests.ranks.test_faults import processes_in
 
 WAIT_S = 240.0
 

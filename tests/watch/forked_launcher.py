@@ -5,14 +5,17 @@
 `python -m ddpcall ARGUMENTS` on the ranks and answers {"codes": [...], "seconds": ...}; what they print is
 in `out` and `err` in the directory.
 
-Per launch there is an agent, the ranks' parent, which hosts their store and ends them all when one fails.
+Per launch there is an agent, the ranks' parent, which hosts their store and ends them all when one fails: by
+SIGTERM, and by SIGKILL those that are there `GRACE_S` later, as one that is stopped is.
 One rank alone is started as plain python starts a script. `afterwards` are signals for ranks, sent once all the
-others have ended.
+others have ended. `settings` are constants to change in the ranks, by their full names.
 """
 
 import atexit
+import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import os
 import signal
@@ -23,7 +26,7 @@ import traceback
 from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
-GRACE_S = 5.0
+GRACE_S = 10.0
 
 
 def run_rank(rank, request, port_pipe):
@@ -48,6 +51,9 @@ def run_rank(rank, request, port_pipe):
     from ddpcall.cli import main
 
     exchange.WAIT_S = request.get("wait_s", exchange.WAIT_S)
+    for name, value in request.get("settings", {}).items():
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, value)
     sys.argv = ["ddpcall", *request["arguments"]]
     main()
 
@@ -87,16 +93,24 @@ def run_agent(request, answer):
         os.write(port_pipe, str(store.port).encode())
     afterwards = {children[rank]: number for rank, number in request.get("afterwards", ())}
     running = set(children)
+    signal.signal(signal.SIGTERM, lambda *_: end_ranks(running, signal.SIGTERM))
     while running:
         child, status = os.wait()
         running.discard(child)
         note_end(answer, children.index(child), status)
         if status:
-            for other in running:
-                os.kill(other, signal.SIGTERM)
+            end_ranks(running, signal.SIGTERM)
+            signal.signal(signal.SIGALRM, lambda *_: end_ranks(running, signal.SIGKILL))
+            signal.setitimer(signal.ITIMER_REAL, request.get("grace_s", GRACE_S))
         if running and running <= afterwards.keys():
             for other in running:
                 os.kill(other, afterwards[other])
+
+
+def end_ranks(running, number):
+    for rank in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, number)
 
 
 def note_end(answer, rank, status):
@@ -125,6 +139,12 @@ def main():
     import torch._dynamo
     import torch.distributed
     import torch.multiprocessing.spawn  # noqa: F401
+
+    if sys.argv[1:] == ["lab"]:
+        import sklearn.datasets  # noqa: F401
+
+        import ddpcall.lab.experiment
+        import ddpcall.lab.train  # noqa: F401
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     gc.collect()

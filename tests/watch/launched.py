@@ -20,7 +20,14 @@ HANGING_S = 120
 
 
 class ForkedLauncher:
-    """The process that forks ranks on request; entered, it is started, and ended afterwards."""
+    """The process that forks ranks on request; entered, it is started, and ended afterwards.
+
+    Args:
+        *preloaded: `lab`, where it is to have imported that too.
+    """
+
+    def __init__(self, *preloaded: str) -> None:
+        self._preloaded = preloaded
 
     def __enter__(self) -> Self:
         self._start()
@@ -31,7 +38,7 @@ class ForkedLauncher:
 
     def _start(self) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.watch.forked_launcher"],
+            [sys.executable, "-m", "tests.watch.forked_launcher", *self._preloaded],
             cwd=ROOT,
             env=clean_environment(OMP_NUM_THREADS="1", PYTHONPATH=search_path()),
             stdin=subprocess.PIPE,

@@ -19,7 +19,7 @@ def train(mode, rank):
     torch.manual_seed(rank)
     for step in range(1, 6):
         x = torch.randn(3, 4)
-        if step == 1 and mode != "clean":
+        if step == 1 and not mode.startswith("clean"):
             outputs = model.module(x)  # the bypass
         elif mode.endswith("alone") and mode != "clean":
             outputs = model.module(x)  # alone
@@ -54,6 +54,7 @@ FAULTS = {
     "exit_6": lambda rank: rank == 1 and sys.exit(6),
     "hard_0": lambda rank: os._exit(0), "hard_3": lambda rank: os._exit(3),
     "agent_gone": lambda rank: rank == 0 and os.kill(os.getppid(), signal.SIGKILL),
+    "clean_agent_gone": lambda rank: rank == 0 and os.kill(os.getppid(), signal.SIGKILL),
 }
 
 dist.init_process_group("gloo")
@@ -161,3 +162,10 @@ def test_ranks_outlive_the_host_of_their_store(launcher, tmp_path):
     run = Launched(launcher, tmp_path, TRAINING, "agent_gone")
     assert (sorted(run.codes), run.num_ended) == ([0, 1], 2)
     assert (run.found, run.num_said, run.num_lists) == ([("DC101", BYPASS)], 1, 1)
+
+
+def test_without_the_store_nothing_is_green(launcher, tmp_path):
+    run = Launched(launcher, tmp_path, TRAINING, "clean_agent_gone")
+    assert (sorted(run.codes), run.num_ended) == ([0, 2], 2)
+    assert run.found == []
+    assert "nothing was found, and not all was watched: the ranks were compared" in run.err

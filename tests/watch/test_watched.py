@@ -30,6 +30,7 @@ RANK_0 = Watched(
     process_group=2,
     ended=True,
 )
+MEASURED = {"steps": 3, "shapes": {"averaged": 3}, "ranks": 2}
 BOTH = replace(RANK_0, ranks=(0, 1))
 ALONE = replace(
     RANK_0, world_size=1, models=(), optimizer_steps=5, comparisons=0, comparisons_due=0, process_group=0
@@ -135,6 +136,26 @@ def test_what_was_watched_is_said(watched, text):
         (
             replace(BOTH, comparisons=0, not_compared="ConnectionError: gone"),
             "the ranks could not be compared (ConnectionError: gone)",
+        ),
+        (
+            replace(BOTH, models=(), may_average=True, comparisons=0, comparisons_due=0, not_compared="gone"),
+            "the ranks could not be compared (gone)",
+        ),
+        (
+            replace(BOTH, comparisons=2, comparisons_due=5, not_compared="gone"),
+            "the ranks were compared 2 times and then no more (gone)",
+        ),
+        (
+            replace(
+                BOTH,
+                models=(),
+                may_average=True,
+                mixing=MEASURED,
+                comparisons=0,
+                comparisons_due=0,
+                not_compared="gone",
+            ),
+            "the ranks were compared 3 times and then no more (gone)",
         ),
         (
             replace(BOTH, comparisons=0, error="exit code 143"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import textwrap
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich import progress as rich_progress
 from rich.console import Console
@@ -28,14 +30,24 @@ def warn(message: str) -> None:
 
 
 class _Terminal(Console):
-    """A console whose reader may leave (`| head`): what was measured stands, so nothing is raised."""
+    """A console that may fail: its reader left (`| head`), its disk is full. What was measured stands in files."""
 
     def on_broken_pipe(self) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print; where that fails say so once, and print nothing from then on."""
+        try:
+            super().print(*args, **kwargs)
+        except OSError as error:
+            self.on_broken_pipe()
+            warn(f"stdout cannot be written: {error.strerror}. The result is in the run directory")
+
 
 def open_console() -> Console:
     """Return a console on stdout: as wide as the terminal or COLUMNS say, and without a limit when piped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where it is ASCII
     console = _Terminal()
     return console if console.is_terminal or "COLUMNS" in os.environ else _Terminal(width=UNLIMITED)
 

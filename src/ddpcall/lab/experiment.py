@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
 from torch import Tensor
 
+import ddpcall
 from ddpcall.evidence import Cell, Consequence, Environment, Evidence, Failure
 from ddpcall.lab.checkpoint import Checkpoints
 from ddpcall.lab.comparisons import ComparisonsRun, check_comparisons
 from ddpcall.lab.console import Progress, say, warn
 from ddpcall.lab.data import check_batch_size, load_split
-from ddpcall.lab.errors import EXIT_WRONG_USE, WrongUse
+from ddpcall.lab.errors import EXIT_FAILED, EXIT_WRONG_USE, WrongUse
 from ddpcall.lab.grid import Grid, check_expectations, expand_grid, expected_verdicts
 from ddpcall.lab.guarded_run import GATHER_SECONDS, GuardedRun
 from ddpcall.lab.loggers import check_logger, log_curves
@@ -21,7 +26,7 @@ from ddpcall.lab.rank_report import RankReport, median_step_ms
 from ddpcall.lab.records import TimelineRecord, TrialRecord, restore_trial
 from ddpcall.lab.report.terminal import print_result, say_left_out
 from ddpcall.lab.resume import Earlier, find_earlier
-from ddpcall.lab.run_directory import RunDirectory
+from ddpcall.lab.run_directory import NotWritten, RunDirectory, writing
 from ddpcall.lab.schema import TrainConfig
 from ddpcall.lab.tensorboard import write_events
 from ddpcall.lab.trial import Trial
@@ -48,6 +53,7 @@ MODES_BY_STEP = (
 CONSEQUENCES = ("connection reset", "connection closed", "closed by peer", "timed out", "timeout", "broken pipe")
 # How long a rank whose trial raised waits for the others, which should have raised alike.
 AFTER_FAILURE_SECONDS = 10.0
+LONGEST_TRIAL_S = 1e7  # what the timers of Python and gloo take
 
 
 def run_experiment(config: TrainConfig, run_directory: Path) -> int:
@@ -74,7 +80,14 @@ def run_experiment(config: TrainConfig, run_directory: Path) -> int:
         if world.rank == 0:
             warn(str(error))
         return EXIT_WRONG_USE
-    return run.run_guarded()
+    except RankLost as error:
+        if world.claim("absence"):
+            missing = ", ".join(map(str, error.ranks))
+            warn(f"rank {missing} did not come within {GATHER_SECONDS:.0f} s. Start all {world.world_size} ranks")
+        return EXIT_FAILED
+    code = run.run_guarded()
+    world.leave()
+    return code
 
 
 def _make_run(config: TrainConfig, world: World, directory: RunDirectory) -> GuardedRun:
@@ -92,8 +105,13 @@ def check_config(config: TrainConfig, world: World) -> None:
     for name, least in (("steps", 1), ("ranks", 1)):
         if getattr(config, name) < least:
             raise WrongUse(f"{name}={getattr(config, name)}: write {name}={least} or more")
-    if config.trial_timeout_s <= 0:
-        raise WrongUse(f"trial_timeout_s={config.trial_timeout_s}: write a number of seconds above 0")
+    if not 0 < config.trial_timeout_s < LONGEST_TRIAL_S:
+        raise WrongUse(
+            f"trial_timeout_s={config.trial_timeout_s}: write a number of seconds above 0 and below "
+            f"{LONGEST_TRIAL_S:.0f}"
+        )
+    if not 0 <= config.seed < 2**63:
+        raise WrongUse(f"seed={config.seed}: write a number from 0 to {2**63 - 1}")
     checkpoint = config.checkpoint
     if checkpoint.every < 0 or checkpoint.keep < 1 or checkpoint.resume not in ("auto", "never"):
         raise WrongUse(
@@ -115,18 +133,30 @@ def _agree_on_config(config: TrainConfig, world: World) -> None:
     Raises:
         WrongUse: They differ; names the keys, and both values.
     """
-    flat = _flatten(dataclasses.asdict(config))
+    flat = _flatten(dataclasses.asdict(config)) | _describe_code(config)
     configs = world.collect("config", flat, GATHER_SECONDS)
+    if None in configs:
+        raise WrongUse(f"rank {configs.index(None)} could not start")
     differences = [
         f"  {key}: {configs[0].get(key)!r} on rank 0, {other.get(key)!r} on rank {rank}"
         for rank, other in enumerate(configs)
         for key in sorted(configs[0].keys() | other.keys())
-        if configs[0].get(key) != other.get(key)
+        if repr(configs[0].get(key)) != repr(other.get(key))  # nan is not equal to nan
     ]
     if differences:
         raise WrongUse(
             "\n".join(["the ranks were started with different configurations:", *differences, "Start all alike."])
         )
+
+
+def _describe_code(config: TrainConfig) -> dict[str, Any]:
+    """Return versions, and a digest of the model's source file: hosts may have other copies."""
+    target = str(config.model.get("_target_", ""))
+    source = None
+    with contextlib.suppress(Exception):  # what cannot be imported is told later
+        module = importlib.import_module(target.rpartition(".")[0])
+        source = xxhash.xxh3_64_hexdigest(Path(str(module.__file__)).read_bytes())
+    return {"ddpcall": ddpcall.__version__, "torch": torch.__version__, f"source of {target}": source}
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -143,6 +173,7 @@ class _TrialsRun(GuardedRun):
         super().__init__(config, world, directory, accelerator)
         self._grid = grid
         self._results: list[TrialRecord] = []
+        self._earlier = Earlier()
         self._lengths: list[dict[str, int]] = []  # rank 0's: bytes of the files of records after each trial
         self._references: dict[str, Tensor | None] = {}
         self._split = load_split(config.data, config.seed)
@@ -183,8 +214,11 @@ class _TrialsRun(GuardedRun):
                 f"evidence.jsonl holds a trial of another version: {error}. Choose another run directory"
             ) from None
         self._lengths = list(earlier.lengths)
-        if self._world.rank != 0:
-            return
+        self._earlier = earlier
+        super()._begin()
+
+    def _start_directory(self) -> None:
+        earlier = self._earlier
         say_left_out(self._grid.left_out)
         if earlier.is_there:
             say(f"resumed: {len(self._results)} of {len(self._grid.cells)} trials are finished and stand")
@@ -204,9 +238,12 @@ class _TrialsRun(GuardedRun):
         found: Earlier | WrongUse = Earlier()
         if self._world.rank == 0 and self._config.checkpoint.resume == "auto":
             try:
+                self._directory.occupy()
                 found = find_earlier(self._directory, dataclasses.asdict(self._config), self._environment)
             except WrongUse as error:
                 found = error
+            except NotWritten as error:
+                found = WrongUse(f"{error}. Write another hydra.run.dir")
         found = self._world.collect("earlier", found, GATHER_SECONDS)[0]
         if isinstance(found, WrongUse):
             raise found
@@ -256,6 +293,7 @@ class _TrialsRun(GuardedRun):
             self._accelerator,
             observe=observe,
             checkpoints=self._checkpoints(name),
+            stop=self._guard.stop,
         )
         with self._guard.limit(self._where, self._config.trial_timeout_s):
             report = trial.run(name, reference)
@@ -299,9 +337,10 @@ class _TrialsRun(GuardedRun):
         self._directory.append("steps.jsonl", step_records(trial.cell, reports))
         self._directory.append("timeline.jsonl", timelines)
         assert trial.evidence is not None
-        if self._config.tensorboard:
-            write_events(self._directory.path / "tensorboard", trial.evidence, reports)
-        log_curves(self._config.logger.name, self._directory.path, trial.evidence, reports)
+        with writing(self._directory.path):
+            if self._config.tensorboard:
+                write_events(self._directory.path / "tensorboard", trial.evidence, reports)
+            log_curves(self._config.logger.name, self._directory.path, trial.evidence, reports)
 
 
 def merge_reports(

@@ -14,7 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import torch.distributed as dist
+
 from ddpcall.lab.errors import EXIT_FAILED
+from ddpcall.lab.stop import SAVE_SECONDS, Stop
 from ddpcall.lab.world import POLL_SECONDS, World
 
 # How long ranks wait for each other's last words once something has gone wrong.
@@ -35,6 +38,7 @@ class Guard:
         world: World,
         on_hang: Callable[[str, dict[int, str], list[int]], None],
         on_signal: Callable[[str, list[int]], None],
+        on_store_lost: Callable[[], None],
     ) -> None:
         """Remember whom to tell.
 
@@ -43,10 +47,13 @@ class Guard:
             on_hang: Called on the one rank that reports, with the trial's name, the stacks by rank and the
                 ranks that gave none.
             on_signal: Called with the signal's name and the ranks that gave no sign of life.
+            on_store_lost: Called on every rank when the store fails.
         """
+        self.stop = Stop(world)
         self._world = world
         self._on_hang = on_hang
         self._on_signal = on_signal
+        self._on_store_lost = on_store_lost
         self._name = ""
         self._deadline: float | None = None
 
@@ -93,6 +100,13 @@ class Guard:
         _leave()
 
     def _guard(self, awake: socket.socket, done: threading.Event) -> None:
+        try:
+            self._stand_guard(awake, done)
+        except dist.DistError:
+            self._on_store_lost()
+            _leave()
+
+    def _stand_guard(self, awake: socket.socket, done: threading.Event) -> None:
         while not done.is_set():
             ready, _, _ = select.select([awake], [], [], GUARD_SECONDS)
             arrived = set(awake.recv(64)) & set(_STOPPING) if ready else set()
@@ -101,14 +115,28 @@ class Guard:
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:
                 self._expire(self._name)
-            self._world.answer_presence()
-            if self._world.is_over():
-                _leave()
+            self.stop.listen()
+            self._answer_others()
+
+    def _answer_others(self) -> None:
+        self._world.answer_presence()
+        if self._world.is_over():
+            _leave()
+
+    def _let_trial_save(self) -> None:
+        self.stop.ask()
+        deadline = time.monotonic() + SAVE_SECONDS
+        while self.stop.can_save and not self.stop.is_over.wait(POLL_SECONDS) and time.monotonic() < deadline:
+            self._answer_others()
 
     def _stop(self, signal_name: str) -> None:
+        self._answer_others()  # the launcher signals the ranks that are left, too
         self._world.publish("stacks", dump_stacks())
         try:
-            self._on_signal(signal_name, self._world.ask_presence(FAREWELL_SECONDS))
+            missing = self._world.ask_presence(FAREWELL_SECONDS)
+            if not missing:
+                self._let_trial_save()
+            self._on_signal(signal_name, missing)
             self._world.end()
         finally:
             _leave()

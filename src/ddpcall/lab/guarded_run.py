@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
+import time
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from ddpcall.evidence import Environment
 from ddpcall.lab import crash
 from ddpcall.lab.console import warn
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
-from ddpcall.lab.guard import Guard
+from ddpcall.lab.guard import FAREWELL_SECONDS, Guard
 from ddpcall.lab.report.command import leave_report
-from ddpcall.lab.run_directory import RunDirectory
+from ddpcall.lab.run_directory import NotWritten, RunDirectory
 from ddpcall.lab.schema import TrainConfig
 from ddpcall.lab.world import Accelerator, RankLost, World
 
@@ -36,7 +39,7 @@ class GuardedRun(ABC):
         self._accelerator = accelerator
         self._environment = describe_environment(accelerator, world.world_size)
         self._where = "the start"
-        self._guard = Guard(world, self._report_hang, self._report_signal)
+        self._guard = Guard(world, self._report_hang, self._report_signal, self._report_store_lost)
 
     def run_guarded(self) -> int:
         """Run, and whatever happens leave a summary that says how it ended."""
@@ -52,6 +55,18 @@ class GuardedRun(ABC):
             self._close_lost(error)
             self._world.end()
             raise SystemExit(EXIT_FAILED) from None
+        except NotWritten as error:
+            self._close_failed("failed", str(error), None)
+            self._world.end()
+            raise SystemExit(EXIT_FAILED) from None
+        except (SystemExit, KeyboardInterrupt) as error:
+            cause = "KeyboardInterrupt" if isinstance(error, KeyboardInterrupt) else f"sys.exit({error.code!r})"
+            self._close_failed("failed", f"the code under test left with {cause}", self._world.rank)
+            self._world.end()
+            raise SystemExit(EXIT_FAILED) from None
+        except dist.DistNetworkError:
+            time.sleep(FAREWELL_SECONDS)  # the guard asks the store too: it tells of it, and ends this process
+            raise
         except Exception as error:
             self._close_failed("failed", f"{type(error).__name__}: {error}", self._world.rank)
             self._world.end()
@@ -70,9 +85,25 @@ class GuardedRun(ABC):
         return EXIT_FAILED if failed else EXIT_OK
 
     def _begin(self) -> None:
-        """Start the run directory; called on every rank."""
+        """Start the run directory; called on every rank.
+
+        Raises:
+            WrongUse: On every rank: it cannot be written.
+        """
+        failure = None
         if self._world.rank == 0:
-            self._create_directory()
+            try:
+                self._directory.occupy()
+                self._start_directory()
+            except NotWritten as error:
+                failure = WrongUse(f"{error}. Write another hydra.run.dir")
+        failure = self._world.collect("begun", failure, GATHER_SECONDS)[0]
+        if failure is not None:
+            raise failure
+
+    def _start_directory(self) -> None:
+        """Create the run directory; called on rank 0."""
+        self._create_directory()
 
     def _create_directory(self, *, anew: bool = True) -> None:
         config_yaml = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self._config)))
@@ -131,7 +162,13 @@ class GuardedRun(ABC):
         if missing:
             self._close_lost(RankLost(missing, self._where))
         else:
-            self._close_failed("interrupted", f"stopped by {signal_name}", None)
+            saved = self._guard.stop.saved_step
+            standing = f"; a checkpoint of step {saved} was saved" if saved is not None else ""
+            self._close_failed("interrupted", f"stopped by {signal_name}{standing}", None)
+
+    def _report_store_lost(self) -> None:
+        store = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        self._close_failed("failed", f"the store at {store} is gone: the launcher or host that ran it ended", None)
 
     def _report_hang(self, name: str, stacks: dict[int, str], missing: list[int]) -> None:
         seconds = self._config.trial_timeout_s

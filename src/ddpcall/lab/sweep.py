@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,40 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.text import Text
 
-from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK
+from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE
 from ddpcall.lab.run_directory import RunDirectory
 from ddpcall.lab.runs import differing_overrides, list_jobs
 
 COLUMNS = ("gradients", "mixing", "accuracy", "distance")
 exit_codes: list[int] = []  # of the sweeps of this process: a launcher plugin runs jobs in processes of its own
+
+
+class RunDirectoryCheck(Callback):
+    """Hydra's callback before a run, whose directory Hydra makes with a traceback where it cannot."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Look at the sweep's directory, below which each job has its own."""
+        self._check(Path(config.hydra.sweep.dir).absolute())
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Look at the run's directory."""
+        self._check(Path(config.hydra.run.dir).absolute())
+
+    def _check(self, directory: Path) -> None:
+        """Leave with one message where the directory cannot be made and written; rank 0 speaks."""
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory) as file:
+                file.write(b" " * 65536)
+        except OSError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(
+                    f"ddpcall: the run directory {directory} cannot be written: {error.strerror}. Write another "
+                    "hydra.run.dir",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            sys.exit(EXIT_WRONG_USE)
 
 
 class SweepTable(Callback):

@@ -80,6 +80,8 @@ def _leave_together(world: World) -> None:
     """Wait for the others: the first rank that leaves makes the launcher stop rank 0 before it has spoken."""
     from ddpcall.lab.world import RankLost
 
+    if not world.has("config", world.rank):
+        world.publish("config", None)  # those that came further wait for it
     with contextlib.suppress(RankLost, RuntimeError):
         world.collect("wrong use", True, LEAVE_SECONDS)
 
@@ -175,12 +177,12 @@ def _agree_on_run_id(rank: int, world_size: int) -> tuple[dict[str, str], World 
     """
     if world_size == 1 or any(argument in _LOOKING_ONLY for argument in sys.argv[1:]):
         return defaultdict(new_run_id), None
-    from ddpcall.lab.world import open_world
+    from ddpcall.lab.world import NobodyListens, open_world
 
     try:
         world = open_world()
     except WrongUse as error:
-        if rank == 0:
+        if rank == 0 or (rank == 1 and isinstance(error, NobodyListens)):
             _complain(str(error))
         sys.exit(EXIT_WRONG_USE)
     of_attempt: Any = world.store

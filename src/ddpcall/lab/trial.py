@@ -27,6 +27,7 @@ from ddpcall.lab.held_out import Examiner
 from ddpcall.lab.models import build_model, default_loss
 from ddpcall.lab.rank_report import RankReport
 from ddpcall.lab.schema import OptimizerConfig, TrainConfig
+from ddpcall.lab.stop import SAVE_SECONDS, Stop
 from ddpcall.lab.trial_state import (
     is_resumable,
     put_random_state,
@@ -98,6 +99,7 @@ class Trial:
         *,
         observe: bool,
         checkpoints: Checkpoints | None = None,
+        stop: Stop | None = None,
     ) -> None:
         self.cell = cell
         self._config = config
@@ -106,6 +108,7 @@ class Trial:
         self._accelerator = accelerator
         self._observe = observe
         self._checkpoints = checkpoints
+        self._stop = stop
         self._wrapper, self._spec = cell.wrapper, WRAPPERS[cell.wrapper]
         self._path = CallPath(cell.path)
         self._mode = Mode(cell.mode)
@@ -309,6 +312,7 @@ class Trial:
         optimizer = subject.prepare_optimizer(bare_optimizer)
         first_step = self.report.resumed_at or 0
         batches = self._batches(first_step)
+        self._offer_to_save(self._checkpoints is not None and self._config.checkpoint.every > 0)
         for self._step, batch in enumerate(batches, first_step):
             began = time.perf_counter()
             if self._step == 1 and self._probes.hooks is not None and self.cell.hooks == "late":
@@ -320,10 +324,27 @@ class Trial:
             self.report.accuracies.append(self._test_accuracy(subject, parameters))
             if self._probes.hooks is not None and self._step + 1 == self._hook_steps():
                 self._probes.hooks.retire()
-            if self._is_save_due(self._step + 1):
+            is_stopping = self._is_stopping(self._step + 1)
+            if self._is_save_due(self._step + 1, is_stopping):
                 self._save(self._step + 1, subject, bare_optimizer, group)
+            if is_stopping:
+                self._await_end()
+        self._offer_to_save(False)
 
-    def _is_save_due(self, done: int) -> bool:
+    def _offer_to_save(self, is_offered: bool) -> None:
+        if self._stop is not None:
+            self._stop.can_save = is_offered
+
+    def _is_stopping(self, done: int) -> bool:
+        return self._stop is not None and self._stop.can_save and self._stop.is_due(done)
+
+    def _await_end(self) -> None:
+        """Leave the rest to the guard, which was told to stop and ends this process."""
+        assert self._stop is not None
+        self._stop.finish()
+        time.sleep(SAVE_SECONDS)
+
+    def _is_save_due(self, done: int, is_stopping: bool) -> bool:
         """Say whether to save after so many steps: not before the timeline is kept, nor in the measured steps.
 
         A run that nobody observes is saved at its end too: others are compared with it.
@@ -333,7 +354,8 @@ class Trial:
             return False
         if not self._observe and done == self._config.steps:
             return True
-        return done % every == 0 and WARM_UP_STEPS < done <= self._config.steps - NUM_MEASURED
+        is_time = done % every == 0 or is_stopping
+        return is_time and WARM_UP_STEPS < done <= self._config.steps - NUM_MEASURED
 
     def _save(
         self, done: int, subject: Subject, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None
@@ -349,6 +371,8 @@ class Trial:
             "probes": {name: probe.state_dict() for name, probe in self._kept_probes()},
         }
         failure = self._checkpoints.save(done, take_tensors(subject.inner, optimizer), rest, group)
+        if self._stop is not None and not failure:
+            self._stop.saved_step = done
         if failure and self._world.rank == 0:
             warn(
                 f"no checkpoint of step {done}: {failure}\nThe training goes on; the checkpoint before it stands."

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from ddpcall.lab.errors import WrongUse
 from ddpcall.lab.launcher_variables import is_of_a_launch
 
-CONNECT_TIMEOUT = timedelta(seconds=60)
+CONNECT_SECONDS = 60.0
 CONNECTED_SECONDS = 20.0
 POLL_SECONDS = 0.005
 
@@ -34,6 +35,10 @@ class RankLost(RuntimeError):
         self.ranks = ranks
         names = ", ".join(map(str, ranks))
         super().__init__(f"rank {names} disappeared: killed, stopped or exited early (nothing came for {where})")
+
+
+class NobodyListens(WrongUse):
+    """The store that this rank is to join is not there; rank 0 may not be, either."""
 
 
 class RankFailed(RuntimeError):
@@ -52,6 +57,7 @@ class World:
         store: Key-value store that every rank reaches; None in a world of one. Only ever polled, so that the
             guard thread never waits for the main one.
         group_store: A second connection to it, for process groups: they block on it while they form.
+        hosts_store: Whether the store ends with this process.
     """
 
     rank: int = 0
@@ -60,6 +66,7 @@ class World:
     local_world_size: int = 1
     store: dist.Store | None = None
     group_store: dist.Store | None = None
+    hosts_store: bool = False
 
     def publish(self, key: str, value: Any) -> None:
         """Leave a picklable value where every rank can read it."""
@@ -112,6 +119,12 @@ class World:
         self.publish("alive", True)
         return self.wait_for("alive", timeout_s)
 
+    def leave(self) -> None:
+        """Say that this rank asks the store nothing more; whoever hosts it waits for the others to say so."""
+        self.publish("gone", True)
+        if self.hosts_store:
+            self.wait_for("gone", CONNECTED_SECONDS)
+
     def answer_presence(self) -> None:
         """Give the sign of life, if somebody asked for it."""
         if self.store is not None and self.store.check(["presence_asked"]):
@@ -127,10 +140,13 @@ class World:
         return self.store is not None and self.store.check(["over"])
 
     def claim(self, key: str) -> bool:
-        """Return True on exactly one of the ranks that ask."""
+        """Return True on exactly one of the ranks that ask; on rank 0 where the store is gone."""
         if self.store is None:
             return True
-        return self.store.compare_set(key, "", str(self.rank)) == str(self.rank).encode()
+        try:
+            return self.store.compare_set(key, "", str(self.rank)) == str(self.rank).encode()
+        except dist.DistError:
+            return self.rank == 0
 
 
 def open_world() -> World:
@@ -155,18 +171,24 @@ def open_world() -> World:
         return World(rank, world_size, local_rank, local_world_size)
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store, group_store = _open_store(rank, hosts), _open_store(rank, False)
-    return World(rank, world_size, local_rank, local_world_size, store, group_store)
+    return World(rank, world_size, local_rank, local_world_size, store, group_store, hosts)
+
+
+_hosted: dict[tuple[str, str], dist.Store] = {}  # by address and port: a process hosts a store once
 
 
 def _open_store(rank: int, hosts: bool) -> dist.Store:
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+    hosts = hosts and (address, port) not in _hosted
     try:
+        if not hosts:
+            _await_listener(rank, address, int(port))
         store = dist.TCPStore(
             address,
             int(port),
             world_size=None,
             is_master=hosts,
-            timeout=CONNECT_TIMEOUT,
+            timeout=timedelta(seconds=CONNECT_SECONDS),
             wait_for_workers=False,
         )
     except (RuntimeError, ValueError) as error:
@@ -175,8 +197,30 @@ def _open_store(rank: int, hosts: bool) -> dist.Store:
             "If another program uses the port, choose a free one (MASTER_PORT, torchrun --master-port), or let "
             "torchrun choose: torchrun --standalone --nproc-per-node 2 …"
         ) from None
+    if hosts:
+        _hosted[address, port] = store
     # A restarted attempt must not meet the keys of the one that failed.
     return dist.PrefixStore(f"ddpcall/attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _await_listener(rank: int, address: str, port: int) -> None:
+    """Wait until somebody listens: torch tries again and again beyond its timeout.
+
+    Raises:
+        NobodyListens: Nobody does in time.
+    """
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=5.0).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise NobodyListens(
+                    f"rank {rank} waited {CONNECT_SECONDS:.0f} s, and nobody listens at "
+                    f"{address}:{port} ({error.strerror or error}). Start rank 0, or the launcher, with the same "
+                    "MASTER_ADDR and MASTER_PORT"
+                ) from None
+        time.sleep(0.1)
 
 
 @dataclass(frozen=True)

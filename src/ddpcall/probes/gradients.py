@@ -17,6 +17,7 @@ from ddpcall.shards import local_part
 
 # Gradients of several steps are compared in one collective, as long as they fit in this much memory.
 BUFFER_BYTES = 32 * 2**20
+NAN, INFINITY = 3.2e38, 3.3e38  # stand for them: a maximum over ranks needs numbers that can be compared
 
 
 class GradientsObserver(Kept):
@@ -78,8 +79,10 @@ class GradientsObserver(Kept):
             self._max_magnitude += [0.0] * len(steps)
             self._max_difference += [0.0] * len(steps)
             return
+        magnitude = steps.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs()
+        self._max_magnitude += self._max_over_ranks(magnitude).amax(dim=1).tolist()
+        steps = steps.nan_to_num(nan=NAN, posinf=INFINITY, neginf=-INFINITY)  # equal where they are on all ranks
         difference = self._max_over_ranks(steps) + self._max_over_ranks(-steps)
-        self._max_magnitude += self._max_over_ranks(steps.abs()).amax(dim=1).tolist()
         self._max_difference += difference.amax(dim=1).tolist()
         parts = difference.amax(dim=0).split(self._sizes)
         worst = [part.max().item() if part.numel() else 0.0 for part in parts]

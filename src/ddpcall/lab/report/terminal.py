@@ -18,6 +18,7 @@ from ddpcall.lab.console import UNLIMITED, open_console, say, shorten_path
 from ddpcall.lab.records import ComparisonRecord, TrialRecord
 from ddpcall.lab.report.truth import Overview, VerdictCell, build_table, judge_comparison
 from ddpcall.lab.report.words import plural
+from ddpcall.lab.run_directory import writing
 from ddpcall.verdicts import NO_DATA_PARALLELISM, VERDICTS, skipped_kinds
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def print_result(
     config: TrainConfig, environment: Environment, trials: Sequence[TrialRecord], directory: Path
 ) -> None:
     """Print the cells, what did not hold, and where the evidence lies; all cells stand in table.txt too."""
-    with (directory / TABLE).open("w") as file:
+    with writing(directory / TABLE), (directory / TABLE).open("w", encoding="utf-8") as file:
         _show(Console(file=file, width=UNLIMITED), config, environment, trials)
     console = open_console()
     overview = build_table(trials).overview if len(trials) > MOST_ROWS else None
@@ -210,7 +211,7 @@ def _explain_all(console: Console, trials: Sequence[TrialRecord]) -> None:
 
 
 def _title(config: TrainConfig) -> str:
-    return f"{config.name}: {config.question}"
+    return escape(f"{config.name}: {config.question}")
 
 
 def _measured_on(config: TrainConfig, environment: Environment) -> str:
@@ -267,7 +268,7 @@ def print_comparisons(
     config: TrainConfig, environment: Environment, results: Sequence[ComparisonRecord], directory: Path
 ) -> None:
     """Print the comparisons with one process and what each says; keep a copy as table.txt."""
-    with (directory / TABLE).open("w") as file:
+    with writing(directory / TABLE), (directory / TABLE).open("w", encoding="utf-8") as file:
         show_comparisons(Console(file=file, width=UNLIMITED), config, environment, results)
     console = open_console()
     show_comparisons(console, config, environment, results)

@@ -27,6 +27,7 @@ WRITE_INSTEAD = {
     DELAYED_ALL_REDUCE: "leave out `delay_all_reduce_named_params`",
     BY_HAND: "update the parameters with an optimizer of torch.optim, `optimizer.step()`",
 }
+EVERY_STEP_UNTIL = 16  # steps up to this one are all measured
 ESSENTIAL_PARTS = ("DistributedDataParallel and replicate", "backwards", "collectives and optimizer steps")
 _ALONE = "hooks, compiled code and precision were watched"
 
@@ -219,6 +220,8 @@ def _find_obstacle(watched: Watched) -> str | None:
         return f"{_NOTHING}{stacks} not followed by the watch{_advise(watched.not_followed)}"
     if watched.world_size == 1:
         return _explain_one_process(watched)
+    if cut_off := _explain_comparisons_cut_off(watched):
+        return cut_off
     if tells_something(watched.mixing):  # who learns from whom was measured, whoever wrapped the model
         return None
     return _explain_steps(watched) or _explain_unwrapped(watched) or _explain_not_compared(watched)
@@ -315,13 +318,28 @@ def _explain_unwrapped(watched: Watched) -> str | None:
     )
 
 
+def _explain_comparisons_cut_off(watched: Watched) -> str | None:
+    """Where the store was lost in mid-run, what was wrong after that could not be found."""
+    measured = watched.mixing.get("steps", 0) if tells_something(watched.mixing) else 0
+    is_measured = watched.models or measured >= min(watched.optimizer_steps, EVERY_STEP_UNTIL)
+    is_known = watched.comparisons >= watched.comparisons_due and is_measured
+    if not watched.not_compared or is_known or watched.error or 0 not in watched.ranks or watched.world_size == 1:
+        return None
+    if not watched.comparisons and not measured:
+        return f"{_NOTHING}the ranks could not be compared ({watched.not_compared}). Write `{_start(watched)}`"
+    times = _plural(watched.comparisons or measured, "time")
+    return (
+        f"nothing was found, and not all was watched: the ranks were compared {times} and then no more "
+        f"({watched.not_compared})"
+    )
+
+
 def _explain_not_compared(watched: Watched) -> str | None:
     if watched.comparisons or not watched.comparisons_due or 0 not in watched.ranks:
         return None
     if watched.error:
         return f"{_NOTHING}{watched.script} ended with {watched.error} before the ranks were compared"
-    why = watched.not_compared or "rank 0 got no answer"
-    return f"{_NOTHING}the ranks could not be compared ({why}). Write `{_start(watched)}`"
+    return f"{_NOTHING}the ranks could not be compared (rank 0 got no answer). Write `{_start(watched)}`"
 
 
 def _describe(watched: Watched) -> str:
