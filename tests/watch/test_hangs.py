@@ -82,7 +82,8 @@ def test_a_slow_rank_is_told_of_and_not_accused(run):
     assert "rank 0: runs at train.py:" in done.err
 
 
-def test_a_rank_that_failed_for_want_of_another_says_who_took_fewer_steps(run):
-    done = run("fewer", after="60")
+@pytest.mark.parametrize("after", ["60", "0"])
+def test_a_rank_that_failed_for_want_of_another_says_who_took_fewer_steps(run, after):
+    done = run("fewer", after)
     assert done.found == [("DC502", line("backward"))]
     assert "its script was over after 3 forwards, 3 backwards, 3 steps" in done.err

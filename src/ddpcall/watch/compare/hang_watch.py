@@ -32,7 +32,8 @@ class HangWatch(Rule):
 
     Args:
         run: What this rank knows; its book gets findings, from the thread.
-        bound_s: Seconds without progress after which a collective counts as one that waits; 0 for never.
+        bound_s: Seconds without progress after which a collective counts as one that waits; 0 for never: then this
+            rank says only how far it came, when it leaves.
         say: Prints a line at once.
 
     Blind to: a hang in which the interpreter's lock is held; ranks of groups other than the default one that do
@@ -43,7 +44,7 @@ class HangWatch(Rule):
         super().__init__(run)
         self._say = say
         self._bound_s = bound_s
-        self._pause_s = min(bound_s / LOOKS, _LONGEST_PAUSE_S)
+        self._pause_s = min(bound_s / LOOKS, _LONGEST_PAUSE_S) if bound_s else None
         self._sensor = PositionSensor(run)
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
@@ -65,7 +66,7 @@ class HangWatch(Rule):
 
     def group_made(self) -> None:
         """Look from now on: there is a default process group; once in a process."""
-        if self._bound_s <= 0 or self._process == os.getpid() or dist.get_world_size() == 1:
+        if self._process == os.getpid() or dist.get_world_size() == 1:
             return
         self._process, self._rank, self._num_ranks = os.getpid(), dist.get_rank(), dist.get_world_size()
         self._ending = threading.Event()
