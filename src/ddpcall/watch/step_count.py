@@ -21,13 +21,15 @@ class StepCount:
         self._lead: weakref.ref[Optimizer] | None = None
         self.latest: weakref.ref[Optimizer] | None = None
         self.most = 0
+        self._most_living = 0
         self.evaluation_due = False
 
     def begin(self, optimizer: Optimizer) -> None:
         """Count a step that begins."""
         self._done[optimizer] = self.of(optimizer) + 1
         self.latest = weakref.ref(optimizer)
-        self.most = max(self.most, self._done[optimizer])
+        self._most_living = max(self._done.values())
+        self.most = max(self.most, self._most_living)
 
     def expect_evaluation(self) -> None:
         """Note a step of the leading optimizer: the model may be evaluated now."""
@@ -43,7 +45,7 @@ class StepCount:
 
     def preparing(self) -> int:
         """Return the number of the step that is being prepared, from 1."""
-        return max(self._done.values(), default=0) + 1
+        return self._most_living + 1
 
     def leads(self, optimizer: Optimizer) -> bool:
         """Say whether an optimizer leads; the first one asked about does."""
