@@ -278,3 +278,28 @@ def test_a_loader_gives_what_it_gave_without_the_watch(tmp_path):
 
     for workers in (0, 1):
         assert batches(True, workers) == batches(False, workers)
+
+
+class Curriculum(Sampler):
+    """Gives the first samples in an order of its own, more of them in each epoch, and is told the epoch."""
+
+    def __init__(self, order, is_growing):
+        self.order, self.is_growing, self.epoch = order, is_growing, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter(self.order[: 16 * (self.epoch + 1)] if self.is_growing else self.order)
+
+
+@pytest.mark.parametrize(
+    ("order", "is_growing"), [([*range(47, -1, -1)], True), ([*range(0, 48, 2)], False)], ids=["grows", "ascends"]
+)
+def test_an_order_that_nobody_shuffled_is_silent(training, order, is_growing):
+    sampler = Curriculum(order, is_growing)
+    batches = DataLoader(dataset(), batch_size=8, sampler=sampler)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        training.epoch(batches)
+    assert training.found() == []

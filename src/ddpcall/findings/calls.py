@@ -85,4 +85,23 @@ RULES = (
         blind_to="FSDP1; weights of a sharded module used without any module's forward.",
         links=(FSDP_DOCS, ISSUE + "109385"),
     ),
+    Rule(
+        code="DC307",
+        name="loaded-nothing",
+        severity=Severity.ERROR,
+        title="A state dict was loaded, and none of its names match but for a wrapper's prefix",
+        why="A wrapper puts `module.` (torch.compile: `_orig_mod.`) before every name. `strict=False` passes over "
+        "names that the model does not have, so a checkpoint of the wrapped model loads nothing into the plain "
+        "one, nor the other way round: the run goes on from its initial weights.",
+        wrong="ddp.load_state_dict(torch.load(path), strict=False)  # saved from ddp.module",
+        fix="Save and load the module inside the wrapper, `ddp.module.load_state_dict(state)`, and leave "
+        "`strict=False` out; of a state that has the prefix take it off with "
+        '`torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")`.',
+        silent_when="Some names match; fewer than half would without the prefix (another model's state); a later "
+        "load matches, or the values are put in by hand, before the next optimizer step; the values are equal "
+        "already.",
+        blind_to="Other lookups by name: an EMA, a freeze, an optimizer's group or a hook that is chosen by names "
+        "and finds none leaves nothing that can be told from a script that wants none.",
+        links=(MODULE_DOCS,),
+    ),
 )

@@ -17,7 +17,8 @@ RULES = (
         "rest.",
         wrong="for epoch in range(epochs):\n    for batch in loader:  # and no loader.sampler.set_epoch(epoch)",
         fix="`loader.sampler.set_epoch(epoch)` at the start of every epoch.",
-        silent_when="Nothing is shuffled (`shuffle=False`, an order of the sampler's own); no optimizer steps "
+        silent_when="Nothing is shuffled (`shuffle=False`, indices in ascending order); one epoch is longer than "
+        "the other (a curriculum); no optimizer steps "
         "between the batches (evaluation); another optimizer steps in each of the epochs; fewer than 8 indices; "
         "`DistributedSampler.set_epoch` was called between the two epochs with the number that it had: the epoch "
         "is repeated on purpose.",

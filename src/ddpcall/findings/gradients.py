@@ -141,11 +141,13 @@ RULES = (
         title="Gradients are computed, and the optimizer uses none of them",
         why="The optimizer holds tensors that are not the model's parameters any more, or whose gradients are "
         "cleared before each step: its steps change nothing of the model, without a message.",
-        wrong="model(example)  # after fully_shard, before the optimizer is made from gathered parameters",
+        wrong="optimizer = torch.optim.SGD(net.parameters(), lr=0.1)\nmodel = DDP(copy.deepcopy(net))",
         fix="Make the optimizer from the model that you train, after it was wrapped and before its first forward: "
         "`optimizer = torch.optim.AdamW(model.parameters())`. Call `zero_grad()` after `step()`, not before it.",
-        silent_when="The optimizer uses the gradients in some step, or it happened in one measured step alone.",
-        blind_to="More than 64 ranks; an optimizer whose tensors have other shapes than the model's parameters.",
+        silent_when="The optimizer uses the gradients in some step, or it happened in one measured step alone; a "
+        "copy's values are put back within six steps.",
+        blind_to="More than 64 ranks; an optimizer whose tensors have other shapes than the model's parameters: "
+        "the answer says that no step used the model's gradients.",
         links=(FSDP_DOCS, ISSUE + "149205"),
     ),
     Rule(

@@ -34,6 +34,7 @@ from ddpcall.watch.rules.early_step import EarlyStepRule
 from ddpcall.watch.rules.evaluation import EvaluationRule
 from ddpcall.watch.rules.gathers import GatherRule
 from ddpcall.watch.rules.hooks import HooksRule
+from ddpcall.watch.rules.loads import LoadRule
 from ddpcall.watch.rules.norms import NormRule
 from ddpcall.watch.rules.own_numbers import OwnNumbers
 from ddpcall.watch.rules.ownership import OwnershipRule
@@ -111,6 +112,7 @@ class Attachment:
             self._sharded,
             self._hooks,
             self._precision,
+            loads := LoadRule(run),
             order,
             evaluation := EvaluationRule(run),
             mixing,
@@ -134,6 +136,7 @@ class Attachment:
             ("gradient clipping", ClippingSensor(run, (clipping.clipping, norms.clipping)).attach),
             ("losses", mixing.losses.attach),
             ("gathered objects", gathers.sensor.attach),
+            ("what load_state_dict does not find", loads.sensor.attach),
             ("hooks of modules", self._hooks.sensor.attach),
             ("torch.compile", self._compiled.sensor.attach),
             ("data loaders", LoaderSensor(run, (order, shares, evaluation), draws.sensor.taking).attach),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.loaders import Pass
@@ -60,6 +62,9 @@ class OrderRule(Rule):
             return
         if num < (_LEAST_TOLD if is_told_the_same else _LEAST) or before.indices[:num] != current.indices[:num]:
             return
+        has_grown = before.is_over and current.is_over and before.num_drawn != current.num_drawn
+        if has_grown or all(one < other for one, other in pairwise(current.indices[:num])):
+            return  # a curriculum, or an order that is not shuffled
         whole = "" if current.is_over and before.is_over and num == current.num_drawn else "first "
         message = (
             f"{current.sampler} gave this loop the same {whole}{num} indices in the same order as in the epoch "
