@@ -79,7 +79,7 @@ def make_vitals(step: int, rank: int, case: str) -> Vitals:
     """Return healthy vitals: all equal but batch and generator. One rank, or half of them, may differ."""
     if case == "gradients":
         parts = dict.fromkeys(("layout", "used", "weights before", "weights after"), 0x1234567890ABCDEF)
-        sums = np.full(MAX_GROUPS * (NUM_BUCKETS + 1) + 1, float(rank))
+        sums = np.full(MAX_GROUPS * (NUM_BUCKETS + 1) + 1, rank, np.float32)
         return Vitals(step, parts | {TARGETS: rank * 2**40}, kind=GRADIENTS, sums=sums)
     parts = dict.fromkeys(PARTS, 0x1234567890ABCDEF) | {"batch": rank * 2**40, "rng": rank * 2**41}
     if (case == "one differs" and rank == 7) or (case == "half differ" and rank % 2):

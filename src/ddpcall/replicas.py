@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor
+from torch.nn import Parameter
 
 from ddpcall.taps import is_lazy
 
@@ -36,6 +37,8 @@ def digest_tensor(tensor: Tensor) -> int:
     Blind to: shape and dtype (same bytes, same digest); uninitialized lazy parameters, and what `is_unreadable`
     names, digest to 0.
     """
+    if is_simple(tensor):
+        return _signed(xxhash.xxh3_64_intdigest(_Memory().view(tensor)))
     if is_unreadable(tensor):
         return 0
     pieces = list(_contiguous_pieces(_local_values(tensor)))
@@ -150,6 +153,15 @@ def is_unreadable(tensor: Tensor) -> bool:
     on the meta device, tensors whose storage was freed (FSDP does) and layouts that are not strided.
     """
     return is_lazy(tensor) or is_sharded(tensor) or tensor.is_meta or _is_strange(tensor) or is_freed(tensor)
+
+
+def is_simple(tensor: Tensor) -> bool:
+    """Say, fast, whether a tensor is what most are: one piece of this process's memory, whole and not empty."""
+    if type(tensor) not in (Tensor, Parameter) or not tensor.is_cpu or _is_strange(tensor):
+        return False
+    numel = tensor.numel()
+    needed = (tensor.storage_offset() + numel) * tensor.element_size()
+    return numel > 0 and _is_plain(tensor) and tensor.untyped_storage().nbytes() >= needed
 
 
 def _is_strange(tensor: Tensor) -> bool:

@@ -775,7 +775,7 @@ def test_what_goes_wrong_in_the_collector_is_said_and_the_training_goes_on(rank,
     def fail(*_):
         raise OSError("no luck")
 
-    monkeypatch.setattr("ddpcall.mixing.places.sketch", fail)
+    monkeypatch.setattr("ddpcall.mixing.collect.SketchQueue.add", fail)
 
     def step(number):
         compute_loss(model, make_batch(rank.rank)).backward()

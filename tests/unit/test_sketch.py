@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpcall.sketch import NUM_BUCKETS, TILE, CannotSketch, Piece, _Accumulator, _add_box, sketch
+from ddpcall.sketch import NUM_BUCKETS, TILE, CannotSketch, Piece, SketchQueue, _Accumulator, _add_box, sketch
 
 SHAPES = [(), (1,), (7,), (300, 40), (3, 5, 7, 2), (TILE,), (TILE + 1,), (3, TILE - 5), (20, TILE)]
 
@@ -32,6 +32,27 @@ def test_every_element_counts_at_its_global_index(shape):
     slow = _Accumulator("weight", x.double())
     slow.add_at(x.double().reshape(-1), torch.arange(x.numel()))
     assert distance(sketch(x, "weight"), slow.finish()) < 2e-7
+
+
+def test_sketches_that_are_made_together_are_those_made_alone():
+    queue = SketchQueue()
+    shapes = [
+        (),
+        (7,),
+        (300, 40),
+        (64, 128),
+        (0,),
+        (3, 5),
+    ] * 40  # some lie in two tiles, more than a block of rows
+    tensors = [make(shape, seed) for seed, shape in enumerate(shapes)]
+    tensors += [make((20, 30)).t(), make((9, 9), dtype=torch.bfloat16), make((9, 9), dtype=torch.float64)]
+    alone = [sketch(tensor, f"layer{index}") for index, tensor in enumerate(tensors)]
+    together = [queue.add(tensor, f"layer{index}") for index, tensor in enumerate(tensors)]
+    for tensor in tensors:
+        tensor.zero_()  # as a reduction in place changes a gradient once a hook has seen it
+    queue.flush()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_the_same_call_gives_the_same_bits_and_names_give_others():

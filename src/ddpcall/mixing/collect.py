@@ -31,7 +31,7 @@ from ddpcall.mixing.result import name_some
 from ddpcall.mixing.shapes import find_eta, fit
 from ddpcall.mixing.shards import find_places
 from ddpcall.replicas import digest_tensor
-from ddpcall.sketch import NUM_BUCKETS
+from ddpcall.sketch import NUM_BUCKETS, SketchQueue
 from ddpcall.taps import Undo, outside_dynamo, replace_attribute
 
 _KEPT_WINDOWS = 3
@@ -80,15 +80,12 @@ class _Watched:
         self.num_steps += 1
         self.windows[-1].closed = True
 
-    def compare_used(self) -> Tensor | None:
-        """Return sketches of what lies in `.grad`, and of what it may be made of.
+    def compare(self, used: Tensor) -> Tensor:
+        """Return a sketch of what lies in `.grad`, and those of what it may be made of.
 
         Of backwards that no reducer took: their sum, the last of them, and what lay there before.
         """
-        gradient, window = self.place.used_gradient(), self.windows[-1]
-        if gradient is None:
-            return None
-        used = self.place.sketch_used(gradient)
+        window = self.windows[-1]
         zero = torch.zeros_like(used)
         first, before = window.unreduced_from, window.reduced
         if first is None:
@@ -134,8 +131,10 @@ class MixingCollector:
         self._held_at_first = self._held()
         self._stepped = stepped
         self._reduces = reduces
+        self._sketches = SketchQueue()
         self._by_id: dict[int, list[_Watched]] = {}  # a flat parameter stands for many
         for watched in self._watched:
+            watched.place.sketch = self._sketches.add
             self._by_id.setdefault(id(watched.place.stepped), []).append(watched)
         self._undos: list[Undo] = []
         self._reading: dict[int, tuple[Optimizer, Any]] = {}
@@ -223,8 +222,11 @@ class MixingCollector:
         own, number = window.own[-1], watched.place.sketch_own(gradient)
         if first:
             own.first = number
+        elif own.last is None:
+            own.last = number
         else:
-            own.last = number if own.last is None else own.last + number
+            self._sketches.flush()
+            own.last = own.last + number
         watched.dtype = str(gradient.dtype).removeprefix("torch.")
         watched.own_parts = ranks_along(gradient, SHARDED)
         watched.own_sum = ranks_along(gradient, (*SHARDED, "Partial"))
@@ -240,9 +242,12 @@ class MixingCollector:
             None where the gradients were not seen, or are not finite.
         """
         watched = [each for parameter in parameters for each in self._by_id.get(id(parameter), ())]
-        rows = [row for each in watched if (row := each.compare_used()) is not None]
-        if not (self._on and rows):
+        there = [(each, gradient) for each in watched if (gradient := each.place.used_gradient()) is not None]
+        if not (self._on and there):
             return None
+        used_by = [(each, each.place.sketch_used(gradient)) for each, gradient in there]
+        self._sketches.flush()
+        rows = [each.compare(sketched) for each, sketched in used_by]
         used, *basis = torch.cat(rows, dim=1).double().cpu().numpy()
         if not np.isfinite(used).all():
             return None
@@ -310,6 +315,7 @@ class MixingCollector:
                 window.state = FOREIGN if watched.place.is_foreign else PRESENT
             watched.used_parts = watched.place.used_parts(gradient)
             self._read_now.add(id(watched.place.stepped))
+        self._sketches.flush()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if id(optimizer) not in self._stepping:
@@ -372,19 +378,24 @@ class MixingCollector:
     def take(self) -> RankSketches:
         """End the step and return its record: each parameter's last window that a step has read."""
         # What no step has used since the last record says nothing of this one.
+        self._sketches.flush()
         windows = [_find_read(watched) if watched.num_steps else (_Window(), None) for watched in self._watched]
         columns, own = _number_columns(windows)
+        used = _to_array([window.used for window, _ in windows])
+        is_finite: list[bool] = np.isfinite(used).all(axis=1, keepdims=True).ravel().tolist()
         record = RankSketches(
             rank=dist.get_rank() if dist.is_initialized() else 0,
             names=tuple(watched.place.name for watched in self._watched),
             numel=tuple(watched.place.numel for watched in self._watched),
             dtypes=tuple(w.reduced_in or w.dtype or w.place.dtype for w in self._watched),
-            used=_to_array(window.used for window, _ in windows),
+            used=used,
             used_digests=np.array([window.digest for window, _ in windows], np.int64),
-            states=tuple(_judge_state(window) for window, _ in windows),
+            states=tuple(
+                w.state if finite else NOT_FINITE for (w, _), finite in zip(windows, is_finite, strict=True)
+            ),
             own=own,
             columns=columns,
-            carry=_to_array(window.carry for window, _ in windows),
+            carry=_to_array([window.carry for window, _ in windows]),
             before=np.array([window.before for window, _ in windows], np.int64),
             after=np.array([watched.place.digest() for watched in self._watched], np.int64),
             own_parts=tuple(watched.own_parts for watched in self._watched),
@@ -415,15 +426,12 @@ def _find_read(watched: _Watched) -> tuple[_Window, _Window | None]:
     return windows[-1], None
 
 
-def _judge_state(window: _Window) -> int:
-    if window.used is not None and not bool(torch.isfinite(window.used).all()):
-        return NOT_FINITE
-    return window.state
-
-
-def _to_array(sketches: Iterable[Tensor | None]) -> np.ndarray:
-    rows = [np.zeros(NUM_BUCKETS) if row is None else row.cpu().numpy() for row in sketches]
-    return np.stack(rows) if rows else np.zeros((0, NUM_BUCKETS))
+def _to_array(sketches: Sequence[Tensor | None]) -> np.ndarray:
+    rows = np.zeros((len(sketches), NUM_BUCKETS))
+    known = [index for index, row in enumerate(sketches) if row is not None]
+    if known:
+        rows[known] = torch.stack([row.cpu() for row in sketches if row is not None]).numpy()
+    return rows
 
 
 def _number_columns(windows: Sequence[tuple[_Window, _Window | None]]) -> tuple[tuple[Column, ...], np.ndarray]:
@@ -431,16 +439,18 @@ def _number_columns(windows: Sequence[tuple[_Window, _Window | None]]) -> tuple[
     columns: list[Column] = []
     rows: list[Tensor] = []
     for which in (0, 1):
-        own = [(index, item) for index, pair in enumerate(windows) for item in getattr(pair[which], "own", ())]
-        numbers = _number_backwards([(item.task, index) for index, item in own])
-        for index, item in own:
+        seen = [(index, item) for index, pair in enumerate(windows) for item in getattr(pair[which], "own", ())]
+        numbers = _number_backwards([(item.task, index) for index, item in seen])
+        for index, item in seen:
             number = numbers[item.task]
             backward = number - max(numbers.values()) - 1 if which else number
             for row, first in ((item.last, False), (item.first, True)):
-                if row is not None and bool(torch.isfinite(row).all()):
+                if row is not None:
                     columns.append(Column(index, backward, first, item.captured))
                     rows.append(row)
-    return tuple(columns), _to_array(rows)
+    own = _to_array(rows)
+    kept = np.flatnonzero(np.isfinite(own).all(axis=1)).tolist()
+    return tuple(columns[row] for row in kept), own[kept]
 
 
 def _number_backwards(seen: Sequence[tuple[int, int]]) -> dict[int, int]:

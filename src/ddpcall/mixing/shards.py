@@ -57,7 +57,7 @@ class ShardedPlace(Place):
 
     def sketch_carry(self) -> Tensor | None:
         gradient = self.stepped.grad
-        return None if gradient is None else sketch(gradient, self.name)
+        return None if gradient is None else self.sketch(gradient, self.name)
 
     def sketch_pending(self) -> Tensor | None:
         """Sketch what earlier backwards left on the whole parameter, unreduced."""
@@ -113,7 +113,9 @@ class FlatPlace(Place):
 
     def sketch_used(self, gradient: Tensor) -> Tensor:
         info = _of(self._handle.flat_param, "shard_param_infos")[self._index]
-        return sketch(gradient.reshape(-1), self.name, start=info.intra_param_start_idx if info.in_shard else 0)
+        return self.sketch(
+            gradient.reshape(-1), self.name, start=info.intra_param_start_idx if info.in_shard else 0
+        )
 
     def sketch_carry(self) -> Tensor | None:
         flat = self._handle.flat_param

@@ -27,6 +27,7 @@ LAYOUT, USED, BEFORE, AFTER = "layout", "used", "weights before", "weights after
 NUM_BUCKETS = 32  # of a group: half of a sketch's, for there is one number to fit, not one a rank
 _MIN_FILLED = 4
 _FAR = 3.0
+_LARGEST = 1e30  # so that sums over the ranks, too, are float32 numbers
 _SHOWS = 0.5
 """A parameter whose gradient is not the mean is off by about its size, which is 1 in its group."""
 _OF_SOME = {
@@ -64,7 +65,9 @@ class Pooled:
             _fit(self.used[group], self.own[group])[1] > _FAR * 5 * self.eta[group]
             for group in range(len(self.own))
         )
-        return np.concatenate([self.own.ravel(), self.sizes, [is_far]])
+        sums = np.concatenate([self.own.ravel(), self.sizes, [is_far]])
+        is_single = self.eta.min() >= find_eta("float32", 1) and np.abs(sums).max() < _LARGEST
+        return sums.astype(np.float32) if is_single else sums
 
 
 def digest_record(record: RankSketches) -> dict[str, int]:
@@ -88,9 +91,11 @@ def pool(record: RankSketches, num_ranks: int) -> Pooled | None:
         return None
     states = np.array(record.states)
     norms = np.linalg.norm(record.used, axis=1)
-    all_eta = np.array([find_eta(dtype, num_ranks) for dtype in record.dtypes])
+    known = {dtype: find_eta(dtype, num_ranks) for dtype in set(record.dtypes)}
+    all_eta = np.array([known[dtype] for dtype in record.dtypes])
     is_used = (states == PRESENT) & (norms > 0) & (record.used_digests != 0)
-    is_mixed = is_used & (_find_underflow(record, norms) <= 0.1 * all_eta)
+    told = zip(record.dtypes, record.numel, norms.tolist(), strict=True)
+    is_mixed = is_used & (np.array([find_underflow(*each) for each in told]) <= 0.1 * all_eta)
     is_empty = is_used & ~is_mixed | ~has_own & (norms == 0) & np.isin(states, (NO_GRADIENT, PRESENT))
     if not (is_empty | is_mixed | (states == UNREAD)).all() or not is_mixed.any():
         return None
@@ -117,11 +122,6 @@ def pool(record: RankSketches, num_ranks: int) -> Pooled | None:
     )
 
 
-def _find_underflow(record: RankSketches, norms: np.ndarray) -> np.ndarray:
-    told = zip(record.dtypes, record.numel, norms, strict=True)
-    return np.array([find_underflow(dtype, numel, float(norm)) for dtype, numel, norm in told])
-
-
 def sum_backwards(record: RankSketches) -> tuple[np.ndarray, np.ndarray]:
     """Return what was to be mixed, by parameter: all backwards, ahead of hooks that may reduce, and `.grad`.
 
@@ -129,11 +129,17 @@ def sum_backwards(record: RankSketches) -> tuple[np.ndarray, np.ndarray]:
     """
     own, has_own = record.carry.copy(), np.zeros(len(record.names), bool)
     ahead = {(column.parameter, column.backward) for column in record.columns if column.first}
-    for row, column in zip(record.own, record.columns, strict=True):
-        is_last = column.first or (column.parameter, column.backward) not in ahead
-        if column.backward >= 0 and not column.captured and is_last:
-            own[column.parameter] += row
-            has_own[column.parameter] |= bool(row.any())
+    counted = [
+        (row, column.parameter)
+        for row, column in enumerate(record.columns)
+        if column.backward >= 0
+        and not column.captured
+        and (column.first or (column.parameter, column.backward) not in ahead)
+    ]
+    if counted:
+        rows, parameters = np.array(counted).T
+        np.add.at(own, parameters, record.own[rows])
+        np.logical_or.at(has_own, parameters, record.own[rows].any(axis=1))
     return own, has_own
 
 
@@ -170,6 +176,7 @@ def certify(pooled: Pooled, sums: np.ndarray, ranks: Sequence[int]) -> Mixing:
         "averaged", "summed", "scaled"; or "unidentifiable", with what is known as its reason.
     """
     num_ranks, num_groups = len(ranks), len(pooled.own)
+    sums = sums.astype(np.float64)
     mean = sums[: pooled.own.size].reshape(pooled.own.shape) / num_ranks
     sizes, num_far = sums[pooled.own.size : -1] / num_ranks, sums[-1]
     exact = pooled.eta == pooled.eta.min()

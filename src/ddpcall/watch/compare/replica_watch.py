@@ -31,6 +31,7 @@ from ddpcall.watch.sensors.steps import Step
 LEAVE_S = 10.0
 EVERY_STEP_UNTIL = 16
 _UNHARMFUL_STEPS = 2
+_DROPOUT = internals.DROPOUT_ND.get(())
 
 
 @dataclass(frozen=True)
@@ -497,9 +498,10 @@ class ReplicaWatch(Rule):
         if comparison.missing or comparison.num_ranks < 2:
             return
         self._same_batch = self._same_batch + 1 if "batch" in comparison.same else 0
-        drops = self._models is not None and any(map(_drops, self._models.modules()))
-        self._same_rng = self._same_rng + 1 if "rng" in comparison.same and drops else 0
-        is_alike = "rng" in comparison.same and "batch" in comparison.unlike and not drops
+        is_same = "rng" in comparison.same
+        drops = is_same and self._models is not None and any(map(_drops, self._models.modules()))
+        self._same_rng = self._same_rng + 1 if drops else 0
+        is_alike = is_same and "batch" in comparison.unlike and not drops
         self._draws.compared(comparison.step, comparison.num_ranks, is_alike)
         for count, part in ((self._same_batch, "batch"), (self._same_rng, "rng")):
             if count == _UNHARMFUL_STEPS and part not in self._judged:
@@ -540,11 +542,9 @@ def _drops(module: Any, any_mode: bool = False) -> bool:
     """Say whether a module draws dropout masks now."""
     if not (any_mode or module.training):
         return False
-    if isinstance(module, internals.DROPOUT_ND.get(())):
-        return module.p > 0
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
         return module.dropout > 0
-    return False
+    return isinstance(module, _DROPOUT) and module.p > 0
 
 
 def _are_kept_equal(facts: Mapping[int, Facts]) -> bool:

@@ -25,7 +25,7 @@ class Summary:
         ranks: Whose vitals it tells of.
         groups: By part and digest (None: cannot be told): the ranks that have it.
         ungrouped: By part: ranks whose digests were more than are told apart.
-        sums: What the ranks' arrays add up to, or None.
+        sums: What the ranks' arrays add up to, in their own precision; or None.
         summed: Ranks whose arrays are in `sums`.
     """
 
@@ -53,8 +53,9 @@ class Summary:
             for part, found in self.groups.items()
         }
         ungrouped = {part: shorten(ranks) for part, ranks in self.ungrouped.items()}
-        head = json.dumps([_join_runs(self.ranks), groups, ungrouped, shorten(self.summed)]).encode()
-        sums = b"" if self.sums is None else self.sums.astype(np.float64).tobytes()
+        kind = "" if self.sums is None else self.sums.dtype.str
+        head = json.dumps([_join_runs(self.ranks), groups, ungrouped, shorten(self.summed), kind]).encode()
+        sums = b"" if self.sums is None else self.sums.tobytes()
         return b"".join(len(part).to_bytes(_LENGTH_BYTES) + part for part in (head, sums))
 
     @staticmethod
@@ -76,7 +77,8 @@ def _read(head: list[Any], sums: bytes) -> Summary:
 
     groups = {part: {digest: lengthen(text) for digest, text in found} for part, found in head[1].items()}
     ungrouped = {part: lengthen(text) for part, text in head[2].items()}
-    return Summary(ranks, groups, ungrouped, np.frombuffer(sums) if sums else None, lengthen(head[3]))
+    array = np.frombuffer(sums, head[4]) if sums else None
+    return Summary(ranks, groups, ungrouped, array, lengthen(head[3]))
 
 
 def _join_runs(ranks: Ranks) -> str:

@@ -188,6 +188,7 @@ class GradientSensor:
         """Take the hooks off."""
         if self._is_on and self._collector is not None:
             self._collector.stop()
+            self._collector.forget()
         self._is_on = False
 
 
