@@ -205,8 +205,8 @@ RULES = (
         fix="Leave the `all_reduce` out: `torch.nn.utils.clip_grad_norm_(ddp.parameters(), max_norm)` computes "
         "the norm of the averaged gradient on each rank. Only a sharded model's norm has to be summed.",
         silent_when="The norm is only logged, divided again, or reduced by another operation; sharded models.",
-        blind_to="Other norms than the Euclidean; models without DDP; clipping by hand: the norm that "
-        "was summed may be for the log alone.",
+        blind_to="Other norms than the Euclidean; models without DDP; clipping by hand: what the "
+        "step uses is the same as with a smaller limit and the right norm.",
         links=("https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grads_with_norm_.html",),
     ),
     Rule(

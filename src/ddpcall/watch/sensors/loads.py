@@ -6,6 +6,7 @@ import functools
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -83,10 +84,14 @@ class LoadSensor:
     def _look(self, module: nn.Module, state: Any, result: Any) -> None:
         unexpected = getattr(result, "unexpected_keys", ())
         if not isinstance(state, Mapping) or len(unexpected) < len(state) or not state:
-            loaded = set(map(id, module.modules()))
+            loaded = set(map(id, module.modules())) if self.missed else set[int]()
             self.missed = [each for each in self.missed if not _shares(each, loaded)]
             return
-        by_name = {_plain(name): name for name in module.state_dict()}
+        # Not `state_dict()`: it may run a wrapper's hooks, and collectives in them.
+        named = chain(
+            module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+        )
+        by_name = {_plain(name): name for name, _ in named}
         meant = {name: own for name in state if (own := by_name.get(_plain(name))) is not None}
         is_of_this_model = 2 * len(meant) >= len(state)
         for given, own in meant.items() if is_of_this_model else ():
