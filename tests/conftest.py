@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,21 @@ def pytest_configure() -> None:
     """Let children be interrupted: shells start background jobs with the signal ignored, and that is inherited."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests of each kind (folder) passed, failed or were skipped."""
+    counts: dict[str, Counter[str]] = {}
+    for outcome, reports in terminalreporter.stats.items():
+        for report in reports:
+            is_result = getattr(report, "when", "") == "call" or outcome in ("error", "skipped")
+            if isinstance(report, pytest.TestReport) and is_result:
+                kind = report.nodeid.removeprefix("tests/").partition("/")[0]
+                counts.setdefault(kind, Counter())[outcome] += 1
+    terminalreporter.section("tests by kind")
+    for kind, outcomes in sorted(counts.items()):
+        told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+        terminalreporter.write_line(f"{kind:10}{told}")
 
 
 @pytest.fixture(autouse=True)

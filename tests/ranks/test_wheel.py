@@ -1,5 +1,6 @@
 """The wheel carries everything: built, installed into an empty environment, run from another directory."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import ddpcall
 from tests.ranks.lab_process import ROOT, TIMEOUT_S, clean_environment
 
 
@@ -58,6 +60,14 @@ def test_the_wheel_holds_every_configuration_file_and_every_module(wheel):
     templates = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("templates/*")}
     assert len(templates) > 4
     assert conf | modules | templates | {"ddpcall/py.typed"} <= names
+
+
+def test_the_version_is_written_once_and_is_the_changelogs_newest(wheel):
+    assert wheel.name.startswith(f"ddpcall-{ddpcall.__version__}-")
+    for name in ("pyproject.toml", "CITATION.cff"):
+        assert not re.search(r"^version\s*[=:]\s*[\"\d]", (ROOT / name).read_text(), re.MULTILINE), name
+    released = re.findall(r"^## (\d\S*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released[0] == ddpcall.__version__
 
 
 def test_ddpcall_train_works_from_the_wheel_without_a_checkout(wheel, tmp_path):
