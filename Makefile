@@ -12,6 +12,10 @@ IN_DOCS := replicate_bypass compile_bypass hooks_bypass sharded_bypass precision
 IN_LESSONS := hooks_bypass forward_bypass arming replicas_parting batchnorm_dropout compiled_calls sharded_calls \
   accelerate_unwrap mode_mismatch mixing_matrix same_as_one_process
 
+# The experiments whose reports the documentation's home links to.
+LIVE := forward_bypass truth_table mixing_matrix
+SOURCES := $(shell find src conf launch -name '*.py' -o -name '*.yaml' -o -name '*.j2')
+
 .DEFAULT_GOAL := help
 .PHONY: help lab test browser corpus soak check bench tables lessons mixing semantics claims versions screenshot docs wheel clean
 
@@ -30,8 +34,8 @@ $(VENV)/.dev: $(VENV)/.lab
 lab: $(VENV)/.lab  ## run the main experiment on $(RANKS) ranks: what does model.forward(x) lose?
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) launch/train.py experiment=forward_bypass
 
-test: $(VENV)/.dev  ## run every test (gloo, CPU), $(WORKERS) files at a time
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+test: $(VENV)/.dev  ## run every test (gloo, CPU), $(WORKERS) files at a time; count them by kind, name the slowest ten
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10
 
 browser:  ## install Chromium and its driver, for the tests of the report (Debian, as root)
 	apt-get update -qq
@@ -79,8 +83,22 @@ claims: $(VENV)/.lab  ## run every claim and rewrite docs/claims.md from it
 versions: $(VENV)/.dev  ## try the oldest, constrained and newest torch, and rewrite docs/versions.md
 	$(BIN)/python -m tests.versions
 
-docs: $(VENV)/.dev  ## build the documentation site into site/, strictly and without a network
+# Real runs for the site's live pages; made anew when the code has changed.
+runs/live/%/report.html: $(VENV)/.dev $(SOURCES)
+	mkdir -p runs
+	$(BIN)/python launch/train.py experiment=$* device=cpu hydra.run.dir=runs/live/$* > runs/live-$*.txt
+
+runs/live/watch.html: README.md $(VENV)/.dev $(SOURCES)
+	mkdir -p $(@D)
+	sed -n '/^<!-- script -->/,/^<!-- end script -->/{/^[<`]/d;p}' README.md > $(@D)/train.py
+	cd $(@D) && $(CURDIR)/$(BIN)/ddpcall watch -n 2 --json watch.json train.py; test $$? -eq 1  # it has a finding
+	$(BIN)/ddpcall report $(@D)/watch.json --out $@
+
+docs: $(VENV)/.dev $(LIVE:%=runs/live/%/report.html) runs/live/watch.html  ## build the documentation site into site/, strictly, with pages from real runs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	mkdir -p site/live
+	for name in $(LIVE); do cp runs/live/$$name/report.html site/live/$$name.html || exit 1; done
+	cp runs/live/watch.html site/live/watch.html
 
 screenshot: $(VENV)/.dev  ## rewrite docs/images/report.png from a fresh run; needs `make browser`
 	$(BIN)/python launch/train.py experiment=forward_bypass device=cpu hydra.run.dir=runs/screenshot

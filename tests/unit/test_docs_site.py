@@ -52,6 +52,16 @@ def test_a_lessons_questions_are_a_list_and_their_choices_lists_in_it(site):
         assert counts == [1, len(lesson.predict), len(lesson.predict) + choices], lesson.name
 
 
+def test_the_home_shows_a_picture_and_a_finding_and_links_to_pages_that_make_docs_builds(site):
+    page = (site / "index.html").read_text()
+    assert 'src="images/report.png"' in page
+    assert "DC101 gradients-not-synchronized" in re.sub(r"<[^>]+>", "", page)
+    (experiments,) = re.findall(r"^LIVE := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert all((ROOT / "conf" / "experiment" / f"{name}.yaml").exists() for name in experiments.split())
+    linked = set(re.findall(r'href="?live/(\w+)\.html', page))
+    assert linked == {*experiments.split(), "watch"}
+
+
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
 def test_nothing_runs_off_a_narrow_screen(site, tmp_path):
     driver = start_chromium(tmp_path)
@@ -60,9 +70,11 @@ def test_nothing_runs_off_a_narrow_screen(site, tmp_path):
         for name in (
             "index.html",
             "watch.html",
-            "labs/02_who_synchronises.html",
+            "labs/02_who_synchronizes.html",
             "semantics.html",
             "own_code.html",
+            "decisions.html",
+            "integrations.html",
         ):
             driver.get((site / name).as_uri())
             assert driver.execute_script("return document.documentElement.scrollWidth") <= 420, name
