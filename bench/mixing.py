@@ -1,8 +1,8 @@
-"""What measuring the mixing matrix costs: a measured step against a bare one, the sketch, the judgement.
+"""What measuring the mixing matrix costs: a measured step against a bare one, the sketch, the judgment.
 
 Two gloo ranks, one thread each; bare and measured steps in turn, in the same processes (A B A B). "collected" is a
 step under a `MixingCollector` with its record taken, "measured" one inside `ddpcall.measure_mixing`: with the
-exchange and the judgement. Printed are medians over rounds, and the range of their ratios. The judgement is timed
+exchange and the judgment. Printed are medians over rounds, and the range of their ratios. The judgment is timed
 on simulated ranks: records of a model of 12 parameters that all ranks average, and the solve for weights alone.
 """
 
@@ -170,7 +170,7 @@ def make_records(num_ranks: int) -> list[RankSketches]:
     ]
 
 
-def measure_judgement() -> None:
+def measure_judgment() -> None:
     """Print what judging costs, and the solve for a matrix alone."""
     for num_ranks in (2, 16, 256, 4096):
         records = make_records(num_ranks)
@@ -192,4 +192,4 @@ if __name__ == "__main__":
     launch_local_ranks(on_ranks, 2)
     for threads in (1, 2):
         measure_sketch(threads)
-    measure_judgement()
+    measure_judgment()

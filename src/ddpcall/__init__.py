@@ -5,9 +5,14 @@ imported when it is first asked for, and so are `ddpcall.measure_mixing` and `dd
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:  # what `__getattr__` returns, for type checkers and editors
+    from ddpcall.compare import same_as_one_process as same_as_one_process
+    from ddpcall.mixing import measure_mixing as measure_mixing
+    from ddpcall.watch.session import watch as watch
+
+__version__ = "0.2.0"  # the only place: pyproject.toml and the wheel read it here
 
 
 def __getattr__(name: str) -> Any:

@@ -2,13 +2,13 @@
 
 An ordinary `assert` that fails on rank 1 alone leaves rank 0 waiting in its next collective. Each function here
 exchanges what the ranks have first and judges the same exchanged data on every rank, so all of them raise, or
-none. All ranks must call them, in the same order, inside an initialised default process group.
+none. All ranks must call them, in the same order, inside an initialized default process group.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -73,7 +73,7 @@ def assert_gradients_synchronized(model: nn.Module) -> None:
 @contextmanager
 def assert_gradients_averaged(
     model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], *, timeout_s: float = 60.0
-) -> Iterator[MixingMeasurement]:
+) -> Generator[MixingMeasurement]:
     """Assert that in the optimizer step of the block every rank used the mean of all ranks' gradients.
 
         with assert_gradients_averaged(model, optimizer):

@@ -69,7 +69,7 @@ class HookCount:
         module: Qualified name below the inner module; empty for the root.
         kind: forward_pre, forward, full_backward, or the same with `global_` in front.
         registered: Hooks of this kind on the module, ours included.
-        fired: Times our witness hook fired.
+        fired: Times our counting hook fired.
         forwards: Times the module's forward ran while the hook was registered; for backward hooks, only
             forwards whose output required a gradient.
     """
@@ -106,7 +106,7 @@ class ReducerEvidence:
 
 @dataclass(frozen=True, kw_only=True)
 class CollectiveEvidence:
-    """The independent witness: collectives that torch's flight recorder saw on the trial's process group.
+    """An independent count: the collectives that torch's flight recorder saw on the trial's process group.
 
     Attributes:
         all_reduces: All-reduces by step; None for steps that had left the recorder's ring buffer.
@@ -279,7 +279,7 @@ class HooksOfStep:
         module: The name that the module's forward has there.
         owner: wrapped, inner or submodule.
         functions: Names of the registered functions, in the order they run in.
-        fired: Times our witness among them fired.
+        fired: Times our counting hook among them fired.
         forwards: Times the module's forward ran to its end; for backward hooks, only with an output that
             required a gradient.
     """
@@ -306,7 +306,7 @@ class StepTimeline:
         step: The step, from 0.
         events: In the order in which they began; a nested event lies inside its parent's span. Collectives run
             beside the Python code and nest in nothing but the step.
-        hooks: What the witnessed hooks did in this step.
+        hooks: What the counted hooks did in this step.
         raised: Whether the step ended in an exception.
         arrivals: Gradients that arrived in the step while a reducer expected them, and while none did; None
             where the wrapper has no reducer that the taps know, or the step did not get so far.
@@ -342,12 +342,12 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class Consequence:
-    """What the trained models are worth. Lists have one entry a rank.
+    """How good the trained models are. Lists have one entry a rank.
 
     Attributes:
         test_loss: Mean loss on the same test set.
         test_accuracy: Share of the test set classified correctly; None for regression.
-        distance: L2 distance of the parameters from those of the synchronised run (plain DDP, `wrapped(x)`,
+        distance: L2 distance of the parameters from those of the synchronized run (plain DDP, `wrapped(x)`,
             same data and seed), divided by the norm of the latter; None where no such run was made.
         spread: Largest L2 distance between two ranks' parameters, divided by the norm of rank 0's.
         digest: xxh3_64 of the parameters and buffers after the last step, in hex.

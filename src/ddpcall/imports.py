@@ -135,7 +135,7 @@ def _is_executing(module: ModuleType) -> bool:
     if getattr(attributes.get("__spec__"), "_initializing", False):
         return True
     # Who executes a module without `import` does not say so.
-    for frame in sys._current_frames().values():
+    for frame in sys._current_frames().values():  # pyright: ignore[reportPrivateUsage]
         while frame is not None:
             if frame.f_globals is attributes and frame.f_code.co_name == "<module>":
                 return True

@@ -181,6 +181,8 @@ def enter_forward_window(window: SyncWindow, wrapped: nn.Module, batch: Batch) -
                 wrapped(batch.inputs)
         case SyncWindow.NO_SYNC_FORWARD | SyncWindow.NO_SYNC_BOTH:
             return _no_sync(wrapped)
+        case _:
+            pass
     return contextlib.nullcontext()
 
 
@@ -205,7 +207,8 @@ def enter_mode(mode: Mode, device: torch.device) -> AbstractContextManager[Any]:
             return torch.inference_mode()
         case Mode.AUTOCAST:
             return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+        case _:
+            return contextlib.nullcontext()
 
 
 def _no_sync(wrapped: nn.Module) -> AbstractContextManager[Any]:

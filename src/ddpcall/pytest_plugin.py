@@ -6,7 +6,7 @@
     def test_ranks_agree(rank):
         ...
 
-The body runs on every rank, inside an initialised default process group, on a pool of warm processes
+The body runs on every rank, inside an initialized default process group, on a pool of warm processes
 (ddpcall.ranks). This module is what pytest loads on every start: it imports no torch until a test needs ranks.
 """
 
@@ -315,7 +315,7 @@ def _skip_reason(item: pytest.Item, mark: RanksMark) -> str:
 
     if skipped := evaluate_skip_marks(item):
         return skipped.reason or "unconditional skip"
-    return explain_missing_gpus(mark.world_size(item)) if "nccl" in mark.backend else ""
+    return explain_missing_gpus(mark.backend, mark.world_size(item))
 
 
 def _report_skip(item: pytest.Item, reason: str) -> list[pytest.TestReport]:
@@ -330,7 +330,7 @@ def _report_skip(item: pytest.Item, reason: str) -> list[pytest.TestReport]:
 
 def _tear_down_before(item: pytest.Item, nextitem: pytest.Item | None) -> pytest.TestReport | None:
     """Tear down what ordinary tests before this one left set up and no later test needs."""
-    teardown_exact = item.session._setupstate.teardown_exact
+    teardown_exact = item.session._setupstate.teardown_exact  # pyright: ignore[reportPrivateUsage]
     call = pytest.CallInfo.from_call(lambda: teardown_exact(nextitem), "teardown")
     return item.ihook.pytest_runtest_makereport(item=item, call=call) if call.excinfo else None
 

@@ -154,6 +154,7 @@ class Piece:
     shape: tuple[int, ...]
 
     def cut(self, values: Tensor) -> Tensor:
+        """Return the view of the local tensor's values that this piece is."""
         for dim, (first, size) in enumerate(zip(self.local, self.sizes, strict=True)):
             values = values.narrow(dim, first, size)
         return values

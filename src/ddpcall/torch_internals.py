@@ -116,7 +116,7 @@ CHECK_REDUCER_FINALIZED = Private(
 )
 PREPARE_FOR_BACKWARD = Private(
     "torch._C._distributed_c10d.Reducer.prepare_for_backward",
-    "to see the reducer being prepared, whoever does it",
+    "to see every preparation of the reducer",
     "whether gradients are averaged cannot be told",
 )
 GRAD_BUCKETS = Private(
@@ -401,7 +401,7 @@ POST_ACCUMULATE_GRAD_HOOKS = Private(
 )
 TENSOR_BACKWARD_HOOKS = Private(
     "torch._C.TensorBase._backward_hooks",
-    "to see a gradient before and after the script's own hooks",
+    "to see a gradient before and after the script's hooks",
     "the mixing matrix counts what a gradient hook adds as a rank's own",
     LAB,
 )
@@ -575,32 +575,13 @@ SPAWN_WRAP = Private(
 
 # ---- what is used from here, without a look-up each time --------------------------------------------------------
 
-TO_WATCH_WRAPPERS = (
-    ACTIVE_DDP_MODULE,
-    DDP_PRE_FORWARD,
-    DDP_POST_FORWARD,
-    MODULE_PARAMETERS,
-    PREPARE_FOR_BACKWARD,
-    CHECK_REDUCER_FINALIZED,
-    GET_BACKWARD_STATS,
-    EXECUTION_ENGINE,
-    CURRENT_GRAPH_TASK,
-)
-TO_WATCH_SHARDS = (
-    GET_FSDP_STATE,
-    FSDP_TRAINING_STATE,
-    FSDP_PARAM_GROUP,
-    FSDP_PARAM_FQN,
-    FSDP_MODULE_INFO,
-    *FSDP_PARTS.values(),
-)
 graph_task: Callable[[], int] = CURRENT_GRAPH_TASK.get(lambda: -1)
 autograd_node: Callable[[], Any] = CURRENT_AUTOGRAD_NODE.get(lambda: None)
 
 
 def is_ddp_running() -> bool:
     """Say whether a DDP's own forward is running; this is asked before every watched forward."""
-    return DistributedDataParallel._active_ddp_module is not None
+    return DistributedDataParallel._active_ddp_module is not None  # pyright: ignore[reportPrivateUsage]
 
 
 def disable_dynamo(function: Callable[..., Any], recursive: bool = True) -> Callable[..., Any]:

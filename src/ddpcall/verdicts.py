@@ -80,7 +80,7 @@ def list_columns(verdicts: Sequence[Mapping[str, str]]) -> list[str]:
 def judge_gradients(evidence: Evidence) -> str:
     """Say who ended up with whose gradients.
 
-    Blind to: synchronisation where every rank had the same batch, or where there is one rank only: equality
+    Blind to: synchronization where every rank had the same batch, or where there is one rank only: equality
     proves nothing there, so the verdict is `local`.
     """
     if evidence.failures:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ddpcall import torch_internals as internals
+from ddpcall.accelerator import device_ids
 from ddpcall.paths import CallPath, SyncWindow
 from ddpcall.reductions import (
     average_parameters_periodically,
@@ -181,7 +182,7 @@ def apply_wrapper(
 
 
 @contextmanager
-def _join(ddp: Any) -> Iterator[None]:
+def _join(ddp: Any) -> Generator[None]:
     from torch.distributed.algorithms.join import Join
 
     with Join([ddp]):
@@ -189,13 +190,13 @@ def _join(ddp: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _accelerate_session(_: Any) -> Iterator[None]:
+def _accelerate_session(_: Any) -> Generator[None]:
     from accelerate.state import AcceleratorState
 
     try:
         yield
     finally:
-        AcceleratorState._reset_state(True)
+        AcceleratorState._reset_state(True)  # pyright: ignore[reportPrivateUsage]
 
 
 @_wrapper(in_place=True, data_parallel=False, resumable=True)
@@ -207,8 +208,7 @@ def apply_none(model: nn.Module, settings: Settings) -> nn.Module:
 @_ddp(resumable=True)
 def apply_ddp(model: nn.Module, settings: Settings, **options: Any) -> DistributedDataParallel:
     """Wrap in DistributedDataParallel: the reducer that averages gradients, armed by `DDP.forward`."""
-    device_ids = [settings.device] if settings.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, **(options | settings.ddp))
+    return DistributedDataParallel(model, device_ids=device_ids(settings.device), **(options | settings.ddp))
 
 
 @_ddp()
@@ -314,9 +314,7 @@ def apply_ddp_join(model: nn.Module, settings: Settings) -> nn.Module:
 
 @_wrapper(session=_join, uneven_inputs=True)
 def apply_ddp_join_uneven(model: nn.Module, settings: Settings) -> nn.Module:
-    """Wrap in DDP and train inside `Join([ddp])`, for ranks with different numbers of batches.
-    The last rank has fewer.
-    """
+    """Wrap in DDP and train inside `Join([ddp])`; the last rank has fewer batches."""
     return apply_ddp(model, settings)
 
 
@@ -331,7 +329,7 @@ def apply_ddp_python_reducer(model: nn.Module, settings: Settings) -> nn.Module:
 
 
 @contextmanager
-def _python_reducer() -> Iterator[None]:
+def _python_reducer() -> Generator[None]:
     """Choose the python reducer; DDP's constructor then changes inductor's settings, which are put back."""
     dynamo_config, inductor_config = map(_private, internals.COMPILER_CONFIGS.values())
     before = inductor_config.save_config_portable()
@@ -524,7 +522,8 @@ def _prepare(model: nn.Module, settings: Settings, mixed_precision: str) -> tupl
         from accelerate.state import AcceleratorState
     except ImportError as error:
         raise WrapperMissing("accelerate is not installed; write pip install 'ddpcall[lab]'") from error
-    AcceleratorState._reset_state(True)  # it outlives the process group it was made for
+    # The state outlives the process group it was made for.
+    AcceleratorState._reset_state(True)  # pyright: ignore[reportPrivateUsage]
     accelerator = Accelerator(cpu=settings.device.type == "cpu", mixed_precision=mixed_precision)
     return accelerator, accelerator.prepare(model)
 
@@ -536,8 +535,7 @@ def apply_fabric(model: nn.Module, settings: Settings) -> nn.Module:
         from lightning_fabric import Fabric  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise WrapperMissing("Lightning Fabric is not installed; write pip install lightning-fabric") from error
-    kind = "cpu" if settings.device.type == "cpu" else "cuda"
-    fabric = Fabric(accelerator=kind, strategy="ddp", devices=dist.get_world_size())
+    fabric = Fabric(accelerator=settings.device.type, strategy="ddp", devices=dist.get_world_size())
     fabric.launch()
     return fabric.setup_module(model)
 
@@ -545,8 +543,7 @@ def apply_fabric(model: nn.Module, settings: Settings) -> nn.Module:
 @_wrapper(data_parallel=False)
 def apply_data_parallel(model: nn.Module, settings: Settings) -> nn.Module:
     """Wrap in DataParallel: threads over this process's GPUs, no other process; without GPUs, nothing at all."""
-    device_ids = [settings.device] if settings.device.type == "cuda" else None
-    return nn.DataParallel(model, device_ids=device_ids)
+    return nn.DataParallel(model, device_ids=device_ids(settings.device))
 
 
 @_wrapper(data_parallel=False)
@@ -566,7 +563,7 @@ def apply_trace(model: nn.Module, settings: Settings) -> nn.Module:
 
 
 @contextmanager
-def _silence_torchscript() -> Iterator[None]:
+def _silence_torchscript() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.\w+. is (deprecated|not supported)")
         yield

@@ -22,7 +22,7 @@ def test_a_gpu_for_each_rank_means_nccl(tmp_path):
     run = run_lab(tmp_path, *OPTIONS, ranks=2)
     assert run.code == 0, run.err
     assert run.summary()["environment"]["backend"] == "nccl"
-    assert all(trial["witness_agrees"] in (True, None) for trial in run.summary()["trials"])
+    assert all(trial["flight_recorder_agrees"] in (True, None) for trial in run.summary()["trials"])
 
 
 @needs_gpu

@@ -11,13 +11,13 @@ from tests.labs.solutions import CHEATS, SOLUTIONS, broken, cheating, mended
 NAMES = [exercise.name for exercise in EXERCISES]
 # What each broken script must be told, apart from what the watch finds.
 BROKEN = {
-    "module_bypass": {"hook", "parallel", "synchronised", "findings"},
-    "custom_method": {"parallel", "synchronised", "findings"},
-    "no_sync_window": {"synchronised", "findings"},
-    "late_unfreeze": {"parallel", "synchronised", "findings"},
+    "module_bypass": {"hook", "parallel", "synchronized", "findings"},
+    "custom_method": {"parallel", "synchronized", "findings"},
+    "no_sync_window": {"synchronized", "findings"},
+    "late_unfreeze": {"parallel", "synchronized", "findings"},
     "rank0_eval": {"train_mode", "alike", "findings"},
-    "early_step": {"synchronised", "findings"},
-    "load_on_rank0": {"pretrained", "synchronised", "findings"},
+    "early_step": {"synchronized", "findings"},
+    "load_on_rank0": {"pretrained", "synchronized", "findings"},
     "shared_data": {"covers", "parallel", "findings"},
     "one_process": {"one_process"},  # the watch has a note, which costs nothing
 }

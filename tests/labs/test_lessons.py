@@ -30,7 +30,7 @@ DOCS = ROOT / "docs" / "labs"
 # What is true, stated apart from catalogue and experiments.
 MEASURED = {
     "hooks_and_call": ["skipped", "fired", "crashed"],
-    "who_synchronises": ["synced", "synced", "local", "local"],
+    "who_synchronizes": ["synced", "synced", "local", "local"],
     "arming": ["synced", "local", "synced", "local"],
     "replicas_parting": ["different", "first"],
     "batchnorm_dropout": ["differ", "same", "identical", "none"],

@@ -191,7 +191,7 @@ def test_a_torch_without_script_skips_its_claims_and_says_so(pool, monkeypatch):
 
 
 def test_a_failed_control_gives_no_verdict(pool):
-    """Without a wrapper no call synchronises, so what forward loses cannot be said."""
+    """Without a wrapper no call synchronizes, so what forward loses cannot be said."""
     result = run_claim(claim("CF-4"), pool, spellings=("m alone",))
     sentence = "the control failed: some wrapper synchronizes by call"
     assert (result.measured, result.sentence, result.failed) == (SKIPPED, sentence, True)

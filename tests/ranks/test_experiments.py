@@ -45,7 +45,7 @@ def forward_bypass(tmp_path_factory) -> Run:
     return run
 
 
-def test_forward_bypass_measures_who_synchronises_and_which_hooks_fire(forward_bypass):
+def test_forward_bypass_measures_who_synchronizes_and_which_hooks_fire(forward_bypass):
     assert verdict_rows(forward_bypass, "path") == {(path,): row for path, row in DDP_TABLE.items()}
 
 
@@ -244,7 +244,7 @@ def assert_drawn(run: Run) -> None:
     assert images == {name: drawing.svg for name, drawing in drawings.items()}, "stale: write `make mixing`"
 
 
-def test_replicate_loses_synchronisation_on_forward_alone(tmp_path):
+def test_replicate_loses_synchronization_on_forward_alone(tmp_path):
     run = run_lab(tmp_path, "experiment=replicate_bypass", "steps=6", "tensorboard=false", ranks=2)
     assert run.code == 0, run.err
     assert_documented(run, "docs/experiments.md")

@@ -79,7 +79,7 @@ def test_multirun_from_one_process_runs_each_job_on_its_own_ranks(tmp_path):
     assert "train/" in (tmp_path / "runs" / "index.html").read_text()
 
 
-def test_hydra_run_dir_is_honoured_on_every_rank(tmp_path):
+def test_hydra_run_dir_is_honored_on_every_rank(tmp_path):
     run = run_lab(tmp_path, "hydra.run.dir=here", *QUICK, ranks=2)
     assert run.code == 0, run.err
     assert (tmp_path / "here" / "summary.json").exists()

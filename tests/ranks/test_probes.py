@@ -66,7 +66,7 @@ def test_the_gradients_probe_measures_the_true_difference_of_local_gradients():
 
 
 @pytest.mark.ranks(2)
-def test_the_gradients_probe_is_silent_on_synchronised_ones():
+def test_the_gradients_probe_is_silent_on_synchronized_ones():
     evidence, _ = measure_gradients(CallPath.CALL, same_batch=False)
     assert evidence.max_difference == (0.0, 0.0, 0.0)
     assert min(evidence.max_magnitude) > 0

@@ -102,7 +102,7 @@ def train_briefly():
     return model.module.weight.grad.sum().item()
 
 
-def initialise_again():
+def initialize_again():
     dist.destroy_process_group()
     dist.init_process_group("gloo")  # env://, as a training script does
     return add_ranks(0)
@@ -149,9 +149,9 @@ def test_ddp_trains_again_and_again(pool):
         assert not any(outcome.failed for outcome in pool.run(train_briefly, 2))
 
 
-def test_a_task_may_initialise_its_own_group_from_the_environment(pool):
+def test_a_task_may_initialize_its_own_group_from_the_environment(pool):
     for _ in range(10):
-        assert [outcome.value for outcome in pool.run(initialise_again, 2)] == [1.0, 1.0]
+        assert [outcome.value for outcome in pool.run(initialize_again, 2)] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

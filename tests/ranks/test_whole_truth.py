@@ -30,7 +30,7 @@ def test_every_cell_has_an_expectation_that_holds(truth_table):
     trials = truth_table.summary()["trials"]
     assert len(trials) >= 150
     assert {trial["expectation_met"] for trial in trials} == {True}
-    assert {trial["witness_agrees"] for trial in trials} <= {True, None}
+    assert {trial["flight_recorder_agrees"] for trial in trials} <= {True, None}
 
 
 # What the gradients probe says, by comparing ranks, and the shapes of the mixing matrix that go with it.
@@ -82,12 +82,12 @@ def test_docs_semantics_is_what_was_measured(truth_table):
     "wrapper",
     ["ddp", "ddp_static_graph", "ddp_find_unused", "ddp_bucket_view", "ddp_comm_hook", "ddp_join", "accelerate"],
 )
-def test_options_of_ddp_change_nothing_about_who_synchronises(truth_table, wrapper):
+def test_options_of_ddp_change_nothing_about_who_synchronizes(truth_table, wrapper):
     expected = dict.fromkeys(("call", "forward"), "synced") | dict.fromkeys(OUTSIDE, "local")
     assert gradients(truth_table, wrapper) == expected
 
 
-def test_the_python_reducer_synchronises_whoever_calls(truth_table):
+def test_the_python_reducer_synchronizes_whoever_calls(truth_table):
     assert set(gradients(truth_table, "ddp_python_reducer").values()) == {"synced"}
 
 
@@ -108,7 +108,7 @@ def test_accelerates_precision_is_lost_piece_by_piece_and_by_stripping(truth_tab
     assert precision["accelerate_stripped", "call"] == "float32"
 
 
-def test_sharded_training_that_synchronises_reaches_the_synchronised_model(truth_table):
+def test_sharded_training_that_synchronizes_reaches_the_synchronized_model(truth_table):
     for key, trial in rows(truth_table, "wrapper", "path").items():
         if trial["verdicts"]["gradients"] == "sharded" and key[0] != "tp":  # its ranks share one batch
             assert max(trial["consequence"]["distance"]) < 1e-6, key

@@ -39,7 +39,7 @@ def start_chromium(profile: Path) -> Any:
 
 
 def set_view(driver: Any, width: int, height: int, scheme: str) -> None:
-    """Set the window's size in CSS pixels, and the colour scheme that the user is said to prefer."""
+    """Set the window's size in CSS pixels, and the color scheme that the user is said to prefer."""
     feature = {"name": "prefers-color-scheme", "value": scheme}
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": [feature]})
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}

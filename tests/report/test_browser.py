@@ -405,7 +405,7 @@ def test_two_thousand_cells_open_and_answer(browser, tmp_path):
     assert browser.complaints() == []
 
 
-def test_it_prints_in_light_colours_with_everything_open(browser, pages):
+def test_it_prints_in_light_colors_with_everything_open(browser, pages):
     browser.open(pages["run"], scheme="dark")
     browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     browser.run("dispatchEvent(new Event('beforeprint'))")

@@ -62,7 +62,7 @@ def make_hook(
 
 
 def make_evidence(**changes: Any) -> Evidence:
-    """Return complete evidence of a synchronised trial, with some parts replaced."""
+    """Return complete evidence of a synchronized trial, with some parts replaced."""
     complete = Evidence(
         cell=Cell(wrapper="ddp", path="call", model="ddpcall.lab.models.Mlp"),
         environment=ENVIRONMENT,

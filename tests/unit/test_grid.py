@@ -98,8 +98,8 @@ def test_a_crash_must_have_been_expected():
 
 def test_an_expectation_that_can_never_hold_is_refused():
     config = make_config()
-    config.expect = [ExpectationConfig(gradients="synchronised")]
-    with pytest.raises(WrongUse, match="gradients: 'synchronised' is unknown; write one of: synced, sharded"):
+    config.expect = [ExpectationConfig(gradients="synchronized")]
+    with pytest.raises(WrongUse, match="gradients: 'synchronized' is unknown; write one of: synced, sharded"):
         check_expectations(config)
 
 

@@ -23,12 +23,17 @@ LEAVES = {
     "torch_version",
     "targets",
     "files",
+    "launch_environment",
+    "accelerator",
 } | INTERNALS
+ENVIRONMENT = {"launch_environment"}
 MIDDLE = LEAVES | {"verdicts", "replicas", "sketch", "mixing", "probes", "compare"}
 MAY_IMPORT = {
     "paths": set(),
     "evidence": set(),
     "files": set(),
+    "launch_environment": set(),
+    "accelerator": set(),
     "findings": set(),
     "imports": set(),
     "private_name": set(),
@@ -36,15 +41,17 @@ MAY_IMPORT = {
     "targets": set(),
     "torch_internals": {"private_name"},
     "taps": INTERNALS,
-    "ranks": INTERNALS | {"ranks"},
+    "ranks": INTERNALS | {"ranks", "accelerator"} | ENVIRONMENT,
     "reductions": INTERNALS,
-    "wrappers": INTERNALS | {"paths", "reductions"},
+    "wrappers": INTERNALS | {"paths", "reductions", "accelerator"},
     "shards": INTERNALS | {"wrappers"},
     "verdicts": LEAVES,
     "replicas": LEAVES,
     "sketch": INTERNALS | {"replicas"},
-    "mixing": INTERNALS | {"taps", "replicas", "sketch"},
-    "compare": INTERNALS | {"files", "imports", "taps", "targets", "replicas", "sketch", "mixing"},
+    "mixing": INTERNALS | ENVIRONMENT | {"taps", "replicas", "sketch"},
+    "compare": INTERNALS
+    | ENVIRONMENT
+    | {"accelerator", "files", "imports", "taps", "targets", "replicas", "sketch", "mixing"},
     "probes": MIDDLE,
     "lab": MIDDLE | {"lab", "watch"},
     "watch": MIDDLE | {"watch"},
@@ -53,7 +60,7 @@ MAY_IMPORT = {
     "pytest_plugin": MIDDLE | {"asserts"},
     "cli": MIDDLE | {"lab", "watch", "teach", "ddpcall"},
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"compare", "mixing", "watch"},  # for type checkers; another test says that nothing is imported
 }
 ONLY_IN_LAB = {"hydra", "omegaconf", "sklearn", "jinja2", "markupsafe", "yaml"}
 # Claims are experiments that a learner reads and copies, so they spell out what `paths` and `wrappers` are for.

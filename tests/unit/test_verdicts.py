@@ -33,7 +33,7 @@ def test_gradients_are_synced_only_when_equal_in_every_step_from_different_batch
     assert judge_gradients(make_evidence(gradients=gradients)) == verdict
 
 
-def test_one_rank_proves_nothing_about_synchronisation():
+def test_one_rank_proves_nothing_about_synchronization():
     alone = dataclasses.replace(ENVIRONMENT, world_size=1)
     assert judge_gradients(make_evidence(environment=alone)) == "local"
 

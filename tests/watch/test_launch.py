@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from ddpcall.watch.launch import current_launch, is_running, name_process, read_place
+from ddpcall.launch_environment import read_place
+from ddpcall.watch.launch import current_launch, is_running, name_process
 from tests.ranks.lab_process import clean_environment
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}

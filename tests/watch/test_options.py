@@ -1,14 +1,17 @@
 """Options: what is reported, what fails, and what a comment on the line silences."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
 
+import ddpcall
 from ddpcall.findings import Place
 from ddpcall.watch.options import Options, is_ignored_inline, parse_codes
 from ddpcall.watch.output.sarif import to_sarif
 from ddpcall.watch.output.text import describe_parameters, render_text
 from ddpcall.watch.output.watched import Watched
+from ddpcall.watch.session import watch
 from tests.watch.test_findings_file import FINDING
 
 
@@ -98,3 +101,9 @@ def test_sarif_has_rule_level_and_place(tmp_path, monkeypatch):
         "region": {"startLine": 3},
     }
     assert "locations" not in nowhere
+
+
+def test_what_ddpcall_watch_takes_is_shown_to_an_editor():
+    shown, real = inspect.signature(ddpcall.watch), inspect.signature(watch)
+    assert shown == real
+    assert {"model", "on_finding", "json", "every", "only"} <= shown.parameters.keys()

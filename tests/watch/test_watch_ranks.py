@@ -508,21 +508,21 @@ class Sharded(Setup):
         torch.manual_seed(rank.rank)
 
 
-def accumulate(setup, num_synchronised):
+def accumulate(setup, num_synchronized):
     for micro in range(2):
-        setup.net.set_requires_gradient_sync(micro >= 2 - num_synchronised)  # here
+        setup.net.set_requires_gradient_sync(micro >= 2 - num_synchronized)  # here
         setup.net(setup.batch()).mean().backward()
     setup.optimizer.step()
     setup.optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("apply", [fully_shard, replicate])
-def test_synchronisation_left_off_at_the_step_is_found_where_it_was_switched(rank, session, apply):
+def test_synchronization_left_off_at_the_step_is_found_where_it_was_switched(rank, session, apply):
     setup = Sharded(rank, apply)
     for _ in range(2):
-        accumulate(setup, num_synchronised=1)
+        accumulate(setup, num_synchronized=1)
     assert session.findings == []
-    accumulate(setup, num_synchronised=0)
+    accumulate(setup, num_synchronized=0)
     (finding,) = session.findings
     assert (finding.code, finding.line, finding.step) == ("DC104", line_of(accumulate, "here"), 3)
     assert sorted(finding.parameters) == ["first.bias", "first.weight", "second.bias", "second.weight"]

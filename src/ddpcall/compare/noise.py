@@ -76,6 +76,7 @@ def _distance(steps: Sequence[Step], reference: Step) -> float:
 
 
 def norm(sketches: Mapping[str, np.ndarray]) -> float:
+    """Return the length of all sketches together."""
     return math.sqrt(sum(float((rows[0] ** 2).sum()) for rows in sketches.values()))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -14,10 +14,11 @@ import torch.distributed as dist
 import xxhash
 
 from ddpcall import torch_internals as internals
+from ddpcall.accelerator import fork_rng
 
 
 @contextmanager
-def world_of(ranks: Sequence[int], timeout_s: float) -> Iterator[None]:
+def world_of(ranks: Sequence[int], timeout_s: float) -> Generator[None]:
     """Make a new group of these ranks the default process group, within the block.
 
     With one rank: rank 0 of 1, whose collectives return at once; the other ranks need not take part. A collective
@@ -73,13 +74,11 @@ def seed_all(seed: int) -> None:
 
 
 @contextmanager
-def kept_random_state() -> Iterator[None]:
+def kept_random_state() -> Generator[None]:
     """Put the random state of Python, numpy and torch back at the end."""
     python, numpy = random.getstate(), np.random.get_state()
-    devices = list(range(torch.accelerator.device_count())) if torch.accelerator.is_available() else []
-    kind = torch.accelerator.current_accelerator() if devices else None
     try:
-        with torch.random.fork_rng(devices, device_type=kind.type if kind is not None else "cuda"):
+        with fork_rng():
             yield
     finally:
         random.setstate(python)

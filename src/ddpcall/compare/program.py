@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpcall.imports import after_import
+from ddpcall.launch_environment import read_address, read_attempt, read_job, read_torch_place
 
 FIRST_STEPS = 5
 NOTHING = (
@@ -123,12 +124,11 @@ def _run(program: Sequence[str]) -> None:
 
 def _find_place() -> tuple[int, int, str]:
     """Return the rank, the number of ranks and a text that is the same on all ranks of one launch."""
-    environment = os.environ
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+    place = read_torch_place()
+    if place is None:
         return 0, 1, uuid.uuid4().hex
-    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
-    run = "-".join(environment.get(name, "") for name in names)
-    return int(environment["RANK"]), int(environment["WORLD_SIZE"]), run
+    run = "-".join([read_job(), *read_address(), str(read_attempt())])
+    return place.rank, place.num_ranks, run
 
 
 def record_command(command: Sequence[str], options: Sequence[str], out: Path) -> int:

@@ -132,7 +132,7 @@ class _Call:
         return [answer[1:] for answer in answers]
 
     def _check(self) -> bytes:
-        if not isinstance(self._model, nn.Module):
+        if not isinstance(self._model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(
                 f"model is a {type(self._model).__name__}; give the plain module, and wrap= for what the ranks "
                 "train. Write: same_as_one_process(step, model, batch)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -93,7 +93,7 @@ class SampleRecorder:
         self._calls: dict[str, int] = {}
 
     @contextmanager
-    def on(self) -> Iterator[SampleRecorder]:
+    def on(self) -> Generator[SampleRecorder]:
         """Record within the block."""
         undo = self.start()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,7 +116,7 @@ def compare_runs(a: Run, b: Run, noise: Run | None = None) -> TwoRuns:
     if answer is None:
         text = f"Nothing differs in {len(steps)} steps ({_some(steps)}), within the floor of each line."
         return TwoRuns(True, tuple(rungs), curve, text, notes=notes)
-    return TwoRuns(**(vars(answer) | {"rungs": tuple(rungs), "curve": curve, "notes": notes}))
+    return dataclasses.replace(answer, rungs=tuple(rungs), curve=curve, notes=notes)
 
 
 _NO_SAMPLES = (
@@ -350,7 +351,7 @@ def _join_weights(run: Sequence[RecordedStep]) -> dict[str, np.ndarray]:
 def _as_one(step: Step) -> Step:
     """Return the step of several ranks as one process would tell it: its own gradient is the mean of theirs."""
     own = {name: rows.mean(axis=0, keepdims=True) for name, rows in step.own.items()}
-    return Step(**(vars(step) | {"own": own, "losses": (float(np.mean(step.losses)),)}))
+    return dataclasses.replace(step, own=own, losses=(float(np.mean(step.losses)),))
 
 
 def _apart(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> float:

@@ -41,7 +41,7 @@ class Rule:
         fix: What to write instead.
         silent_when: The harmless look-alikes, on which it stays silent.
         blind_to: What it cannot see.
-        links: Where the behaviour is documented, or was met.
+        links: Where the behavior is documented, or was met.
     """
 
     code: str

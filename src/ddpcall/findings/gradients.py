@@ -65,7 +65,7 @@ RULES = (
         title="`no_sync()` or `require_backward_grad_sync` stands around the wrong forward",
         why="DDP decides in `forward` whether the next backward is reduced. If the last forward before a step "
         "runs "
-        "with synchronisation off, the step uses rank-local gradients. Around a backward alone, no_sync() does "
+        "with synchronization off, the step uses rank-local gradients. Around a backward alone, no_sync() does "
         "nothing (then it is a warning). `set_requires_gradient_sync(False)` is the same switch of replicate and "
         "fully_shard; a sharded model's step goes without the gradients.",
         wrong="with ddp.no_sync():  # around the last micro-batch too",

@@ -19,7 +19,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,7 +295,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Silence torch's warning that a rank reads alone, or is alone: that is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable|uninitialized)")
@@ -344,7 +344,7 @@ def _digest_of(manifest: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _open_regular(path: Path) -> Iterator[Any]:
+def _open_regular(path: Path) -> Generator[Any]:
     """Open a regular file; a link, a device and a FIFO are refused without being read."""
     try:
         with open_regular(path) as file:

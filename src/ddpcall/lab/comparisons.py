@@ -33,7 +33,7 @@ def check_comparisons(config: TrainConfig) -> None:
         )
     if config.ranks < 2:
         raise WrongUse(f"ranks={config.ranks}: one rank is one process; write ranks=2 or more")
-    if "cuda" in config.device:
+    if config.device not in ("auto", "cpu"):
         raise WrongUse(f"device={config.device}: the cases of one_process run on the CPU; write device=cpu")
     if config.checkpoint.every or config.checkpoint.resume != "never":
         raise WrongUse("comparisons with one process are neither saved nor resumed: leave checkpoint out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 FOLDER = "stacks"
@@ -13,7 +13,7 @@ _MOST_CHARACTERS = 20_000
 
 
 @contextlib.contextmanager
-def keep_stack_of_crash(run_directory: Path, rank: int) -> Iterator[None]:
+def keep_stack_of_crash(run_directory: Path, rank: int) -> Generator[None]:
     """Write the stacks of all threads to `stacks/rank<r>.txt` if SIGSEGV, SIGABRT, SIGBUS, SIGFPE or SIGILL comes.
 
     The file is opened now: nothing can be opened in a process that crashes. It is removed again where it stayed

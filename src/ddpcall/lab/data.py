@@ -40,7 +40,7 @@ def load_split(config: DataConfig, seed: int) -> Split:
     Raises:
         WrongUse: Unknown name, or a test fraction that leaves nothing on one side.
     """
-    load = _load_user_data if config._target_ else DATA.get(config.name)
+    load = _load_user_data if config._target_ else DATA.get(config.name)  # pyright: ignore[reportPrivateUsage]
     if load is None:
         raise WrongUse(f"data.name={config.name} is unknown; write {', '.join(DATA)} or data._target_=")
     inputs, targets, out_features = load(config, seed)
@@ -85,7 +85,7 @@ def _load_user_data(config: DataConfig, seed: int) -> tuple[Tensor, Tensor, int]
             raise ValueError(f"{len(inputs)} inputs and {len(targets)} targets")
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise WrongUse(
-            f"data._target_={config._target_} returned neither a pair of tensors, inputs and targets, nor a "
+            f"data._target_={config._target_} returned neither a pair of tensors, inputs and targets, nor a "  # pyright: ignore[reportPrivateUsage]
             f"dataset of such pairs: {error}"
         ) from error
     return inputs, targets, targets[0].numel() if targets.is_floating_point() else int(targets.max()) + 1

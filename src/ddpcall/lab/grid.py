@@ -64,7 +64,7 @@ def _cross(config: TrainConfig, only: CellConfig) -> Iterator[Cell]:
 
 
 def _choose(node: WrapperConfig | PathConfig) -> str:
-    return "custom" if node._target_ else node.name
+    return "custom" if node._target_ else node.name  # pyright: ignore[reportPrivateUsage]
 
 
 def _names(kind: type[StrEnum], names: Sequence[str], axis: str) -> list[str]:

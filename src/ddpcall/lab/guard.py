@@ -12,13 +12,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch.distributed as dist
 
 from ddpcall.lab.errors import EXIT_FAILED
 from ddpcall.lab.stop import SAVE_SECONDS, Stop
 from ddpcall.lab.world import POLL_SECONDS, World
+from ddpcall.launch_environment import read_address
 
 # How long ranks wait for each other's last words once something has gone wrong.
 FAREWELL_SECONDS = 5.0
@@ -58,7 +59,7 @@ class Guard:
         self._deadline: float | None = None
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
+    def watch(self) -> Generator[None]:
         """Guard the body. SIGTERM and SIGINT go to the guard alone meanwhile; main thread only."""
         awake, wake = socket.socketpair()
         with awake, wake:
@@ -78,7 +79,7 @@ class Guard:
                     signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def limit(self, name: str, seconds: float) -> Iterator[None]:
+    def limit(self, name: str, seconds: float) -> Generator[None]:
         """Allow the body this many seconds."""
         self._name, self._deadline = name, time.monotonic() + seconds
         last = threading.Timer(seconds + CUT_OFF_SECONDS, self._leave_cut_off)
@@ -94,7 +95,7 @@ class Guard:
         """End a rank whose guard waits for the store: a store behind a cut cable never answers nor fails."""
         print(
             f"ddpcall: rank {self._world.rank} leaves {self._name}: its time is over, and the store at "
-            f"{os.environ.get('MASTER_ADDR', 'rank 0')} does not answer. Is this host cut off from it?",
+            f"{read_address()[0] or 'rank 0'} does not answer. Is this host cut off from it?",
             file=sys.stderr,
         )
         _leave()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from ddpcall.accelerator import Accelerator, name_device
 from ddpcall.evidence import Environment
 from ddpcall.lab import crash
 from ddpcall.lab.console import warn
@@ -22,7 +23,7 @@ from ddpcall.lab.guard import FAREWELL_SECONDS, Guard
 from ddpcall.lab.report.command import leave_report
 from ddpcall.lab.run_directory import NotWritten, RunDirectory
 from ddpcall.lab.schema import TrainConfig
-from ddpcall.lab.world import Accelerator, RankLost, World
+from ddpcall.lab.world import RankLost, World
 
 GATHER_SECONDS = 30.0
 
@@ -183,7 +184,6 @@ class GuardedRun(ABC):
 def describe_environment(accelerator: Accelerator, world_size: int) -> Environment:
     """Describe what this process runs on."""
     device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {
         package: importlib.metadata.version(package)
         for package in ("ddpcall", "hydra-core", "numpy", "scikit-learn")
@@ -193,7 +193,7 @@ def describe_environment(accelerator: Accelerator, world_size: int) -> Environme
         python=platform.python_version(),
         backend=accelerator.backend,
         device=device.type,
-        device_name=name,
+        device_name=name_device(device),
         world_size=world_size,
         versions=versions,
     )

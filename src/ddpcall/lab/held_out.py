@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ddpcall.accelerator import fork_rng
 from ddpcall.paths import Batch, LossFunction
 
 
@@ -61,4 +62,4 @@ class Examiner:
 
 
 def _kept_random_state(device: torch.device) -> AbstractContextManager[None]:
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    return fork_rng(device)

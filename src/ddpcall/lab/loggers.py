@@ -43,6 +43,8 @@ def log_curves(name: str, directory: Path, evidence: Evidence, reports: Sequence
             _log_wandb(directory, evidence.cell, list_scalars(evidence, reports))
         case "mlflow":
             _log_mlflow(directory, evidence.cell, list_scalars(evidence, reports))
+        case _:
+            pass  # none
 
 
 def name_cell(cell: Cell) -> str:

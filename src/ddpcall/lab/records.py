@@ -31,8 +31,8 @@ class TrialRecord:
         expected: The verdicts the experiment expects, likewise.
         error: The first line of a crash; None where nothing crashed.
         cause: Its true cause, where known.
-        witness_agrees: Whether the flight recorder saw what the reducer probe did; None where it cannot tell.
-        consequence: What the trained models are worth.
+        flight_recorder_agrees: Whether it saw what the reducer probe did; None where it cannot tell.
+        consequence: How good the trained models are.
         evidence: Everything measured; None where it could not be read.
     """
 
@@ -41,7 +41,7 @@ class TrialRecord:
     expected: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     cause: str | None = None
-    witness_agrees: bool | None = None
+    flight_recorder_agrees: bool | None = None
     consequence: Consequence | None = None
     evidence: Evidence | None = None
 
@@ -62,7 +62,7 @@ class TrialRecord:
             expected=dict(expected),
             error=_first_line(evidence),
             cause=explain_crash(evidence),
-            witness_agrees=evidence.collectives.agrees if evidence.collectives else None,
+            flight_recorder_agrees=evidence.collectives.agrees if evidence.collectives else None,
             consequence=evidence.consequence,
             evidence=evidence,
         )
@@ -123,7 +123,8 @@ def read_trial(item: Any, place: str = "a trial") -> TrialRecord:
         Misfit: It is no trial.
     """
     cell = read_record(Cell, item, place)
-    return read_record(TrialRecord, {**item, "cell": asdict(cell)}, place)
+    agrees = item.get("flight_recorder_agrees", item.get("witness_agrees"))  # the key before 0.2.0
+    return read_record(TrialRecord, {**item, "cell": asdict(cell), "flight_recorder_agrees": agrees}, place)
 
 
 def restore_trial(line: dict[str, Any]) -> TrialRecord:

@@ -129,7 +129,7 @@ class ProbesConfig:
         enabled: False runs the bare trials: losses and consequences only.
         hook_steps: The hooks probe observes this many steps and then leaves, since it is the dear one; 0: all.
             On compiled models it always stays: leaving would recompile them.
-        global_hooks: Also witness hooks registered for all modules at once.
+        global_hooks: Also count hooks registered for all modules at once.
         mixing: Measure in the last two steps whose gradients each rank's optimizer uses.
         modes: Also watch training flags, dropout, batch norm and precision; not on compiled models.
         timeline: Record what happens when in one step, after warm-up.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.text import Text
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE
 from ddpcall.lab.run_directory import RunDirectory
 from ddpcall.lab.runs import differing_overrides, list_jobs
+from ddpcall.launch_environment import read_place
 
 COLUMNS = ("gradients", "mixing", "accuracy", "distance")
 exit_codes: list[int] = []  # of the sweeps of this process: a launcher plugin runs jobs in processes of its own
@@ -39,7 +39,7 @@ class RunDirectoryCheck(Callback):
             with tempfile.TemporaryFile(dir=directory) as file:
                 file.write(b" " * 65536)
         except OSError as error:
-            if os.environ.get("RANK", "0") == "0":
+            if read_place().rank == 0:
                 print(
                     f"ddpcall: the run directory {directory} cannot be written: {error.strerror}. Write another "
                     "hydra.run.dir",

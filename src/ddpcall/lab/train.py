@@ -19,6 +19,7 @@ from ddpcall.lab.overrides import check_composed, check_overrides
 from ddpcall.lab.run_directory import RunDirectory, new_run_id
 from ddpcall.lab.schema import TrainConfig, register_schema
 from ddpcall.lab.sweep import exit_codes as sweep_exit_codes
+from ddpcall.launch_environment import Place, read_torch_place
 
 if TYPE_CHECKING:
     from ddpcall.lab.world import World
@@ -35,7 +36,8 @@ def main() -> None:
     register_schema()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that model._target_=my.module.MyNet finds the user's module
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    place = read_torch_place() or Place()
+    rank, world_size = place.rank, place.num_ranks
     exit_codes: list[int] = []
     run_ids, world = _agree_on_run_id(rank, world_size)
     try:
@@ -109,21 +111,21 @@ def _run(composed: DictConfig) -> int:
 
     config = OmegaConf.to_object(composed)
     assert isinstance(config, TrainConfig)
+    place = read_torch_place() or Place()
     try:
         check_composed(config)
     except WrongUse as error:
-        if os.environ.get("RANK", "0") == "0":
+        if place.rank == 0:
             _complain(str(error))
         return EXIT_WRONG_USE
     directory = Path(HydraConfig.get().runtime.output_dir)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started < config.ranks:
-        return _run_on_missing_ranks(config, directory, started)
+    if place.num_ranks < config.ranks:
+        return _run_on_missing_ranks(config, directory, place)
     code = record(run_experiment)(config, directory)
     return EXIT_FAILED if code is None else code
 
 
-def _run_on_missing_ranks(config: TrainConfig, directory: Path, started: int) -> int:
+def _run_on_missing_ranks(config: TrainConfig, directory: Path, place: Place) -> int:
     """Start the ranks that the launcher did not, on this machine, from one of its processes."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -133,16 +135,14 @@ def _run_on_missing_ranks(config: TrainConfig, directory: Path, started: int) ->
     from ddpcall.lab.report.command import leave_report
     from ddpcall.lab.world import World, launch_local_ranks
 
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    if started > local:
-        if rank == 0:
+    if place.num_ranks > place.num_local:
+        if place.rank == 0:
             _complain(
-                f"experiment {config.name} needs {config.ranks} ranks and {started} were started on several "
-                f"machines. Start more of them, or write ranks={started}"
+                f"experiment {config.name} needs {config.ranks} ranks and {place.num_ranks} were started on "
+                f"several machines. Start more of them, or write ranks={place.num_ranks}"
             )
         return EXIT_WRONG_USE
-    if rank != 0:
+    if place.rank != 0:
         return EXIT_OK  # rank 0 starts all ranks anew
     try:
         check_config(config, World(local_world_size=config.ranks))
@@ -150,7 +150,8 @@ def _run_on_missing_ranks(config: TrainConfig, directory: Path, started: int) ->
         _complain(str(error))
         return EXIT_WRONG_USE
     say(
-        f"{config.name} needs {config.ranks} ranks, {started} was started: starting {config.ranks} on this machine"
+        f"{config.name} needs {config.ranks} ranks, {place.num_ranks} was started: "
+        f"starting {config.ranks} on this machine"
     )
     try:
         return launch_local_ranks(run_experiment, config.ranks, config, directory)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -413,7 +413,7 @@ class Trial:
             put_random_state(rest["random"], self._accelerator.device)
 
     @contextmanager
-    def _refuse_foreign(self) -> Iterator[None]:
+    def _refuse_foreign(self) -> Generator[None]:
         """Tell a whole checkpoint that fits no trial like this one from a trial that raises."""
         try:
             yield
@@ -563,7 +563,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
     """
     options = {name: getattr(config, name) for name in ("lr", "momentum", "weight_decay")}
     options = {name: value for name, value in options.items() if value is not None}
-    if config._target_:
+    if config._target_:  # pyright: ignore[reportPrivateUsage]
         build = load_target("optimizer", own_arguments(config), ("params", *options))
         return build(params=parameters, **options)
     if config.name not in OPTIMIZERS:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ddpcall.accelerator import CPU, get_rng_state, set_rng_state
 from ddpcall.evidence import HooksOfStep, StepTimeline, TimelineEvent
 from ddpcall.shards import local_part
 from ddpcall.taps import is_lazy
@@ -75,7 +76,7 @@ def take_random_state(device: torch.device) -> dict[str, Any]:
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "device": None if device.type == CPU else get_rng_state(device),
         "python": random.getstate(),
         "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *map(float, rest)),
     }
@@ -84,8 +85,8 @@ def take_random_state(device: torch.device) -> dict[str, Any]:
 def put_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Put back what `take_random_state` returned."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    if state["device"] is not None:
+        set_rng_state(state["device"], device)
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
@@ -96,4 +97,5 @@ def unpack_timeline(packed: dict[str, Any] | None) -> StepTimeline | None:
     if packed is None:
         return None
     events = tuple(TimelineEvent(**event) for event in packed["events"])
-    return StepTimeline(**{**packed, "events": events, "hooks": tuple(HooksOfStep(**h) for h in packed["hooks"])})
+    hooks = tuple(HooksOfStep(**fired) for fired in packed["hooks"])
+    return StepTimeline(**dict[str, Any](packed, events=events, hooks=hooks))

@@ -80,7 +80,7 @@ def wrap_by_target(config: WrapperConfig, model: nn.Module, device: torch.device
     wrapped = load_target("wrapper", own_arguments(config), ("model", "device"))(model=model, device=device)
     if not isinstance(wrapped, nn.Module):
         raise WrongUse(
-            f"wrapper._target_={config._target_} returned {type(wrapped).__name__}, not a torch.nn.Module"
+            f"wrapper._target_={config._target_} returned {type(wrapped).__name__}, not a torch.nn.Module"  # pyright: ignore[reportPrivateUsage]
         )
     return wrapped
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import os
 import pickle
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from ddpcall import accelerator
+from ddpcall.accelerator import CPU_BACKEND, Accelerator
 from ddpcall.lab.errors import WrongUse
-from ddpcall.lab.launcher_variables import is_of_a_launch
+from ddpcall.launch_environment import (
+    has_agent_store,
+    is_of_a_launch,
+    read_address,
+    read_attempt,
+    read_torch_place,
+)
 
 CONNECT_SECONDS = 60.0
 CONNECTED_SECONDS = 20.0
@@ -157,28 +165,28 @@ def open_world() -> World:
     Raises:
         WrongUse: The store cannot be opened: a port in use, or nobody listening.
     """
-    if "RANK" not in os.environ:
-        return World()
     try:
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    except (KeyError, ValueError) as error:
+        place = read_torch_place()
+    except ValueError as error:
         raise WrongUse(
             f"RANK is set, but WORLD_SIZE or another variable is missing or no number: {error}"
         ) from None
-    if world_size == 1:
-        return World(rank, world_size, local_rank, local_world_size)
-    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store, group_store = _open_store(rank, hosts), _open_store(rank, False)
-    return World(rank, world_size, local_rank, local_world_size, store, group_store, hosts)
+    if place is None:
+        return World()
+    world = World(place.rank, place.num_ranks, place.local_rank, place.num_local)
+    if world.world_size == 1:
+        return world
+    hosts = world.rank == 0 and not has_agent_store()
+    store, group_store = _open_store(world.rank, hosts), _open_store(world.rank, False)
+    return dataclasses.replace(world, store=store, group_store=group_store, hosts_store=hosts)
 
 
 _hosted: dict[tuple[str, str], dist.Store] = {}  # by address and port: a process hosts a store once
 
 
 def _open_store(rank: int, hosts: bool) -> dist.Store:
-    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+    host, port = read_address()
+    address, port = host or "127.0.0.1", port or "29500"
     hosts = hosts and (address, port) not in _hosted
     try:
         if not hosts:
@@ -200,7 +208,7 @@ def _open_store(rank: int, hosts: bool) -> dist.Store:
     if hosts:
         _hosted[address, port] = store
     # A restarted attempt must not meet the keys of the one that failed.
-    return dist.PrefixStore(f"ddpcall/attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"ddpcall/attempt{read_attempt()}", store)
 
 
 def _await_listener(rank: int, address: str, port: int) -> None:
@@ -223,46 +231,22 @@ def _await_listener(rank: int, address: str, port: int) -> None:
         time.sleep(0.1)
 
 
-@dataclass(frozen=True)
-class Accelerator:
-    """Where tensors live and who talks: device and process-group backend."""
-
-    device: torch.device
-    backend: str
-
-
 def choose_accelerator(device: str, backend: str, local_rank: int, local_world_size: int) -> Accelerator:
-    """Choose device and backend for this rank.
-
-    CPU and gloo where there is no GPU; CUDA and nccl with a GPU for every local rank; CUDA and gloo where
-    ranks share one.
+    """Choose device and backend for this rank, as `ddpcall.accelerator` does.
 
     Raises:
         WrongUse: A device or backend that is not there.
     """
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device not in ("auto", "cpu", "cuda") or backend not in ("auto", "gloo", "nccl"):
-        raise WrongUse(f"device={device} backend={backend}: write device=auto|cpu|cuda and backend=auto|gloo|nccl")
-    if device == "cuda" and not num_gpus:
-        raise WrongUse("device=cuda, but torch sees no GPU here. Write device=cpu")
-    kind = ("cuda" if num_gpus else "cpu") if device == "auto" else device
-    if backend == "nccl" and kind == "cpu":
-        raise WrongUse("backend=nccl needs CUDA tensors, but the device is the CPU. Write backend=gloo")
-    if backend == "nccl" and num_gpus < local_world_size:
-        raise WrongUse(
-            f"backend=nccl needs a GPU for each of the {local_world_size} local ranks, and there are {num_gpus}. "
-            "Write backend=gloo to let ranks share a GPU"
-        )
-    if backend == "auto":
-        backend = "nccl" if kind == "cuda" and num_gpus >= local_world_size else "gloo"
-    chosen = torch.device("cuda", local_rank % num_gpus) if kind == "cuda" else torch.device("cpu")
-    return Accelerator(chosen, backend)
+    try:
+        return accelerator.choose_accelerator(device, backend, local_rank, local_world_size)
+    except ValueError as error:
+        raise WrongUse(str(error)) from None
 
 
 @contextlib.contextmanager
 def process_group(
-    world: World, accelerator: Accelerator, name: str, timeout_s: float
-) -> Iterator[dist.ProcessGroup | None]:
+    world: World, chosen: Accelerator, name: str, timeout_s: float
+) -> Generator[dist.ProcessGroup | None]:
     """Open a fresh default process group, and yield a gloo group for the probes beside it; None in a world of one.
 
     A world of one still gets a default group, since DDP asks for one. On exit, whatever held on to DDP objects
@@ -271,9 +255,9 @@ def process_group(
     """
     store = dist.PrefixStore(name, world.group_store) if world.group_store is not None else dist.HashStore()
     timeout = timedelta(seconds=timeout_s)
-    options: dict[str, Any] = {"device_id": accelerator.device} if accelerator.backend == "nccl" else {}
+    options: dict[str, Any] = {} if chosen.backend == CPU_BACKEND else {"device_id": chosen.device}
     dist.init_process_group(
-        accelerator.backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout, **options
+        chosen.backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout, **options
     )
     try:
         probe_group: Any = None
@@ -322,7 +306,7 @@ def launch_local_ranks(function: Callable[..., int], num_ranks: int, *args: Any)
 
 
 @contextlib.contextmanager
-def _without_torchrun_variables() -> Iterator[None]:
+def _without_torchrun_variables() -> Generator[None]:
     """Hide an outer torchrun's variables, which would reach the new ranks and mislead their rendezvous."""
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if is_of_a_launch(name)}
     try:

@@ -5,7 +5,6 @@ No collective: ranks that took fewer steps, or none, hold nobody up in a group's
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore
 
 from ddpcall import torch_internals as internals
+from ddpcall.launch_environment import read_attempt
 
 _MAX_PAUSE_S = 0.02
 
@@ -43,7 +43,7 @@ def exchange_records(data: bytes, timeout_s: float, *, wait: bool = True) -> lis
         RanksMissing: others did not call within the time limit.
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    attempt = read_attempt()
     store = PrefixStore(f"ddpcall/mixing/{attempt}", internals.GET_DEFAULT_STORE.get()())
     number = store.add(f"calls/{rank}", 1)
     store.set(f"{number}/{rank}", data)  # pyright: ignore[reportArgumentType]  # bytes are taken

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ class MixingMeasurement:
 @contextmanager
 def measure_mixing(
     model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], *, timeout_s: float = 60.0
-) -> Iterator[MixingMeasurement]:
+) -> Generator[MixingMeasurement]:
     """Measure who learns from whom in the optimizer step that the block takes.
 
         with ddpcall.measure_mixing(model, optimizer) as mixing:

@@ -36,6 +36,7 @@ class Parameter:
     verdict: Verdict = field(default_factory=lambda: Verdict("unidentifiable"))
 
     def layout(self) -> tuple[Any, ...]:
+        """Return what must be equal for two parameters' records to be stacked."""
         return (self.own.shape[1], self.earlier.shape[1], bool(self.carry.any()), self.captured)
 
 
@@ -154,6 +155,7 @@ def _is_reduced_in_hooks(own: Sequence[Mapping[int, tuple[np.ndarray, np.ndarray
 
 
 def rows_agree(rows: np.ndarray) -> bool:
+    """Say whether all rows equal the first, up to rounding."""
     return bool((np.linalg.norm(rows - rows[0], axis=1) <= 1e-6 * np.linalg.norm(rows[0])).all())
 
 

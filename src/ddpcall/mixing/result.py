@@ -100,4 +100,5 @@ def _head(column: tuple[int, int]) -> str:
 
 
 def name_some(names: Sequence[str]) -> str:
+    """Name the first five and count the others."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -171,7 +171,7 @@ def _columns(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     return columns, np.linalg.norm(columns, axis=-1)
 
 
-# ---- the order of judgement -------------------------------------------------------------------------------
+# ---- the order of judgment -------------------------------------------------------------------------------
 
 
 def judge(batch: Batch) -> list[Verdict]:
@@ -285,7 +285,7 @@ def _name_mean(one: Batch, coefficients: np.ndarray, distance: np.ndarray) -> Ve
 def _find_kept(one: Batch, parts: np.ndarray) -> list[int]:
     """Return the backwards that are in the used gradient, by the simplest explanation that holds.
 
-    Gradients of two backwards are often almost parallel, and the coefficients of a fit are then worth little: all
+    Gradients of two backwards are often almost parallel, and the coefficients of a fit then mean little: all
     alike, or the last alone, is tried first.
     """
     if len(parts) == 1:

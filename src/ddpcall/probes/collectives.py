@@ -1,4 +1,4 @@
-"""The collectives probe: torch's flight recorder as a witness that knows nothing of our taps."""
+"""The collectives probe: torch's flight recorder, which knows nothing of our taps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ddpcall import torch_internals as internals
+from ddpcall.accelerator import BACKENDS
 from ddpcall.evidence import CollectiveEvidence, ReducerEvidence
 from ddpcall.probes.kept import Kept
 
@@ -68,7 +69,7 @@ class CollectivesObserver(Kept):
 
 
 @contextmanager
-def observe_collectives() -> Iterator[CollectivesObserver]:
+def observe_collectives() -> Generator[CollectivesObserver]:
     """Count the all-reduces on the default process group, step by step.
 
     Yields:
@@ -114,7 +115,7 @@ _ITEM_BYTES = {"float": 4, "double": 8, "c10::Half": 2, "c10::BFloat16": 2, "int
 
 
 @contextmanager
-def time_collectives() -> Iterator[list[TimedCollective]]:
+def time_collectives() -> Generator[list[TimedCollective]]:
     """Time the collectives of the process group's backend while the body runs.
 
     Yields:
@@ -172,7 +173,7 @@ def _wait_for_gloo(began_ns: int) -> bool:
 def _timed_collectives(events: Iterable[Any]) -> Iterator[TimedCollective]:
     for event in events:
         backend, _, operation = event.name().partition(":")
-        if backend not in ("gloo", "nccl") or not operation:
+        if backend not in BACKENDS or not operation:
             continue
         begin_ns = event.start_ns()
         shapes = tuple(tuple(shape) for shape in event.shapes())
@@ -181,7 +182,7 @@ def _timed_collectives(events: Iterable[Any]) -> Iterator[TimedCollective]:
 
 
 @contextmanager
-def _quiet_kineto() -> Iterator[None]:
+def _quiet_kineto() -> Generator[None]:
     """Keep the profiler from writing "USDT: … profiler_start" to stderr, which CPU builds of torch 2.13 do.
 
     The level is read once in a process, when its first profile starts.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,7 +62,7 @@ class CompiledObserver(Kept):
 
 
 @contextmanager
-def observe_compiled(requested: bool, backend: str, log: SpanLog | None = None) -> Iterator[CompiledObserver]:
+def observe_compiled(requested: bool, backend: str, log: SpanLog | None = None) -> Generator[CompiledObserver]:
     """Count compiled frames, and the steps that ran compiled code. Enter it before the model is wrapped.
 
     Args:
@@ -87,5 +87,5 @@ def observe_compiled(requested: bool, backend: str, log: SpanLog | None = None) 
     try:
         yield observer
     finally:
-        observer._frames = counters["frames"]["ok"] - before
+        observer._frames = counters["frames"]["ok"] - before  # pyright: ignore[reportPrivateUsage]
         torch.compiler.reset()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 
 import torch
@@ -126,7 +126,7 @@ def _flat_gradient(parameter: nn.Parameter) -> Tensor:
 @contextmanager
 def observe_gradients(
     model: nn.Module, group: dist.ProcessGroup | None, sharded: Collection[str] = ()
-) -> Iterator[GradientsObserver]:
+) -> Generator[GradientsObserver]:
     """Compare gradients across ranks, as they stand before each optimizer step.
 
     Args:

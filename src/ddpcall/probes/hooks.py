@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,7 @@ class _Watched:
 
 
 @dataclass(frozen=True)
-class _Witness:
+class _CountingHook:
     watched: _Watched
     kind: str
     fired: Tensor
@@ -71,11 +71,11 @@ class HooksObserver(Kept):
         self._stack = stack
         self._device = device
         self._global_hooks = global_hooks
-        self._witnesses: list[_Witness] = []
+        self._counting_hooks: list[_CountingHook] = []
         self._final: tuple[HookCount, ...] | None = None
 
     def register(self) -> None:
-        """Register one witness of each kind on every module: the moment a user would register theirs."""
+        """Register one counting hook of each kind on every module: the moment a user would register theirs."""
         for kind in HOOK_DICTS:
             for watched in self._watched:
                 fired = _counter(self._device)
@@ -92,7 +92,7 @@ class HooksObserver(Kept):
 
     def _add(self, watched: _Watched, name: str, kind: str, fired: Tensor) -> None:
         runs = watched.runs[kind]
-        self._witnesses.append(_Witness(watched, name, fired, runs, int(runs)))
+        self._counting_hooks.append(_CountingHook(watched, name, fired, runs, int(runs)))
 
     def retire(self) -> None:
         """Take all hooks and counters off the subject; the counts stay as they are."""
@@ -104,7 +104,7 @@ class HooksObserver(Kept):
         return {
             "final": None if self._final is None else [dataclasses.asdict(count) for count in self._final],
             "runs": [{kind: int(runs) for kind, runs in watched.runs.items()} for watched in self._watched],
-            "witnesses": [(int(witness.fired), witness.runs_before) for witness in self._witnesses],
+            "hooks": [(int(hook.fired), hook.runs_before) for hook in self._counting_hooks],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -113,20 +113,20 @@ class HooksObserver(Kept):
             self._final = tuple(HookCount(**values) for values in state["final"])
             self._stack.close()
             return
-        if state["witnesses"] and not self._witnesses:
+        if state["hooks"] and not self._counting_hooks:
             self.register()
         for watched, counts in zip(self._watched, state["runs"], strict=True):
             for kind, count in counts.items():
                 watched.runs[kind].fill_(count)
-        for index, (fired, runs_before) in enumerate(state["witnesses"]):
-            self._witnesses[index].fired.fill_(fired)
-            self._witnesses[index] = dataclasses.replace(self._witnesses[index], runs_before=runs_before)
+        for index, (fired, runs_before) in enumerate(state["hooks"]):
+            self._counting_hooks[index].fired.fill_(fired)
+            self._counting_hooks[index] = dataclasses.replace(self._counting_hooks[index], runs_before=runs_before)
 
     def evidence(self) -> tuple[HookCount, ...]:
         """Return the counts so far, one record for each role, module and kind."""
         if self._final is not None:
             return self._final
-        return tuple(witness.count(role) for witness in self._witnesses for role in witness.watched.roles)
+        return tuple(hook.count(role) for hook in self._counting_hooks for role in hook.watched.roles)
 
 
 @contextmanager
@@ -137,8 +137,8 @@ def observe_hooks(
     device: torch.device,
     global_hooks: bool = False,
     log: SpanLog | None = None,
-) -> Iterator[HooksObserver]:
-    """Witness forward-pre, forward and full-backward hooks on the wrapped, the inner and its submodules.
+) -> Generator[HooksObserver]:
+    """Count calls of forward-pre, forward and full-backward hooks on wrapped, inner and submodules.
 
     Args:
         wrapped: The object the training script holds.
@@ -159,7 +159,7 @@ def observe_hooks(
 
     Changes: a hooked module never takes torch's short cut around hooks, and a full-backward hook adds a node
     to the autograd graph. torch's warnings that a full-backward hook fires on inputs that need no gradient, and
-    that FSDP2 met a view, are silenced meanwhile: our own witness causes them.
+    that FSDP2 met a view, are silenced meanwhile: our own hooks cause them.
 
     Source: `torch/nn/modules/module.py`, `_call_impl`.
     """

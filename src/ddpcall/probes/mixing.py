@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -38,7 +38,7 @@ class MixingObserver:
 
 
 @contextmanager
-def observe_mixing(model: nn.Module, optimizer: Optimizer, num_steps: int) -> Iterator[MixingObserver]:
+def observe_mixing(model: nn.Module, optimizer: Optimizer, num_steps: int) -> Generator[MixingObserver]:
     """Sketch own and used gradients in the last steps of a trial.
 
     Args:

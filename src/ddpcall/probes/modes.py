@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -167,7 +167,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def observe_modes(subject: Subject, group: dist.ProcessGroup | None) -> Iterator[ModesObserver]:
+def observe_modes(subject: Subject, group: dist.ProcessGroup | None) -> Generator[ModesObserver]:
     """Watch training flags, dropout, batch norm's running statistics and the precision of layers.
 
     Args:

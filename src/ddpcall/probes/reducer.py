@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -54,7 +54,7 @@ class ReducerObserver(Kept):
 
 
 @contextmanager
-def observe_reducer(subject: Subject) -> Iterator[ReducerObserver]:
+def observe_reducer(subject: Subject) -> Generator[ReducerObserver]:
     """Watch DDP's reducer being armed and gradients arriving.
 
     Yields:

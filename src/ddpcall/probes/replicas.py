@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -115,7 +115,7 @@ def _row_norms(rows: Tensor) -> Tensor:
 @contextmanager
 def observe_replicas(
     model: nn.Module, group: dist.ProcessGroup | None, sharded: Collection[str] = ()
-) -> Iterator[ReplicasObserver]:
+) -> Generator[ReplicasObserver]:
     """Digest parameters and buffers after every step and compare the digests across ranks at the end.
 
     Args:

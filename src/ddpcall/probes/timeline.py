@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -63,7 +63,7 @@ class TimelineObserver:
         self.latest: StepTimeline | None = None
 
     def span(self, kind: str, name: str) -> AbstractContextManager[None]:
-        """Return a context that times a part of the script's own step, while a step is being recorded."""
+        """Return a context that times a part of the script's step, while a step is being recorded."""
         return self._log.span(kind, name) if self._log.recording else nullcontext()
 
     def step(self, step: int) -> AbstractContextManager[None]:
@@ -81,7 +81,7 @@ class TimelineObserver:
         self._taps.close()
 
     @contextmanager
-    def _observe(self, step: int) -> Iterator[None]:
+    def _observe(self, step: int) -> Generator[None]:
         # Dynamo compiles hooks apart and would compile again, so a compiling wrapper's are left alone until a
         # whole step has shown that this path runs none of its compiled code.
         compiles = self._subject.spec.compiles
@@ -90,7 +90,7 @@ class TimelineObserver:
         before, runs_before = self._counters.hooks.evidence(), self._counters.compiled.graph_runs
         raised, collectives = True, []
         try:
-            with self._witness(step) as collectives, self._recording():
+            with self._observe_collectives(step) as collectives, self._recording():
                 yield
             raised = False
         finally:
@@ -99,11 +99,11 @@ class TimelineObserver:
             if raised or step == self._measured_step:
                 self.close()
 
-    def _witness(self, step: int) -> AbstractContextManager[list[TimedCollective]]:
+    def _observe_collectives(self, step: int) -> AbstractContextManager[list[TimedCollective]]:
         return time_collectives() if step == self._measured_step else nullcontext([])
 
     @contextmanager
-    def _recording(self) -> Iterator[None]:
+    def _recording(self) -> Generator[None]:
         self._log.spans.clear()
         self._log.recording = True
         self._epoch_ns = time.time_ns() - time.perf_counter_ns()
@@ -198,7 +198,7 @@ class TimelineObserver:
 @contextmanager
 def observe_timeline(
     subject: Subject, counters: Counters, *, log: SpanLog, measured_step: int
-) -> Iterator[TimelineObserver]:
+) -> Generator[TimelineObserver]:
     """Time the forwards, hooks, backward, collectives and optimizer of one step on this rank.
 
     Enter it after the hooks probe, and leave it before. The steps before the measured one are recorded too, as
@@ -213,7 +213,7 @@ def observe_timeline(
         measured_step: The step to keep, from 0.
 
     Yields:
-        The observer; put `step(index)` around every step, and `span(…)` around the script's own parts of it.
+        The observer; put `step(index)` around every step, and `span(…)` around the script's parts of it.
 
     Blind to: modules and hooks inside compiled code, which is one span for each graph; scripted and exported
     code below its root; modules between the wrapped and the inner one; global hooks; kernels that still run on

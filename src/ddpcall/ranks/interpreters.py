@@ -39,14 +39,17 @@ class Interpreters(Protocol):
     """A source of worker processes."""
 
     def start(self) -> tuple[int, Connection]:
+        """Start a worker; return its process id and the connection to it."""
         """Start a worker; returns its process id and the connection to it."""
         ...
 
     def reap(self, pid: int) -> int:
+        """Wait for a worker that ends; return its exit code."""
         """Wait for a worker that has ended; returns its exit status, negative for a signal."""
         ...
 
     def close(self) -> None:
+        """End all workers at once."""
         """End what is not a worker."""
         ...
 
@@ -89,6 +92,7 @@ class ForkServer:
         self._control = Connection(ours.detach())
 
     def start(self) -> tuple[int, Connection]:
+        """Start a worker; return its process id and the connection to it."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -101,6 +105,7 @@ class ForkServer:
         return pid, Connection(ours.detach())
 
     def reap(self, pid: int) -> int:
+        """Wait for a worker that ends; return its exit code."""
         try:
             self._control.send(("reap", pid))
             return self._control.recv()
@@ -108,6 +113,7 @@ class ForkServer:
             return -signal.SIGKILL  # the fork server is gone, and its workers with it
 
     def close(self) -> None:
+        """End all workers at once."""
         self._control.close()
         self._process.kill()
         self._process.wait()
@@ -155,6 +161,7 @@ class FreshInterpreters:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self) -> tuple[int, Connection]:
+        """Start a worker; return its process id and the connection to it."""
         ours, theirs = socket.socketpair()
         with theirs:
             process = _launch("run_worker", [theirs.fileno(), os.getpid()], theirs.fileno(), self._log)
@@ -162,9 +169,11 @@ class FreshInterpreters:
         return process.pid, Connection(ours.detach())
 
     def reap(self, pid: int) -> int:
+        """Wait for a worker that ends; return its exit code."""
         return self._processes.pop(pid).wait()
 
     def close(self) -> None:
+        """End all workers at once."""
         for process in self._processes.values():
             process.kill()
             process.wait()

@@ -22,9 +22,9 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from ddpcall import torch_internals as internals
+from ddpcall.accelerator import DEVICE_TYPES, reset_devices
 
 _LEAK_GRACE_S = 0.5
-_DEVICE_TYPES = ("cpu", "cuda")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -49,7 +49,7 @@ _TORCH_SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
-    *(setting for device_type in _DEVICE_TYPES for setting in _autocast_settings(device_type)),
+    *(setting for device_type in DEVICE_TYPES for setting in _autocast_settings(device_type)),
 ]
 _GLOBAL_HOOKS = [name for name in vars(torch_module) if name.startswith("_global_") and name.endswith("_hooks")]
 
@@ -78,8 +78,7 @@ class RankState:
                 write(value)
         self._restore_python()
         self._restore_compilers()
-        if torch.cuda.is_initialized():
-            torch.cuda.set_device(0)
+        reset_devices()
 
     def _restore_python(self) -> None:
         for name, hooks in self._hooks.items():

@@ -27,14 +27,14 @@ class Rank:
         """Wait until every rank is here."""
         import torch.distributed as dist
 
-        dist.barrier(device_ids=[self.rank] if self.device.type == "cuda" else None)
+        dist.barrier(device_ids=None if self.device.type == "cpu" else [self.rank])
 
 
 def current_rank() -> Rank:
     """Describe this process's place in the default process group."""
-    import torch
     import torch.distributed as dist
 
+    from ddpcall.accelerator import choose_device
+
     rank = dist.get_rank()
-    device = torch.device("cuda", rank) if dist.get_backend() == "nccl" else torch.device("cpu")
-    return Rank(rank, dist.get_world_size(), device)
+    return Rank(rank, dist.get_world_size(), choose_device(dist.get_backend(), rank))

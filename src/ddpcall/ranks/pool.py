@@ -252,18 +252,17 @@ class RankPool:
 def _check_request(world_size: int, backend: str) -> None:
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}; there must be at least one rank")
-    if "nccl" in backend and (missing := explain_missing_gpus(world_size)):
+    if missing := explain_missing_gpus(backend, world_size):
         raise ValueError(missing)
 
 
-def explain_missing_gpus(world_size: int) -> str:
-    """Say why `world_size` ranks cannot run on NCCL here; empty if they can."""
-    import torch
+def explain_missing_gpus(backend: str, world_size: int) -> str:
+    """Say why `world_size` ranks cannot use a backend here; empty if they can."""
+    if backend == "gloo":
+        return ""  # without importing torch
+    from ddpcall.accelerator import explain_missing_devices
 
-    found = torch.cuda.device_count()
-    if found >= world_size and torch.distributed.is_nccl_available():
-        return ""
-    return f"{world_size} ranks on nccl need {world_size} CUDA devices; this machine has {found}"
+    return explain_missing_devices(backend, world_size)
 
 
 def _pickle_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
@@ -407,7 +406,7 @@ def run_on_ranks(
     fresh: bool = False,
     **kwargs: Any,
 ) -> list[Any]:
-    """Run a function on several local ranks, inside an initialised default process group.
+    """Run a function on several local ranks, inside an initialized default process group.
 
     The first call in a process starts a pool of warm workers (seconds); later calls take milliseconds. Every rank
     sees the caller's environment and directory, the variables torchrun sets, and the same seeds.

@@ -16,12 +16,14 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ddpcall.launch_environment import read_place
 
 RANK_KEY = "ddpcall_rank"  # in config.workerinput: this session runs inside a rank
 
@@ -121,7 +123,7 @@ class RankSession:
     """A configured pytest session that collects files when it first needs them."""
 
     def __init__(self, request: SessionRequest) -> None:
-        self._rank = os.environ["RANK"]
+        self._rank = str(read_place().rank)
         self._save_coverage = _start_coverage(dict(request.coverage))
         with contextlib.chdir(request.directory):
             self._config = _configure(request, self._rank)
@@ -133,6 +135,7 @@ class RankSession:
         _forget_startup_garbage()
 
     def run(self, test: TestRequest) -> RankTestResult:
+        """Run one test of the session as this rank."""
         result = self._recorder.begin(test)
         item = self._find_item(test)
         if item is None:
@@ -154,13 +157,13 @@ class RankSession:
 
 
 def _forget_startup_garbage() -> None:
-    """Keep the collection after each test cheap: modules and plugins are not its business."""
+    """Keep the collection after each test cheap: it need not look through modules and plugins."""
     gc.collect()
     gc.freeze()
 
 
 def _configure(request: SessionRequest, rank: str) -> pytest.Config:
-    from _pytest.config import _prepareconfig
+    from _pytest.config import _prepareconfig  # pyright: ignore[reportPrivateUsage]
 
     import ddpcall
 
@@ -182,7 +185,7 @@ def _configure(request: SessionRequest, rank: str) -> pytest.Config:
         config.option.hypothesis_seed = request.seed
     config.workerinput = worker_input | {RANK_KEY: rank}  # pyright: ignore[reportAttributeAccessIssue]
     config.workeroutput = {}  # pyright: ignore[reportAttributeAccessIssue]
-    config._do_configure()
+    config._do_configure()  # pyright: ignore[reportPrivateUsage]
     sys.breakpointhook = _refuse_breakpoint
     return config
 
@@ -264,7 +267,7 @@ class _Recorder:
             return (yield)
 
     @contextlib.contextmanager
-    def _sections(self, item: pytest.Item, when: str) -> Iterator[None]:
+    def _sections(self, item: pytest.Item, when: str) -> Generator[None]:
         """Attach what a phase prints to its report, from the files that the rank's output goes to.
 
         pytest's own capture would keep it inside the rank, where it is lost when the rank is killed.

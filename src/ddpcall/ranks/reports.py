@@ -28,6 +28,7 @@ class RankTest:
 
     @property
     def rank(self) -> int:
+        """The rank whose part this is."""
         return self.outcome.rank
 
     def failure(self, phases: Sequence[str]) -> RankOutcome | None:

@@ -15,11 +15,13 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from ddpcall.launch_environment import variables_of_rank
 
 STACKS_SIGNAL = signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1
@@ -35,14 +37,17 @@ class WorkerSlot:
 
     @property
     def stdout(self) -> Path:
+        """The file that the worker's standard output goes to."""
         return self.directory / f"rank{self.rank}.out"
 
     @property
     def stderr(self) -> Path:
+        """The file that the worker's standard error goes to."""
         return self.directory / f"rank{self.rank}.err"
 
     @property
     def stacks(self) -> Path:
+        """The file that the worker's Python stacks are dumped into."""
         return self.directory / f"rank{self.rank}.stacks"
 
 
@@ -144,7 +149,7 @@ def _run(task: Task, slot: WorkerSlot, baseline: Any) -> Reply:
 
 def _enter(task: Task, slot: WorkerSlot) -> None:
     """Take over the caller's environment, directory, import path and arguments."""
-    environ = task.environ | rank_environment(task, slot.rank)
+    environ = task.environ | variables_of_rank(slot.rank, task.world_size, task.store_port)
     for name in set(os.environ) - set(environ):
         del os.environ[name]
     for name, value in environ.items():
@@ -153,25 +158,6 @@ def _enter(task: Task, slot: WorkerSlot) -> None:
     os.chdir(task.directory)
     sys.path[:] = task.sys_path
     sys.argv[:] = task.argv
-
-
-def rank_environment(task: Task, rank: int) -> dict[str, str]:
-    """The variables torchrun sets, so that `init_process_group("env://")` and accelerate work inside a task too.
-
-    `TORCHELASTIC_USE_AGENT_STORE` makes torch join the pool's store instead of starting one of its own.
-
-    Source: torch/distributed/rendezvous.py, `_create_c10d_store`.
-    """
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(task.world_size),
-        "LOCAL_WORLD_SIZE": str(task.world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(task.store_port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
 
 
 def _attempt(task: Task, slot: WorkerSlot) -> Reply:
@@ -210,11 +196,11 @@ def _format_traceback(error: BaseException) -> str:
 
 
 def _join_group(task: Task, slot: WorkerSlot) -> None:
-    import torch
     import torch.distributed as dist
 
-    if task.backend == "nccl":
-        torch.cuda.set_device(slot.rank)
+    from ddpcall import accelerator
+
+    accelerator.select_device(accelerator.choose_device(task.backend, slot.rank))
     store = dist.PrefixStore(f"task{task.number}", _connect_store(task.store_port))
     with _reuse_gloo_device(os.environ.get("GLOO_SOCKET_IFNAME", "")):
         dist.init_process_group(
@@ -232,7 +218,7 @@ def _join_group(task: Task, slot: WorkerSlot) -> None:
 
 
 @contextlib.contextmanager
-def _reuse_gloo_device(interface: str) -> Iterator[None]:
+def _reuse_gloo_device(interface: str) -> Generator[None]:
     """Have the default group use this worker's one gloo device, so that leaving the group takes no time.
 
     A device owns the thread that polls the sockets; ending it takes up to 10 ms each time, twice per group. The

@@ -83,9 +83,9 @@ def find_call_site(inside: Callable[[Any], bool] | None = None) -> CallSite:
 
 def find_call_frames(inside: Callable[[Any], bool] | None = None) -> tuple[FrameType | None, FrameType | None]:
     """Return the frames that `find_call_site` names: the line's, and the one of `called_from`."""
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     if threading.current_thread() is not threading.main_thread() and not _has_user_frame(frame):
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)  # pyright: ignore[reportPrivateUsage]
     return find_call_frames_among(_outward(frame), inside)
 
 

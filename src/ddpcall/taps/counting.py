@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ class SpanLog:
     spans: list[Span] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def span(self, kind: str, name: str, owner: str | None = None, detail: str | None = None) -> Iterator[None]:
+    def span(self, kind: str, name: str, owner: str | None = None, detail: str | None = None) -> Generator[None]:
         """Note when the body began and ended, also when it raises."""
         if not self.recording:
             yield
@@ -121,7 +121,7 @@ def requires_gradient(outputs: Any) -> bool:
 
 
 def count_hook(module: nn.Module, kind: str, counter: Tensor) -> Undo:
-    """Register a witness hook that adds one to `counter` each time it fires.
+    """Register a counting hook that adds one to `counter` each time it fires.
 
     Args:
         module: Where to register.
@@ -129,7 +129,7 @@ def count_hook(module: nn.Module, kind: str, counter: Tensor) -> Undo:
         counter: Shape (), integer.
     """
 
-    def witness(*_: Any) -> None:
+    def count(*_: Any) -> None:
         counter.add_(1)
 
     register = {
@@ -140,7 +140,7 @@ def count_hook(module: nn.Module, kind: str, counter: Tensor) -> Undo:
     # A compiled module writes this flag through to the module it holds, and keeps its own.
     flag_owner = internals.ORIG_MOD.of(module, module)
     had_full = internals.IS_FULL_BACKWARD_HOOK.of(flag_owner)
-    handle: Any = register(witness)
+    handle: Any = register(count)
 
     def undo() -> None:
         handle.remove()
@@ -150,9 +150,9 @@ def count_hook(module: nn.Module, kind: str, counter: Tensor) -> Undo:
 
 
 def count_global_hook(kind: str, counters: dict[int, Tensor]) -> Undo:
-    """Register a witness hook for every module, counting those in `counters`, keyed by `id(module)`."""
+    """Register a counting hook for every module, counting those in `counters`, keyed by `id(module)`."""
 
-    def witness(module: nn.Module, *_: Any) -> None:
+    def count(module: nn.Module, *_: Any) -> None:
         counter = counters.get(id(module))
         if counter is not None:
             counter.add_(1)
@@ -164,7 +164,7 @@ def count_global_hook(kind: str, counters: dict[int, Tensor]) -> Undo:
         "full_backward": hooks.register_module_full_backward_hook,
     }[kind]
     had_full = internals.GLOBAL_IS_FULL_BACKWARD_HOOK.of(hooks)
-    handle = register(witness)
+    handle = register(count)
 
     def undo() -> None:
         handle.remove()
@@ -174,7 +174,7 @@ def count_global_hook(kind: str, counters: dict[int, Tensor]) -> Undo:
 
 
 def time_hooks(module: nn.Module, kind: str, place: SpanPlace) -> Undo:
-    """Log a span for each run of the hooks of one kind that a module now carries, whoever registered them.
+    """Log a span for each run of the hooks of one kind that a module now carries, the script's among them.
 
     Hooks that are timed already are left alone, so it can be called again after more were registered.
 

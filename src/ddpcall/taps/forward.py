@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import CodeType, FrameType, MethodType
 from typing import Any
 
@@ -147,7 +147,7 @@ def _strip(attributes: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def suspend_forward_taps(root: nn.Module) -> Iterator[None]:
+def suspend_forward_taps(root: nn.Module) -> Generator[None]:
     """Take the taps off a module tree for a while."""
     taken = {}
     for module in root.modules():

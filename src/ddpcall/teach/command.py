@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from ddpcall.lab.console import open_console, warn
 from ddpcall.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_WRONG_USE, WrongUse
+from ddpcall.launch_environment import Place, read_torch_place
 from ddpcall.teach.question import find
 from ddpcall.watch.launch import let_rank_0_speak
 
@@ -102,7 +102,7 @@ def _claims_parser() -> argparse.ArgumentParser:
 
 def _refuse_launcher() -> None:
     """Refuse to run once on each rank of somebody's launch; rank 0 says so."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (read_torch_place() or Place()).num_ranks > 1:
         let_rank_0_speak()
         raise WrongUse(
             "`ddpcall lab` starts its own ranks. Write it without torchrun: ddpcall lab run NAME --ranks N"

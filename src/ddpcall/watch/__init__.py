@@ -10,6 +10,7 @@ The package is callable because a function of the same name would be hidden by t
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,13 @@ class _Watch(ModuleType):
         from ddpcall.watch.session import watch
 
         return watch(model, **options)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The function's own signature, for `inspect`, `help` and notebooks."""
+        from ddpcall.watch.session import watch
+
+        return inspect.signature(watch)
 
 
 sys.modules[__name__].__class__ = _Watch

@@ -310,7 +310,8 @@ class Reading:
                 return Role.INNER if self.role_of(function) is None else None
             case ast.Subscript(value=value):
                 return Role.PART if self.role_of(value) is Role.PART else None
-        return None
+            case _:
+                return None
 
     def _role_of_attribute(self, holder: Role | None, attribute: str) -> Role | None:
         if holder is Role.WRAPPER and attribute == "module":
@@ -382,4 +383,5 @@ def _takes_out(value: ast.expr) -> bool:
             return True
         case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)):
             return "unwrap" in name
-    return False
+        case _:
+            return False

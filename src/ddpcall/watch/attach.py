@@ -199,7 +199,7 @@ class Attachment:
                 self._missing(f"{type(module).__name__}, made before the watch began", error)
 
     def adopt_living(self) -> None:
-        """Watch all models that live in this process, whoever holds them.
+        """Watch all models of this process, also those that only a library holds.
 
         Torch tells of every optimizer's steps; one that is found here is measured in the first of them.
         """

@@ -35,7 +35,9 @@ class Publisher(Protocol):
     """
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """This rank."""
+        ...
 
     @property
     def stops(self) -> bool:

@@ -1,13 +1,22 @@
-"""Where this process stands among those started together, as the launcher's environment says. No torch."""
+"""Where this process stands among those started together, and which of them are still there. No torch."""
 
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from ddpcall.launch_environment import (
+    Place,
+    read_address,
+    read_attempt,
+    read_given_name,
+    read_job,
+    read_max_restarts,
+    read_place,
+)
 
 LEAVE_S = 20.0
 
@@ -69,73 +78,23 @@ class Launch:
         return replace(self, rank=index, writer=writer, on_host=frozenset(), everywhere=frozenset(), num_ranks=1)
 
 
-@dataclass(frozen=True)
-class Place:
-    """What a launcher's variables say about this process.
-
-    Attributes:
-        rank: Its rank in the whole run.
-        num_ranks: How many there are.
-        local_rank: Its rank on this host.
-        num_local: How many there are on this host.
-        variables: All that tell this rank from another, and from one of another launch; empty without a launcher.
-    """
-
-    rank: int = 0
-    num_ranks: int = 1
-    local_rank: int = 0
-    num_local: int = 1
-    variables: dict[str, str] = field(default_factory=dict)
-
-
-# Per launcher: rank, number of ranks, local rank, number of local ranks. srun's numbers are those of the step: one
-# process of a batch script has SLURM_PROCID and SLURM_NTASKS too.
-_LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-    (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-)
-
-
-def read_place() -> Place:
-    """Read this process's place: torchrun's variables first, then srun's and mpirun's."""
-    names = [name for launcher in _LAUNCHERS for name in launcher]
-    told = {name: os.environ[name] for name in (*names, "SLURM_STEP_ID", "MASTER_PORT") if name in os.environ}
-    has_rank = any(name in told for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
-    variables = told if has_rank else {}
-    for rank, num_ranks, local_rank, num_local in _LAUNCHERS:
-        if rank in told and num_ranks in told:
-            return Place(
-                _number(rank, 0), _number(num_ranks, 1), _number(local_rank, 0), _number(num_local, 1), variables
-            )
-    return Place(variables=variables)
-
-
 def current_launch() -> Launch:
     """Read the launcher's variables; one rank alone where there are none."""
     place = read_place()
     first = place.rank - place.local_rank if place.num_local > 1 else place.rank
-    attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
-    # A launcher with another parent for each rank, as Ray's workers are, gives the launch a name of its own.
-    unique = os.environ.get("DDPCALL_LAUNCH") or name_process(
-        _find_launcher(place) if place.num_local > 1 else os.getpid()
-    )
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    attempt = read_attempt()
+    unique = read_given_name() or name_process(_find_launcher(place) if place.num_local > 1 else os.getpid())
+    job = read_job()
     everywhere = frozenset(f"{attempt}/{other}" for other in range(place.num_ranks))
     on_host = frozenset(f"{attempt}/{other}" for other in range(first, first + place.num_local))
-    shared = "-".join([job, os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")])
+    shared = "-".join([job, *read_address()])
     return Launch(
         run=f"{job}-{unique}" if place.num_local >= place.num_ranks else shared,
         rank=place.rank,
         writer=f"{attempt}/{place.rank}",
         on_host=on_host,
         everywhere=everywhere,
-        may_restart=attempt < _number("TORCHELASTIC_MAX_RESTARTS", 0),
+        may_restart=attempt < read_max_restarts(),
         num_ranks=place.num_ranks,
         file=Path(tempfile.gettempdir()) / f"ddpcall-{os.getuid()}-{unique}.json",
     )
@@ -166,15 +125,6 @@ def _was_told(process: int, variables: dict[str, str]) -> bool:
     return is_rank and not os.path.basename(program).startswith("python")
 
 
-def is_started_alone() -> bool:
-    """Say whether `accelerate launch` prepared for several processes and started one, as it does with `--cpu`.
-
-    Source: `prepare_simple_launcher_cmd_env` in accelerate/utils/launch.py sets the address for more than one.
-    """
-    is_accelerates = any(name.startswith("ACCELERATE_") for name in os.environ)
-    return is_accelerates and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
-
-
 def name_process(process: int) -> str:
     """Name a process: a process id alone comes back, and the first one of every container is the same."""
     return f"{process}-{_start_time(process)}"
@@ -203,12 +153,6 @@ def let_rank_0_speak() -> None:
     """
     if read_place().rank != 0:
         time.sleep(LEAVE_S)
-
-
-def _number(name: str, default: int) -> int:
-    """Return the number a variable begins with: srun writes `2(x3)` for three hosts of two."""
-    match = re.match(r"\d+", os.environ.get(name, ""))
-    return default if match is None else int(match[0])
 
 
 def _start_time(process: int) -> str:

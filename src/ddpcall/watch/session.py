@@ -12,9 +12,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ddpcall.findings import Finding
+from ddpcall.launch_environment import is_started_alone
 from ddpcall.torch_version import require_torch
 from ddpcall.watch.findings_book import FindingsBook
-from ddpcall.watch.launch import Launch, current_launch, is_running, is_started_alone
+from ddpcall.watch.launch import Launch, current_launch, is_running
 from ddpcall.watch.options import Options, parse_codes
 from ddpcall.watch.output import text
 from ddpcall.watch.output.findings_file import Contents, FindingsFile, WriteResult, key_of
@@ -519,8 +520,9 @@ def watch(
         only=parse_codes(only),
         ignore=parse_codes(ignore),
     )
-    if Session._running is not None and Session._running.launch.reporter is not None:
-        Session._running.close()  # it began by itself, in a child of a watched process
+    if Session._running is not None and Session._running.launch.reporter is not None:  # pyright: ignore[reportPrivateUsage]
+        # It began by itself, in a child of a watched process.
+        Session._running.close()  # pyright: ignore[reportPrivateUsage]
     session = Session(options).open().start().adopt()
     if model is not None:
         session.adopt(model)

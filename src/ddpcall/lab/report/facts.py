@@ -1,4 +1,4 @@
-"""The evidence behind each verdict of a trial, as labelled facts."""
+"""The evidence behind each verdict of a trial, as labeled facts."""
 
 from __future__ import annotations
 

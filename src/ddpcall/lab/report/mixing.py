@@ -42,7 +42,7 @@ class MixingPicture:
         name: Short, for all trials that have it.
         labels: Their full names.
         word: The verdict.
-        tone: Its colour.
+        tone: Its color.
         explanation: What it means, in sentences.
         facts: What else was measured.
         rows: Names of the rows: ranks, or groups of ranks.

@@ -59,7 +59,7 @@ def _environment() -> Environment:
         trim_blocks=True,
     )
     environment.filters.update(_FILTERS)
-    environment.globals.update(CELL=CELL, HEAD=HEAD)
+    environment.globals.update(dict[str, Any](CELL=CELL, HEAD=HEAD))
     return environment
 
 

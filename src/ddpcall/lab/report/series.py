@@ -43,7 +43,7 @@ class Plot:
         title: What is shown.
         lines: The curves.
         steps: First and last step.
-        ticks: Values at which the vertical axis is labelled, lowest and highest included.
+        ticks: Values at which the vertical axis is labeled, lowest and highest included.
         is_share: Whether values are shares, to be read in percent.
         left_out: How many different curves were left out because there are too many.
     """

@@ -243,8 +243,8 @@ def _explain(trial: TrialRecord) -> Iterator[str]:
         told = f"{name} is {words['measured']}, expected {words['expected']}"
         missing = _missing_hooks(evidence, name) if evidence is not None else ""
         yield f"[bold red]not as expected[/] {label}: {told}{missing}"
-    if trial.witness_agrees is False:
-        yield f"[bold red]witness disagrees[/] {label}: the flight recorder saw other all-reduces than armed"
+    if trial.flight_recorder_agrees is False:
+        yield f"[bold red]flight recorder disagrees[/] {label}: other all-reduces than the reducer probe saw"
 
 
 def _missing_hooks(evidence: Evidence, verdict: str) -> str:

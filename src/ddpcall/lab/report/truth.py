@@ -22,7 +22,7 @@ class VerdictCell:
     Attributes:
         name: The verdict's name.
         word: The verdict.
-        tone: good, part, lost, crash, other or none: its colour.
+        tone: good, part, lost, crash, other or none: its color.
         expected: What the experiment expects instead; empty where the verdict is as expected.
     """
 

@@ -58,7 +58,7 @@ EXERCISES = (
         name="module_bypass",
         title="`model.module(x)`: two models, and a hook that never fires",
         task="Make the two ranks train one model, and make the hook on the model fire in every step.",
-        hint="`ddpcall explain DC101`, `ddpcall lab run who_synchronises`",
+        hint="`ddpcall explain DC101`, `ddpcall lab run who_synchronizes`",
         own=(of_its_own("hook", "the hook fires", 15, criteria.judge_hook_fires),),
     ),
     Exercise(
@@ -78,7 +78,7 @@ EXERCISES = (
     ),
     Exercise(
         name="no_sync_window",
-        title="Accumulation that synchronises the wrong micro-batch",
+        title="Accumulation that synchronizes the wrong micro-batch",
         task="Accumulate four micro-batches a step, and let gradients travel once a step, at the right moment.",
         hint="`ddpcall explain DC104`, `ddpcall lab run arming`",
         own=(

@@ -23,7 +23,7 @@ def main(device):
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
         for index, (x, y) in enumerate(loader):
-            # Only one micro-batch in four has to synchronise.
+            # Only one micro-batch in four has to synchronize.
             model.require_backward_grad_sync = index % ACCUMULATE == 0
             loss = F.cross_entropy(model(x.to(device)), y.to(device)) / ACCUMULATE
             loss.backward()

@@ -1,6 +1,6 @@
 """Two clinics, one rank each: rank 0 reads the samples of the one, rank 1 those of the other.
 
-In the first clinic nearly every sample was labelled, in the second every fourth; samples without a label have
+In the first clinic nearly every sample was labeled, in the second every fourth; samples without a label have
 -100, which cross entropy leaves out. All ranks hold one model, and DDP averages. "On one GPU, with both clinics in
 every batch, it learns something else", says the colleague who wrote it.
 

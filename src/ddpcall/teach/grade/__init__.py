@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpcall.lab.launcher_variables import is_of_a_launch
+from ddpcall.launch_environment import is_of_a_launch
 from ddpcall.teach.grade.criteria import answer_all
 from ddpcall.teach.grade.graded_run import GradedRun
 from ddpcall.teach.grade.observations import FACTS, FINDINGS, RankObservations, read_observations

@@ -225,7 +225,7 @@ def list_criteria(own: Sequence[Criterion]) -> tuple[Criterion, ...]:
         ("task", "the same task", 5, judge_task, ran),
         ("trains", "trains the model", 10, judge_trains, trained[:3]),
         ("parallel", "data parallel, by DDP", 15, judge_parallel, trained),
-        ("synchronised", "one model on all ranks", 25, judge_synchronized, (*parallel, *keys)),
+        ("synchronized", "one model on all ranks", 25, judge_synchronized, (*parallel, *keys)),
         ("alike", "ranks run alike", 10, judge_alike, parallel),
         ("findings", "the watch is silent", 5, judge_findings, parallel),
         ("accuracy", "accuracy on every rank", 10, judge_accuracy, parallel),

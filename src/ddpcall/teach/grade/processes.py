@@ -8,7 +8,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def kill_all_but(ours: set[psutil.Process]) -> int:
 
 
 @contextlib.contextmanager
-def adopt_orphans() -> Iterator[None]:
+def adopt_orphans() -> Generator[None]:
     """Make this process the parent of every descendant whose own parent ends, so that none gets away.
 
     Source: prctl(2), PR_SET_CHILD_SUBREAPER. Does nothing where the system has none.

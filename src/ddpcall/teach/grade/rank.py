@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from ddpcall.findings import Finding
+from ddpcall.launch_environment import read_place
 from ddpcall.teach.grade.observations import FACTS, FINDINGS, FactFile
 from ddpcall.teach.grade.observe import RankObserver
 from ddpcall.watch import session
@@ -31,7 +32,7 @@ class GradingOptions(Options):
 def main() -> None:
     """Run the script under observer and watch, tell how it ended, and leave as it left."""
     script, findings = sys.argv[1], Path(os.environ.pop(FINDINGS))
-    facts = FactFile(Path(os.environ.pop(FACTS)), int(os.environ["RANK"]))
+    facts = FactFile(Path(os.environ.pop(FACTS)), read_place().rank)
     observer = RankObserver(facts.tell)
     observer.start()
     code, error = 0, None

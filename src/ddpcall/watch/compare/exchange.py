@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore
 
 from ddpcall import torch_internals as internals
+from ddpcall.launch_environment import has_agent_store, read_address
 from ddpcall.watch.compare.store_protocol import (
     MAX_KEPT_STEPS,
     Answer,
@@ -355,10 +356,10 @@ def find_store() -> Store | None:
 
     The agent's outlives every rank; the default group's ends with rank 0, where that rank holds it.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if has_agent_store():
+        host, port = read_address()
         timeout = timedelta(seconds=_CONNECT_S)
-        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        return TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
     return internals.GET_DEFAULT_STORE.get()() if dist.is_initialized() else None
 
 
@@ -563,6 +564,7 @@ class RunExchange:
 
     @property
     def trouble(self) -> str:
+        """Why nothing is compared, or nothing more."""
         failure = None if self._exchange is None else self._exchange.failure
         return failure or self._trouble
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
+from ddpcall.launch_environment import read_attempt
 from ddpcall.taps import CallSite, find_call_frames_among, site_of
 from ddpcall.watch.compare.exchange import find_store
 from ddpcall.watch.rules.control import Silence, judge_ends, missing
@@ -130,7 +131,7 @@ class HangWatch(Rule):
             return None
         own = shared.clone()
         own.set_timeout(timedelta(seconds=STORE_S))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        attempt = read_attempt()
         self._store = PrefixStore(f"ddpcall/positions/{attempt}", own)
         return self._store
 

@@ -370,7 +370,7 @@ class ReplicaWatch(Rule):
         asked, use = self._asked.popleft()
         is_last = details.step == AT_THE_END
         if SHARES in asked.differing:
-            return self._shares.judge(details.differing.get(SHARES, {}), details.ranks, self._world_size)
+            return self._shares.judge_answers(details.differing.get(SHARES, {}), details.ranks, self._world_size)
         if use is not None:
             return self._explain_buffers(use, asked.differing["buffers"], details)
         differing = dict(asked.differing)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import time
 import weakref
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store
 from torch.optim import Optimizer
 
+from ddpcall.launch_environment import read_attempt
 from ddpcall.replicas import digest_tensor
 from ddpcall.taps import CallSite
 from ddpcall.watch.compare.drift import largest, measure, read_drift
@@ -82,8 +82,7 @@ class StatisticsWatch(Rule):
         self._sensor.stop()
         store = find_store() if in_order and self._told else None
         if store is not None:
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._compare(PrefixStore(f"ddpcall/statistics/{attempt}/{self._number}", store), self._told)
+            self._compare(PrefixStore(f"ddpcall/statistics/{read_attempt()}/{self._number}", store), self._told)
 
     def _is_sent(self, root: nn.Module) -> bool:
         wrappers = (state.ddp() for state in self._run.models.reducer_states if state.root() is root)

@@ -1,10 +1,10 @@
 """What ranks leave for each other on the store, and what can be read from it; no thread, no waiting.
 
 Per step a rank reads the state, which the comparing rank keeps (last steps that were compared, questions), appends
-a summary of its digests to a node that it shares with seven others, and counts itself there. Whoever completes a
-node merges its eight summaries and appends the result one level up: so the root tells of all, and one rank in
-eight makes three requests more, however many ranks there are. Numbers that add up, such as sketches, are added on
-the same path.
+a summary of its digests to a node that it shares with seven others, and counts itself there.
+The rank that completes a node merges its eight summaries and appends the result one level up. So the root tells
+of all, and one rank in eight makes three requests more, however many ranks there are. Numbers that add up, such as
+sketches, are added on the same path.
 
 The comparing rank reads the root, and below it only nodes that are not complete. A node is deleted, once its step
 was compared, by the rank that was first in it.
@@ -13,7 +13,6 @@ was compared, by the rank that was first in it.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import zlib
 from collections import deque
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 from torch.distributed import PrefixStore, Store
 
+from ddpcall.launch_environment import read_attempt
 from ddpcall.watch.compare.summary import Summary, merge
 from ddpcall.watch.compare.vitals import OWN_PARTS, REPLICAS, Details, Facts, Vitals
 
@@ -157,12 +157,14 @@ class State:
     closed: bool = False
 
     def to_json(self) -> str:
+        """Return the state as it is written to the store."""
         return json.dumps(
             [self.done, [[*vars(q).values()] for q in self.questions], self.measure_from, self.closed]
         )
 
     @staticmethod
     def from_json(text: bytes) -> State:
+        """Read what `to_json` wrote."""
         done, asked, measure_from, closed = json.loads(text)
         questions = (
             Question(number, step, tuple(parts), tuple(ranks), kind) for number, step, parts, ranks, kind in asked
@@ -192,7 +194,7 @@ class RankStore:
         Every rank's n-th watch belongs together. torchrun's restarts keep the store: they are counted apart, as
         torch does for the default group.
         """
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        attempt = read_attempt()
         number = self._store.add(f"ddpcall/watches/{attempt}/{self.rank}", 1)
         self._name = f"ddpcall/exchange/{attempt}/{number}"
         self._store = PrefixStore(self._name, self._store)
@@ -252,7 +254,7 @@ class RankStore:
         self._store.delete_key(key)
 
     def delete_step(self, kind: str, step: int) -> None:
-        """Delete all of a step's nodes, whoever created them: for the last steps of a run."""
+        """Delete all of a step's nodes, also those of other ranks: for the last steps of a run."""
         for level, size in enumerate(self._level_sizes):
             for node in range(size):
                 self._delete_node(_name_node(kind, step, level, node))

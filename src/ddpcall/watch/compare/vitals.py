@@ -20,6 +20,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ddpcall import torch_internals as internals
+from ddpcall.accelerator import CPU, DEVICE_TYPES, get_rng_state, list_used_device_types
 from ddpcall.replicas import StateDigester, digest_bytes, digest_tensor, is_unreadable
 from ddpcall.taps import NOWHERE, CallSite
 from ddpcall.watch.compare.drift import measure, sketch_tensor
@@ -73,12 +74,12 @@ class Facts:
             (times, _read_site(site)) for times, site in (values["loads"], values["scaler_loads"])
         )
         switched = None if values["switched"] is None else _read_site(values["switched"])
-        return Facts(**{**values, "loads": loads, "scaler_loads": scaler_loads, "switched": switched})
+        return Facts(**dict[str, Any](values, loads=loads, scaler_loads=scaler_loads, switched=switched))
 
 
 def _read_site(values: dict[str, Any]) -> CallSite:
     caller = values["called_from"]
-    return CallSite(**{**values, "called_from": None if caller is None else _read_site(caller)})
+    return CallSite(**dict[str, Any](values, called_from=None if caller is None else _read_site(caller)))
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,8 @@ class VitalsTaker:
                 return _digest_generators()
             case "batch":
                 return dict(self._batch)
-        raise ValueError(f"vitals have no part {part!r}; the parts are {', '.join(PARTS)}")
+            case _:
+                raise ValueError(f"vitals have no part {part!r}; the parts are {', '.join(PARTS)}")
 
     def parameter_shapes(self) -> set[tuple[int, ...]]:
         """Return the shapes of all parameters."""
@@ -245,11 +247,11 @@ class VitalsTaker:
 
     def device_type(self) -> str:
         """Return the type of the device whose generator is looked at."""
-        return "cuda" if any(p.is_cuda for p in self._current_structure().first_parameters) else "cpu"
+        types = (parameter.device.type for parameter in self._current_structure().first_parameters)
+        return next((kind for kind in types if kind in DEVICE_TYPES and kind != CPU), CPU)
 
     def _digest_torch_generator(self) -> int:
-        on_cuda = self.device_type() == "cuda"
-        return digest_tensor(torch.cuda.get_rng_state() if on_cuda else torch.get_rng_state())
+        return digest_tensor(get_rng_state(self.device_type()))
 
     def _settings(self, structure: _Structure) -> Details:
         if self.optimizer is None:
@@ -354,7 +356,7 @@ def _digest_details(details: Details) -> int:
 
 
 def _optimizer_settings(optimizer: Optimizer, ignored: frozenset[int]) -> Details:
-    """Return the class and every hyper-parameter of every group: learning rates, betas, weight decay …
+    """Return the class and every hyper-parameter of every group (learning rates, betas, weight decay, …).
 
     Groups of parameters that DDP was told to ignore, by id, are a rank's own.
     """
@@ -385,8 +387,8 @@ def _plain_value(value: Any) -> int | str | float:
 def _digest_generators() -> Details:
     """Return the digest of each default random generator's state, by its name."""
     details: Details = {"torch cpu": digest_tensor(torch.get_rng_state())}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        details["torch cuda"] = digest_tensor(torch.cuda.get_rng_state())
+    for kind in list_used_device_types():
+        details[f"torch {kind}"] = digest_tensor(get_rng_state(kind))
     version, state, gauss = random.getstate()
     details["python"] = digest_bytes(array("L", state).tobytes() + repr((version, gauss)).encode())
     numpy_random: Any = sys.modules.get("numpy.random")

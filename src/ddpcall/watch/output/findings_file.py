@@ -1,9 +1,9 @@
 """Findings on disk, as they happen: one JSON file that all ranks of a host merge into, under a lock.
 
-No rank waits for another: whoever has something to say locks the file, reads it, merges and replaces it. What a
+No rank waits for another: a rank that has a finding locks the file, reads it, merges and replaces it. What a
 rank said stays when it is killed. A rank that is stopped while it holds the lock is waited for `PATIENCE_S` only.
 Every rank holds a lock of its own as long as it lives: another run that is given the same file sees that this one
-is still going, and the last rank to leave sees which others are gone without a word.
+is still going, and the last rank to leave sees which others are gone without having said so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class WriteResult:
 
     Attributes:
         new: Findings that no rank had said before.
-        done: Writers that have left by then: in good order, or without a word.
+        done: Writers that have left by then: in good order, or killed.
     """
 
     new: set[Key]
@@ -211,7 +211,7 @@ class FindingsFile:
         return set(self._known)
 
     def read_done(self) -> set[str]:
-        """Return the writers that have left, in good order or without a word."""
+        """Return the writers that have left, in good order or killed."""
         return self._done(self._load_part())
 
     def _done(self, part: dict[str, Any]) -> set[str]:
@@ -226,7 +226,7 @@ class FindingsFile:
         return True
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> Generator[None]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         path = self._beside("lock")
         while True:

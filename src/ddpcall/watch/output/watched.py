@@ -222,7 +222,7 @@ def _find_obstacle(watched: Watched) -> str | None:
         return _explain_one_process(watched)
     if cut_off := _explain_comparisons_cut_off(watched):
         return cut_off
-    if tells_something(watched.mixing):  # who learns from whom was measured, whoever wrapped the model
+    if tells_something(watched.mixing):  # gradients were measured, with any wrapper or none
         return None
     return _explain_steps(watched) or _explain_unwrapped(watched) or _explain_not_compared(watched)
 

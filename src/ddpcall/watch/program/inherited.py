@@ -12,8 +12,10 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ddpcall.watch.launch import Launch, name_process, read_place
+from ddpcall.launch_environment import read_attempt, read_place
+from ddpcall.watch.launch import Launch, name_process
 from ddpcall.watch.options import Options
 from ddpcall.watch.session import Session
 
@@ -43,7 +45,7 @@ class Inherited:
     writer: str
     reporter: str
     place: dict[str, str]
-    options: dict[str, object]
+    options: dict[str, Any]
 
     def is_of_another_rank(self) -> bool:
         """Say whether the launcher's variables make this process a rank, and another than the one above."""
@@ -52,10 +54,9 @@ class Inherited:
 
     def get_options(self) -> Options:
         """Return the options for the child."""
-        sets = {name: frozenset(self.options[name]) for name in ("only", "ignore")}  # pyright: ignore[reportArgumentType]
-        return Options(
-            **{**self.options, **sets, "json": Path(self.file) if self.is_kept else None, "brief": True}
-        )  # pyright: ignore[reportArgumentType]
+        sets = {name: frozenset(self.options[name]) for name in ("only", "ignore")}
+        file = Path(self.file) if self.is_kept else None
+        return Options(**dict[str, Any](self.options, **sets, json=file, brief=True))
 
     def make_session(self) -> Session:
         """Return a session for this process that takes part in the watch above."""
@@ -66,7 +67,7 @@ class Inherited:
     def get_launch(self) -> Launch:
         """Return the child's place: it has no host, for the process above reports."""
         place = read_place()
-        attempt, above = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), self.writer.partition("/")[2]
+        attempt, above = read_attempt(), self.writer.partition("/")[2]
         return Launch(
             run=self.run,
             rank=place.rank,

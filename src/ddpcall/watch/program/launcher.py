@@ -1,7 +1,7 @@
 """Start the ranks with torch's launcher, and answer when all have ended: `ddpcall watch -n 2 train.py`.
 
 The ranks run `ddpcall watch` themselves and take part in this process's watch (`program.inherited`): they
-print no answer and end with the script's own exit codes.
+print no answer and end with the script's exit codes.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def _execute(program: Program, arguments: list[str], session: Session, ending: E
 def _run_script(path: str, source: bytes, arguments: list[str]) -> None:
     sys.argv = [path, *arguments]
     _set_search_path(os.path.dirname(os.path.realpath(path)))
-    file = os.path.join(os.getcwd(), path)  # not normalised: the interpreter does not either
+    file = os.path.join(os.getcwd(), path)  # not normalized: the interpreter does not either
     main = _make_main()
     vars(main).update(__file__=file, __loader__=SourceFileLoader("__main__", file), __cached__=None)
     exec(compile(source, file, "exec", dont_inherit=True), vars(main))

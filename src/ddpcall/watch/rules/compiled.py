@@ -64,7 +64,7 @@ class CompiledRule(Rule):
 
     def _judge_late_hooks(self) -> None:
         for late in list(self.sensor.late):
-            has_fired = bool(late.witness)
+            has_fired = bool(late.counter)
             if not has_fired and late.root.calls <= late.calls:
                 continue
             self.sensor.late.remove(late)

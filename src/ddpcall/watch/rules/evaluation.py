@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ddpcall.accelerator import is_capturing
 from ddpcall.replicas import is_unreadable
 from ddpcall.taps import find_call_site
 from ddpcall.watch.rules.rule import Rule
@@ -64,7 +65,7 @@ class EvaluationRule(Rule):
         summed = find_summed(args)
         if summed is None or not 0 < summed.numel() <= _MOST_SUMMED or is_unreadable(summed):
             return
-        if summed.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(summed):
             return
         values = summed.flatten().tolist()
         current = next((each for each in self._passes if each.num_drawn in values), None)

@@ -1,4 +1,4 @@
-"""Who learned from whom: the mixing matrix of measured steps, judged across ranks, whoever wrapped the model.
+"""Who learned from whom: the mixing matrix of measured steps, judged across ranks, for models of any wrapper.
 
 A gradient that is a rank's own is no harm by itself: the script may average weights instead, and experts are a
 rank's own by design. It is harm where the weights were equal on all ranks before the step and stay different after
@@ -120,7 +120,7 @@ class MixingRule:
     """Judges the measured steps; lives on the rank that compares.
 
     Blind to: whether the mean over ranks is what was meant; weights that are averaged less often than every
-    64 steps, where the script's own collectives cannot be seen.
+    64 steps, where the script's collectives cannot be seen.
     """
 
     def __init__(self, run: Run) -> None:

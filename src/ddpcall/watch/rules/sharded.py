@@ -2,7 +2,7 @@
 
 fully_shard computes with whole parameters and reduces their gradients into the shards after the backward. A
 gradient that still lies on a whole parameter when the optimizer steps was not reduced, and the step goes without
-it: synchronisation was off, or the forward went past the hooks. Forwards past them only serve to name the line.
+it: synchronization was off, or the forward went past the hooks. Forwards past them only serve to name the line.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ShardedRule(Rule):
         names, site = _find_names(groups, step), self.sensor.switched_at(groups[0])
         if names:
             message = (
-                f"Gradient synchronisation of {self.sensor.name()} was switched off here, and still off when "
+                f"Gradient synchronization of {self.sensor.name()} was switched off here, and still off when "
                 f"optimizer step {step.number} ran: gradients of {count_parameters(names)} were kept unreduced, "
                 "and the step went without them."
             )

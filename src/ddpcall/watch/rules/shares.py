@@ -186,7 +186,9 @@ class ShareRule(Rule):
         self._due = {each for each in self._due if each > step}
         return is_due
 
-    def judge(self, answers: Mapping[str, Mapping[int, Any]], ranks: tuple[int, ...], world_size: int) -> None:
+    def judge_answers(
+        self, answers: Mapping[str, Mapping[int, Any]], ranks: tuple[int, ...], world_size: int
+    ) -> None:
         """Judge what ranks answered.
 
         Args:
@@ -196,7 +198,7 @@ class ShareRule(Rule):
         """
         for name, told in answers.items():
             seen = self._here.get(name)
-            if seen is not None and told.keys() == set(ranks) and len(told) > 1:
+            if seen is not None and set(told) == set(ranks) and len(told) > 1:
                 by_rank = {rank: json.loads(text) for rank, text in told.items()}
                 self._judge(seen, by_rank, world_size)
 

@@ -152,7 +152,7 @@ def _is_used(key: int, blame: Unreduced, step: Step) -> bool:
     if parameter is None or parameter.grad is None:
         return False
     if not nonzero([parameter.grad]):
-        # Computed as zero, past the wrapper: not synchronised. Zeroed since: nothing to synchronise.
+        # Computed as zero, past the wrapper: not synchronized. Zeroed since: nothing to synchronize.
         version = internals.TENSOR_VERSION.of(parameter.grad)
         return blame.cause is Cause.BYPASSED and blame.versions.get(key) == version
     return blame.cause is not Cause.AUTOGRAD_GRAD or address_of(parameter.grad) != blame.gradient
@@ -190,7 +190,7 @@ class Use:
     is_replicate: bool = False
 
     def explain(self) -> Finding:
-        """Return the finding: the mechanism, and the line to write in the script's own names."""
+        """Return the finding: the mechanism, and the line to write, in the script's names."""
         messages = {
             Cause.BYPASSED: self._bypassed,
             Cause.RAW_WEIGHTS: self._raw_weights,
@@ -210,7 +210,7 @@ class Use:
         )
 
     def _fix(self) -> str:
-        """Return what to write instead: in the script's own names, where the line tells."""
+        """Return what to write instead: in the script's names, if the line has them."""
         cause, advice = self.cause, self.advice
         fix = _FIXES.get(cause, CATALOGUE["DC104" if cause is Cause.SYNC_OFF else "DC101"].fix)
         if cause is Cause.BYPASSED and self.others:
@@ -287,7 +287,7 @@ class Use:
 
     def _sync_off(self) -> str:
         return (
-            "Synchronisation was switched off here when the last forward of "
+            "Synchronization was switched off here when the last forward of "
             f"{self.model}{and_lines(self.site, self.others)} before optimizer step {self.step} ran: "
             f"gradients of {count_parameters(self.parameters)} were used unreduced."
         )

@@ -21,7 +21,9 @@ _INPUTS = 4  # the place of the inputs among the engine's arguments
 class Listener(Protocol):
     """Who is told of backwards; see `rules.rule.Rule`."""
 
-    def before_backward(self) -> None: ...
+    def before_backward(self) -> None:
+        """Called before each backward."""
+        ...
 
 
 class BackwardWatch:

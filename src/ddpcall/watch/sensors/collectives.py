@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpcall import torch_internals as internals
 from ddpcall.taps import Undo, find_tensors, hear_calls, outside_dynamo, undo_all
 
-# DDP's reducer calls the C++ side directly, so these see the script's own calls alone.
+# DDP's reducer calls the C++ side directly, so these see only calls from Python.
 METHODS = (
     "allreduce",
     "allreduce_coalesced",

@@ -63,13 +63,13 @@ class CompiledRoot:
 
 @dataclass(eq=False)
 class LateHook:
-    """A hook registered after the first compiled call, with a witness of the same kind beside it."""
+    """A hook registered after the first compiled call, with a counting hook of the same kind beside it."""
 
     root: CompiledRoot
     module: str
     site: CallSite
     calls: int
-    witness: Tensor
+    counter: Tensor
     undo: Undo
 
 
@@ -222,13 +222,13 @@ class CompiledSensor:
     # ---- hooks ----------------------------------------------------------------------------------------------
 
     def hook_registered(self, module: nn.Module, kind: str, hook: Any) -> None:
-        """Put a witness beside a hook that is registered after the first compiled call."""
+        """Put a counting hook beside a hook that is registered after the first compiled call."""
         root = self._of_module.get(module)
         if root is None or not root.calls or kind not in ("forward", "forward_pre") or not is_users(hook):
             return
-        witness = torch.zeros((), dtype=torch.int64)
-        undo = count_hook(module, kind, witness)
-        self.late.append(LateHook(root, type(module).__name__, find_call_site(), root.calls, witness, undo))
+        counter = torch.zeros((), dtype=torch.int64)
+        undo = count_hook(module, kind, counter)
+        self.late.append(LateHook(root, type(module).__name__, find_call_site(), root.calls, counter, undo))
 
 
 def _restore_call(reference: weakref.ref[nn.Module], counting: Any, call: Any) -> None:

@@ -53,7 +53,7 @@ class HookSensor:
         self._registered = registered
         self._entered_past_call = entered_past_call
         self._tapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._tap = ForwardTap(self._observe, lambda: came_through_call(sys._getframe(2)))
+        self._tap = ForwardTap(self._observe, lambda: came_through_call(sys._getframe(2)))  # pyright: ignore[reportPrivateUsage]
 
     def attach(self) -> Undo:
         """Hear of hooks as they are registered; returns the undo."""
@@ -87,7 +87,7 @@ class HookSensor:
     def _observe(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if module in self._tapped and not _is_called(module, sys._getframe(2)):
+        if module in self._tapped and not _is_called(module, sys._getframe(2)):  # pyright: ignore[reportPrivateUsage]
             self._entered_past_call(module)
         return original(*args, **kwargs)
 

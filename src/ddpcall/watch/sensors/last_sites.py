@@ -1,4 +1,4 @@
-"""The trail: the lines where this rank last did what can make replicas differ. Harm is seen later."""
+"""The lines where this rank last did what can make replicas differ. Harm is seen later."""
 
 from __future__ import annotations
 

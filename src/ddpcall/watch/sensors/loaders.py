@@ -192,8 +192,8 @@ class LoaderSensor:
             (DistributedSampler, "__init__", partial(contain, self._note_made)),
             (DistributedSampler, "set_epoch", partial(contain, self._note_told)),
         )
-        hearing = (hear_calls(owner, name, after=note) for owner, name, note in heard)
-        return undo_all((replace_attribute(iterator_class, "__next__", taking), *hearing))
+        heard_calls = (hear_calls(owner, name, after=note) for owner, name, note in heard)
+        return undo_all((replace_attribute(iterator_class, "__next__", taking), *heard_calls))
 
     def _note_made(self, _: None, sampler: Any, *args: Any, **kwargs: Any) -> None:
         self._made[sampler] = find_call_site()

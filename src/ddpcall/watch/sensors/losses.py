@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpcall import torch_internals as internals
+from ddpcall.accelerator import is_capturing
 from ddpcall.taps import CallSite, Undo, find_call_site, outside_dynamo, replace_attribute, undo_all
 from ddpcall.targets import LOSSES, count_targets, wrap_loss
 from ddpcall.watch.run import Run
@@ -88,7 +89,7 @@ class LossSensor:
             return
         if mean.grad_fn is None or internals.FUNCTORCH_LEVEL.get(lambda: None)() is not None:
             return
-        if mean.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(mean):
             return
         with torch.no_grad():
             count = count_targets(loss, args, kwargs)

@@ -68,7 +68,8 @@ class Position:
     def from_json(text: str | bytes) -> Position:
         """Return what `to_json` was called on."""
         values = json.loads(text)
-        return Position(**{**values, "site": CallSite(**{**values["site"], "called_from": None})})
+        site = CallSite(**dict[str, Any](values["site"], called_from=None))
+        return Position(**dict[str, Any](values, site=site))
 
 
 class PositionSensor:
@@ -109,7 +110,7 @@ class PositionSensor:
         if counts != self._last:
             self._last, self._since = counts, time.monotonic()
         position = Position(state, *counts, silent_s=time.monotonic() - self._since)
-        frame = sys._current_frames().get(self._thread or 0)
+        frame = sys._current_frames().get(self._thread or 0)  # pyright: ignore[reportPrivateUsage]
         if state != RUNS or frame is None:
             return position
         frames = [outer for outer, _ in traceback.walk_stack(frame)]

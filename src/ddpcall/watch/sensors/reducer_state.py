@@ -65,7 +65,7 @@ class Entry:
 
     Attributes:
         site: The user's line that entered.
-        sync_off: The line that had switched synchronisation off; None when the wrapper was not gone through.
+        sync_off: The line that had switched synchronization off; None when the wrapper was not gone through.
         linked: Whether its outputs were found, so that `reached` tells whether a backward went through them.
         reached: The backward (by number) that last went through an output.
         is_taken: Whether `torch.autograd.grad` went through an output; a backward of what it returned does not.
@@ -133,7 +133,7 @@ class ReducerState:
         unarmed_since: When the backward began in which a gradient first arrived unarmed since the last step: only
             what the script sends after that can be the reduction which it still needs. (A hook of the script's
             own may send each gradient as it comes, before ours is called.)
-        switched_off: Where the script told `replicate` not to synchronise; its forward passes that on.
+        switched_off: Where the script told `replicate` not to synchronize; its forward passes that on.
     """
 
     name: str
@@ -288,7 +288,7 @@ class ReducerState:
         entry.site, entry.names = self._entered[key]
 
     def passed(self, outputs: Any) -> None:
-        """Note that the wrapper's forward ended; its reducer was prepared unless synchronisation is off."""
+        """Note that the wrapper's forward ended; its reducer was prepared unless synchronization is off."""
         ddp = self.ddp()
         self.forwarded = self.was_called = True
         if ddp is None or not torch.is_grad_enabled():

@@ -24,6 +24,16 @@ from ddpcall.watch.output.watched import WatchedModel
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.hooks import can_be_tapped
 
+_NEEDED = (
+    internals.GET_FSDP_STATE,
+    internals.FSDP_TRAINING_STATE,
+    internals.FSDP_PARAM_GROUP,
+    internals.FSDP_PARAM_FQN,
+    internals.FSDP_MODULE_INFO,
+    *internals.FSDP_PARTS.values(),
+)
+
+
 FULLY_SHARD = internals.FSDP_MODULE.owner_path
 _FULLY_SHARDING = "torch.distributed.fsdp."
 _SHARDING = ("torch.distributed.fsdp", internals.COMPOSABLE.path, "torch.distributed.tensor")
@@ -51,8 +61,8 @@ class ShardedSensor:
         self._tap = ForwardTap(self._observe, self._is_quiet)
 
     def attach(self, fully_shard: ModuleType) -> Undo:
-        """Hear where synchronisation is switched off; returns the undo."""
-        internals.require(*internals.TO_WATCH_SHARDS)
+        """Hear where synchronization is switched off; returns the undo."""
+        internals.require(*_NEEDED)
         return hear_calls(fully_shard.FSDPModule, "set_requires_gradient_sync", after=self._note_switch)
 
     def _note_switch(self, _: None, module: Any, requires_gradient_sync: bool, **kwargs: Any) -> None:

@@ -75,11 +75,17 @@ class Step:
 class Listener(Protocol):
     """Who is told of steps, in three phases; see `rules.rule.Rule`."""
 
-    def before_step(self, step: Step) -> None: ...
+    def before_step(self, step: Step) -> None:
+        """Called first, before parameters change."""
+        ...
 
-    def judge(self, step: Step) -> None: ...
+    def judge(self, step: Step) -> None:
+        """Called once every listener's `before_step` has run."""
+        ...
 
-    def after_step(self, step: Step) -> None: ...
+    def after_step(self, step: Step) -> None:
+        """Called when the parameters have changed."""
+        ...
 
 
 class StepSensor:

@@ -1,4 +1,4 @@
-"""Find models as they are wrapped, and see how they are entered and when synchronisation is switched off."""
+"""Find models as they are wrapped, and see how they are entered and when synchronization is switched off."""
 
 from __future__ import annotations
 
@@ -29,6 +29,18 @@ from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.hooks import can_be_tapped
 from ddpcall.watch.sensors.reducer_state import Entry, ReducerState, owned_parameters
 from ddpcall.watch.sensors.stacks import StackWatch
+
+_NEEDED = (
+    internals.ACTIVE_DDP_MODULE,
+    internals.DDP_PRE_FORWARD,
+    internals.DDP_POST_FORWARD,
+    internals.MODULE_PARAMETERS,
+    internals.PREPARE_FOR_BACKWARD,
+    internals.CHECK_REDUCER_FINALIZED,
+    internals.GET_BACKWARD_STATS,
+    internals.EXECUTION_ENGINE,
+    internals.CURRENT_GRAPH_TASK,
+)
 
 
 class WrapWatch:
@@ -68,7 +80,7 @@ class WrapWatch:
 
     def attach(self) -> Undo:
         """Find every DDP that is made from now on; returns the undo."""
-        internals.require(*internals.TO_WATCH_WRAPPERS)
+        internals.require(*_NEEDED)
         return undo_all(self._hear())
 
     def _hear(self) -> Iterator[Undo]:

@@ -44,7 +44,7 @@ def _run_next():
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path) != here]
     try:
-        import sitecustomize  # noqa: F401
+        import sitecustomize  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         if error.name != "sitecustomize":
             raise
