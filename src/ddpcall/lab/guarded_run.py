@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import os
 import platform
 import time
 from abc import ABC, abstractmethod
@@ -24,6 +23,7 @@ from ddpcall.lab.report.command import leave_report
 from ddpcall.lab.run_directory import NotWritten, RunDirectory
 from ddpcall.lab.schema import TrainConfig
 from ddpcall.lab.world import RankLost, World
+from ddpcall.launch_environment import read_address
 
 GATHER_SECONDS = 30.0
 
@@ -168,7 +168,7 @@ class GuardedRun(ABC):
             self._close_failed("interrupted", f"stopped by {signal_name}{standing}", None)
 
     def _report_store_lost(self) -> None:
-        store = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        store = ":".join(read_address())
         self._close_failed("failed", f"the store at {store} is gone: the launcher or host that ran it ended", None)
 
     def _report_hang(self, name: str, stacks: dict[int, str], missing: list[int]) -> None:
