@@ -562,15 +562,32 @@ def test_two_models_against_each_other(rank):
     expect(measure(maker, steps_of_maker, step, 2), "averaged", 0.5)
 
 
-def test_master_weights_are_not_accounted_for(rank):
+@pytest.mark.parametrize("is_called", [True, False])
+@pytest.mark.parametrize("is_in_order", [True, False])
+def test_master_weights_are_followed(rank, is_called, is_in_order):
     model = wrap(make_model().bfloat16())
-    masters = [p.detach().float().clone() for p in model.parameters()]
-    optimizer = torch.optim.SGD(masters, lr=0.01)
+    masters = {p: p.detach().float().clone() for p in model.parameters()}
+    optimizer = torch.optim.SGD(sorted(masters.values(), key=lambda p: is_in_order or p.dim()), lr=0.01)
 
     def step(number):
-        compute_loss(model, make_batch(rank.rank).bfloat16()).backward()
-        for master, parameter in zip(masters, model.parameters(), strict=True):
+        compute_loss(model if is_called else model.module, make_batch(rank.rank).bfloat16()).backward()
+        for parameter, master in masters.items():
             master.grad = parameter.grad.float()
+        optimizer.step()
+
+    mixing = measure(model, optimizer, step)
+    expect(mixing, "averaged" if is_called else "local")
+
+
+def test_an_optimizer_of_other_parameters_in_the_same_shapes_is_not_taken_for_one_of_copies(rank):
+    model = wrap(make_model())
+    others = [torch.randn_like(p) for p in model.parameters()]
+    optimizer = torch.optim.SGD(others, lr=0.01)
+
+    def step(number):
+        compute_loss(model, make_batch(rank.rank)).backward()
+        for other in others:
+            other.grad = torch.randn_like(other)
         optimizer.step()
 
     mixing = measure(model, optimizer, step)

@@ -53,6 +53,7 @@ class Run:
         made=MADE,
         state=PRESENT,
         has_own=True,
+        shares_out=False,
     ):
         self.steps += 1
         own = self.rng.standard_normal((len(matrix), len(names), 64))
@@ -82,7 +83,8 @@ class Run:
             )
             for rank in range(len(matrix))
         ]
-        self.rule.judge(Where(self.steps, optimizer, STEP, made), records, judge_records(records))
+        where = Where(self.steps, optimizer, STEP, made, shares_out)
+        self.rule.judge(where, records, judge_records(records))
         return self
 
     def codes(self):
@@ -130,7 +132,7 @@ def test_weights_that_are_equal_again_were_averaged():
 def test_weights_that_may_have_been_averaged_after_the_last_step_accuse_nobody():
     local: dict[str, Any] = {"before": (1, 1), "after": (2, 3)}
     assert Run(num_sent=lambda: 128).step(OWN, **local).codes() == []
-    assert [code for code, _, _ in Run(num_sent=lambda: 127).step(OWN, **local).codes()] == ["DC102"]
+    assert [code for code, _, _ in Run(num_sent=lambda: 127).step(OWN, **local).codes()] == ["DC101"]
 
 
 def test_a_ranks_own_weights_are_no_replicas():
@@ -147,7 +149,7 @@ def test_patience_ends_where_the_script_sends_nothing():
 
 @pytest.mark.parametrize(
     ("options", "code"),
-    [({"sharded": {"weight", "bias"}}, "DC106"), ({}, "DC102")],
+    [({"sharded": {"weight", "bias"}}, "DC106"), ({}, "DC101")],
 )
 def test_what_a_wrapper_holds_is_told_from_what_stands_beside_it(options, code):
     assert Run(**options).step(OWN, before=(1, 1), after=(2, 3)).codes() == [(code, STEP.line, 1)]
@@ -167,7 +169,7 @@ def test_what_sensors_suspected_is_confirmed_at_once_and_withdrawn_where_weights
     assert run.known.withdrawn == ["weight", "bias"]
 
 
-@pytest.mark.parametrize(("share", "codes"), [(1e-5, []), (0.1, ["DC102"])])
+@pytest.mark.parametrize(("share", "codes"), [(1e-5, []), (0.1, ["DC101"])])
 def test_a_gradient_that_no_backward_computed_is_judged_by_its_size(share, codes):
     run = Run()
     run.step(np.array([[1, 0], [1 + share, 0]]), before=(1, 1), after=(2, 3), has_own=False)
@@ -222,3 +224,28 @@ def test_a_step_that_some_ranks_did_not_take_together_is_left_out():
     run = Run().step(OWN, before=(1, 1), after=(2, 3), state=UNREAD)
     assert run.codes() == []
     assert run.rule.certificate.shapes.get("local") is None
+
+
+def test_shares_that_each_rank_steps_alone_are_harm_though_the_weights_stay_equal():
+    run = Run()
+    for _ in range(3):
+        run.step(OWN, before=(1, 1), after=(2, 2), shares_out=True)
+    assert run.codes() == [("DC107", STEP.line, 1)]
+    assert Run().step(MEAN, shares_out=True).step(MEAN, shares_out=True).codes() == []
+
+
+@pytest.mark.parametrize(("inside", "advice"), [(True, "register_comm_hook"), (False, "Wrap the model")])
+def test_where_all_is_local_the_advice_depends_on_whether_it_is_wrapped(inside, advice):
+    run = Run(inside=frozenset({"weight", "bias"}) if inside else frozenset())
+    run.step(OWN, before=(1, 1), after=(2, 3)).step(OWN, before=(2, 3), after=(4, 5))
+    assert [code for code, _, _ in run.codes()] == ["DC101"]
+    assert advice in run.found[0].fix
+
+
+def test_that_weights_differ_is_explained_while_it_is_waited_for_them_to_be_averaged():
+    run = Run()
+    run.step(OWN, before=(1, 1), after=(2, 3))
+    assert run.known.will_explain()
+    run.step(OWN, before=(4, 4), after=(5, 5))
+    assert not run.known.will_explain()
+    assert run.codes() == []

@@ -277,7 +277,7 @@ def test_what_the_script_averages_itself_is_fine_and_said(launcher, tmp_path, mo
     [
         ("no_step", "no step of a torch optimizer was taken on 1 DDP model"),
         ("idle", "rank 1 took no optimizer step, another rank 1"),
-        ("by_hand", "no optimizer step used the gradients of 1 DDP model. To have it watched, update"),
+        ("by_hand", "no optimizer step used the gradients of 1 DDP model. To have it watched, let an"),
         ("no_group", "no process group was made"),
         ("group_of_one", "every rank made a process group of one"),
     ],

@@ -66,6 +66,7 @@ def judge_records(records: Sequence[RankSketches]) -> Mixing:
     _adopt_small(parameters)
     _judge_pools(parameters)
     _judge_misfits(parameters)
+    _doubt_copies(parameters)
     ranks = tuple(record.rank for record in stepped)
     mixing = _put_together(parameters, ranks)
     extra = [mixing.reason] if mixing.reason else []
@@ -99,8 +100,6 @@ def _is_settled(parameter: Parameter) -> bool:
         parameter.verdict = Verdict("unidentifiable", reason=reason)
     elif NOT_FINITE in states:
         parameter.verdict = Verdict("unidentifiable", reason="the gradients were not finite")
-    elif FOREIGN in states and PRESENT not in states:
-        parameter.verdict = Verdict("unaccounted", reason="the optimizer holds copies of the parameters")
     elif len(states & {NO_GRADIENT, UNREAD}) and PRESENT in states and _is_alone(parameter):
         parameter.verdict = Verdict("different", reason="some ranks used no gradient")
     elif not parameter.own.shape[1]:
@@ -147,7 +146,8 @@ def _judge_pools(parameters: Sequence[Parameter]) -> None:
     for parameter in parameters:
         reason = parameter.verdict.reason
         is_silent = reason == TOO_FEW or (reason == TOO_SMALL and parameter.numel < _POOLED_BELOW)
-        if is_silent and parameter.used.any() and parameter.own.any() and set(parameter.states) == {PRESENT}:
+        is_whole = set(parameter.states) <= {PRESENT, FOREIGN}
+        if is_silent and is_whole and parameter.used.any() and parameter.own.any():
             pools.setdefault((*parameter.layout(), parameter.eta, reason), []).append(parameter)
     for key, members in pools.items():
         if len(members) < 2 or sum(member.numel for member in members) < MIN_ELEMENTS:
@@ -183,8 +183,15 @@ def _judge_misfits(parameters: Sequence[Parameter]) -> None:
         return  # larger ones say what is wrong, and small ones may have been mixed as those were
     for parameter in parameters:
         is_open = parameter.verdict.shape == "unidentifiable" and parameter.verdict.reason == TOO_SMALL
-        if is_open and parameter.weights != "different" and set(parameter.states) == {PRESENT}:
+        if is_open and parameter.weights != "different" and set(parameter.states) <= {PRESENT, FOREIGN}:
             parameter.verdict = judge_misfit(_make_batch([parameter])) or parameter.verdict
+
+
+def _doubt_copies(parameters: Sequence[Parameter]) -> None:
+    """Take back what is said of copies that an optimizer holds, unless numbers show whose they are."""
+    for parameter in parameters:
+        if FOREIGN in parameter.states and parameter.verdict.shape not in _FOLLOWED:
+            parameter.verdict = Verdict("unaccounted", reason="the optimizer holds copies of the parameters")
 
 
 def _put_together(parameters: Sequence[Parameter], ranks: tuple[int, ...]) -> Mixing:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -232,10 +233,26 @@ def find_places(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[Place
     places += [Place(name, parameter) for name, parameter in named.items() if id(parameter) in held]
     if places:
         return places
-    if named and [p.shape for p in stepped] == [p.shape for p in named.values()]:
-        return [Place(name, own, copy) for (name, own), copy in zip(named.items(), stepped, strict=True)]
+    if copied := find_copied(named, stepped):
+        return copied
     raise ValueError(
         "the optimizer holds none of the model's parameters, so its steps do not train this model. Make the "
         "optimizer from the model that you train, after it was wrapped or moved: "
         "optimizer = torch.optim.AdamW(model.parameters())"
     )
+
+
+def find_copied(named: Mapping[str, Tensor], held: Sequence[Tensor]) -> list[Place]:
+    """Return the parameters that an optimizer may hold copies of; none unless it may have one of each.
+
+    Shapes tell, in any order; of several values tell. Whether they are copies shows in the measured gradients.
+    """
+    left, places = dict(named), list[Place]()
+    for copy in held if len(named) == len(held) else ():
+        fitting = [name for name, own in left.items() if own.shape == copy.shape and own.device == copy.device]
+        equal = (name for name in fitting if torch.equal(copy.detach().to(left[name].dtype), left[name].detach()))
+        name = next(equal, fitting[0] if fitting else "")
+        if not name:
+            return []
+        places.append(Place(name, left.pop(name), copy))
+    return places

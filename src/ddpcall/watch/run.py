@@ -39,6 +39,7 @@ class Run:
         statistics: Buffers that training moves, with the line that does.
         written: Digest of the gradients that the script wrote in place of a backward's; 0 where there are none.
         is_compared: Says of a parameter's name whether its weights are compared.
+        will_explain: Says whether measured gradients tell why weights differ, and it is not reported yet.
         faults: Errors of the watch's own, a line each.
         contain: Does work of the watch's own: an error in it is said once and never reaches the script. A finding
             that is raised does.
@@ -55,6 +56,7 @@ class Run:
         self.statistics: list[Statistic] = []
         self.written = 0
         self.is_compared: Callable[[str], bool] = lambda name: False
+        self.will_explain: Callable[[], bool] = lambda: False
         self.faults: list[str] = []
         self.contain = outside_dynamo(self._contain)
         self._undo = ExitStack()

@@ -38,6 +38,8 @@ from ddpcall.watch.sensors.losses import LossSensor
 from ddpcall.watch.sensors.steps import Step
 
 _MAX_NAMED = 5
+SHARING_OPTIMIZER = "ZeroRedundancyOptimizer"
+"""By name: to import it takes a while."""
 
 
 class MixingWatch(Rule):
@@ -95,7 +97,8 @@ class MixingWatch(Rule):
             return
         if exchange.compares:
             site, made = find_call_site(), self._run.sites.made(optimizer)
-            self._steps[number] = Where(self._run.steps.of(optimizer), id(optimizer), site, made)
+            shares_out = any(each.__name__ == SHARING_OPTIMIZER for each in type(optimizer).__mro__)
+            self._steps[number] = Where(self._run.steps.of(optimizer), id(optimizer), site, made, shares_out)
         exchange.publish(MeasuredStep.of(record, dist.get_world_size()).to_vitals(number))
         self._read()
 

@@ -356,7 +356,8 @@ class ReplicaWatch(Rule):
         exchange.ask(comparison, at=at)
 
     def _say(self, divergence: Divergence) -> None:
-        for finding in diagnose_divergence(self._with_sites(divergence), self._run.book.explains_divergence()):
+        is_explained = self._run.book.explains_divergence() or self._run.will_explain()
+        for finding in diagnose_divergence(self._with_sites(divergence), is_explained):
             self._run.report(finding)
 
     def _with_sites(self, divergence: Divergence) -> Divergence:

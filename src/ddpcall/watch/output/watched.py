@@ -25,7 +25,7 @@ WRITE_INSTEAD = {
     DATA_PARALLEL: "wrap the model in DistributedDataParallel, with one process for each device",
     PYTHON_REDUCER: "leave `torch._dynamo.config.optimize_ddp` as it is",
     DELAYED_ALL_REDUCE: "leave out `delay_all_reduce_named_params`",
-    BY_HAND: "update the parameters with an optimizer of torch.optim, `optimizer.step()`",
+    BY_HAND: "let an optimizer of torch.optim step the parameters, or one copy of each in their shapes",
 }
 EVERY_STEP_UNTIL = 16  # steps up to this one are all measured
 ESSENTIAL_PARTS = ("DistributedDataParallel and replicate", "backwards", "collectives and optimizer steps")

@@ -37,6 +37,7 @@ _CODES = {
     "different": "DC201",
 }
 _REPEATED = 2
+_SHARED_OUT = "each rank steps its share of the parameters with its own gradient, and sends it to the others"
 ROUNDING = 1e-2
 """Gradients of one batch differ between ranks by 1e-7 in float32, 1e-3 in bfloat16; of two batches by 1e-1."""
 
@@ -96,12 +97,14 @@ class Where:
         optimizer: Which optimizer, by its id.
         stepped: The line that stepped.
         made: The line that handed parameters to the optimizer last.
+        shares_out: Whether each rank steps its share of the parameters alone, and sends it to the others.
     """
 
     step: int = 0
     optimizer: int = 0
     stepped: CallSite = NOWHERE
     made: CallSite = NOWHERE
+    shares_out: bool = False
 
 
 @dataclass
@@ -137,6 +140,11 @@ class MixingRule:
         self._used: set[str] = set()
         self._repeated: dict[tuple[str, str], list[int]] = {}
         self._where = Where()
+        run.will_explain = self._will_explain
+
+    def _will_explain(self) -> bool:
+        """Say whether it is only waited for the weights to be averaged, before it is told why they differ."""
+        return any(apart.shape != "different" for apart in self._pending.values())
 
     def judge(self, where: Where, records: Sequence[RankSketches], mixing: Mixing) -> None:
         """Judge one measured step.
@@ -156,7 +164,9 @@ class MixingRule:
             self._numel.update(zip(record.names, record.numel, strict=True))
         self._note_weights(mixing)
         for shape, names in mixing.by_parameter.items():
-            if shape in _APART:
+            if shape == "local" and where.shares_out:  # that keeps the weights equal, and averages nothing
+                self._note_repeated("dropped", names, step, replace(mixing, reason=_SHARED_OUT))
+            elif shape in _APART:
                 self._note_apart(shape, self._find_parted(names, mixing), step, mixing)
             elif shape == "late" and mixing.reason == NEVER_USED:
                 # Whole gradients come with their own step: what is not in it was dropped on purpose, as a probe's.
@@ -279,8 +289,9 @@ class MixingRule:
         name = apart.names[0]
         if apart.shape in _OF_ONE_RANK and name in self._run.sharded:
             code = "DC106"
-        elif apart.shape in _OF_ONE_RANK and (name in self._run.inside or len(apart.names) < num_all):
+        elif apart.shape in _OF_ONE_RANK and len(apart.names) < num_all:
             code = "DC102"
+        fix = _FIXES.get(apart.shape, "")
         return make_finding(
             code,
             f"mixing_{apart.shape}",
@@ -289,7 +300,7 @@ class MixingRule:
             step=apart.step,
             ranks=apart.ranks,
             parameters=tuple(apart.names),
-            fix=_FIXES.get(apart.shape, ""),
+            fix=_NOT_REDUCED if code == "DC101" and name in self._run.inside else fix,
         )
 
 
@@ -300,6 +311,10 @@ def _differ(name: str, records: Sequence[RankSketches]) -> bool:
 
 
 _AVERAGE = "`dist.all_reduce(p.grad)`, then `p.grad /= dist.get_world_size()`"
+_NOT_REDUCED = (
+    "Call the wrapper, and let its reduction reach all ranks: a hook given to `register_comm_hook` ends in an "
+    "all-reduce, as `default_hooks.allreduce_hook` does, and `process_group` holds every rank."
+)
 _FIXES: Mapping[str, str] = {
     "local": "Wrap the model that holds these parameters before the first forward, and call the wrapper; or "
     f"average each gradient before the step: {_AVERAGE}.",

@@ -19,10 +19,11 @@ from ddpcall import torch_internals as internals
 from ddpcall.mixing.collect import MixingCollector
 from ddpcall.mixing.places import Place, clean_name
 from ddpcall.mixing.record import RankSketches
-from ddpcall.mixing.shards import FlatPlace, ShardedPlace, find_sharded
+from ddpcall.mixing.shards import FlatPlace, ShardedPlace, find_copied, find_sharded
 from ddpcall.taps import is_lazy
 from ddpcall.watch.run import OF_OTHER, Run
 from ddpcall.watch.sensors.earlier import find_living
+from ddpcall.watch.sensors.reducer_state import ReducerState
 
 EVERY_STEP_UNTIL = 16
 SPARSER = 100
@@ -74,6 +75,7 @@ class GradientSensor:
         self._collector: MixingCollector | None = None
         self._signature: tuple[int, ...] = ()
         self._is_on = False
+        self._copied: list[ReducerState] = []
         self.num_steps = 0
         self.failure = ""
 
@@ -165,7 +167,9 @@ class GradientSensor:
                 roots = [*roots, *_find_living_roots()]
         self._roots = [weakref.ref(root) for root in roots if any(id(p) in held for p in root.parameters())]
         places = list(find_all_places(roots, optimizers))
-        self._run.inside = {place.name for place in places if id(place.stepped) in known}
+        self._run.inside = {place.name for place in places if known & {id(place.stepped), id(place.whole())}}
+        owners = (self._run.models.owner.get(id(place.whole())) for place in places if place.is_foreign)
+        self._copied = list({id(state): state for state in owners if state is not None}.values())
         self._run.sharded = {place.name for place in places if isinstance(place, ShardedPlace | FlatPlace)}
         return places
 
@@ -181,6 +185,8 @@ class GradientSensor:
         assert self._collector is not None
         record = self._collector.take()
         self.failure = record.failure
+        for state in self._copied:
+            state.count_step(self._run.steps.of(optimizer))
         if self._every > 0:
             self._measured(self.num_steps, optimizer, record)
 
@@ -224,7 +230,11 @@ def find_all_places(roots: Iterable[nn.Module], optimizers: Mapping[int, Optimiz
     yielded: set[int] = set()
     for index, optimizer in optimizers.items():
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        copied = {} if any(id(parameter) in by_id for parameter in held) else _find_copied(roots, held)
+        copied = {}
+        if not any(id(parameter) in by_id for parameter in held):
+            named = ({clean_name(n): p for n, p in r.named_parameters() if p.requires_grad} for r in roots)
+            found: list[Place] = next(filter(None, (find_copied(each, held) for each in named)), [])
+            copied = {id(place.stepped): [place] for place in found}
         for number, parameter in enumerate(held):
             if id(parameter) in yielded or is_lazy(parameter):
                 continue
@@ -250,17 +260,6 @@ def _place_by_id(roots: Iterable[nn.Module]) -> dict[int, list[Place]]:
             if id(parameter) not in standing_for and not is_lazy(parameter):
                 by_id.setdefault(id(parameter), [Place(clean_name(name), parameter)])
     return by_id
-
-
-def _find_copied(roots: Iterable[nn.Module], held: list[Tensor]) -> dict[int, list[Place]]:
-    """Return the parameters that an optimizer holds copies of, as their shapes tell, by the copy's id."""
-    shapes = [tuple(parameter.shape) for parameter in held]
-    for root in roots:
-        named = [(clean_name(n), p) for n, p in root.named_parameters() if p.requires_grad and not is_lazy(p)]
-        if [tuple(parameter.shape) for _, parameter in named] == shapes:
-            pairs = zip(named, held, strict=True)
-            return {id(copy): [Place(name, own, copy)] for (name, own), copy in pairs}
-    return {}
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
