@@ -1,7 +1,7 @@
 """What was watched, in the last line, the file and the exit code; where it was nothing, that and the reason."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from ddpcall.watch.output.watched import (
     read_watched,
     weigh,
 )
+from ddpcall.watch.rules.mixing import Certificate
 from tests.watch.launched import Launched
 
 NET = WatchedModel("Net", "ddp", 30)
@@ -32,6 +33,7 @@ RANK_0 = Watched(
 )
 MEASURED = {"steps": 3, "shapes": {"averaged": 3}, "ranks": 2}
 BOTH = replace(RANK_0, ranks=(0, 1))
+TOLD = asdict(Certificate(steps=8, shapes={"averaged": 8}, shape="averaged", ranks=2, matrix=[[0.5, 0.5]] * 2))
 ALONE = replace(
     RANK_0, world_size=1, models=(), optimizer_steps=5, comparisons=0, comparisons_due=0, process_group=0
 )
@@ -47,6 +49,21 @@ def test_ranks_are_merged_into_one_record():
 def test_a_process_that_starts_the_ranks_is_none_of_them():
     parent = replace(ALONE, optimizer_steps=0, idle_ranks=(0,), ended=True)
     assert merge_watched([parent, BOTH]) == BOTH
+
+
+def test_a_script_that_sends_enough_is_no_evidence_where_measured_steps_could_not_be_told():
+    """Weights that each rank steps a share of, and sends: nobody knows whose gradients were used."""
+    reason = "on some ranks alone, and not compared: bias, weight"
+    mixing = {"steps": 8, "shapes": {"unidentifiable": 8}, "reason": reason}
+    unwrapped = replace(BOTH, models=(), comparisons=0, comparisons_due=0, may_average=True, mixing=mixing)
+    answer = weigh(unwrapped)
+    assert not answer.is_evidence
+    assert answer.text == (
+        "nothing could be found out: no model was wrapped, and 8 steps were measured: who learned from whom could "
+        f"not be told ({reason})"
+    )
+    assert weigh(replace(unwrapped, mixing={**TOLD, "shapes": {"unidentifiable": 7, "averaged": 1}})).is_evidence
+    assert weigh(replace(unwrapped, mixing={"steps": 0, "shapes": {}, "reason": ""})).is_evidence
 
 
 def test_two_models_of_one_class_stay_two_over_ranks():

@@ -301,8 +301,15 @@ def _explain_models_not_stepped(watched: Watched) -> str | None:
 
 def _explain_unwrapped(watched: Watched) -> str | None:
     """Where nothing is wrapped, the script may average by itself; where it sends too little, nobody does."""
-    if watched.models or (watched.may_average and watched.process_group > 1):
+    if watched.models:
         return None
+    if watched.may_average and watched.process_group > 1:
+        mixing = watched.mixing
+        if set(mixing.get("shapes", ())) != {"unidentifiable"}:
+            return None
+        steps = f"{_plural(mixing['steps'], 'step')} {'was' if mixing['steps'] == 1 else 'were'} measured"
+        told = f"who learned from whom could not be told ({mixing['reason']})"
+        return f"{_NOTHING}no model was wrapped, and {steps}: {told}"
     group = "`dist.init_process_group()` and then "
     if not watched.process_group:
         cause = "no process group was made"
