@@ -20,7 +20,7 @@ class Known:
     """What the run knows on this rank; a test says otherwise."""
 
     def __init__(self, **facts):
-        self.inside = frozenset({"weight", "bias"})
+        self.inside = self.reduced = frozenset({"weight", "bias"})
         self.sharded = frozenset()
         self.is_compared = self.is_explained = lambda name: False
         self.confirm = lambda names: []
@@ -236,7 +236,8 @@ def test_shares_that_each_rank_steps_alone_are_harm_though_the_weights_stay_equa
 
 @pytest.mark.parametrize(("inside", "advice"), [(True, "register_comm_hook"), (False, "Wrap the model")])
 def test_where_all_is_local_the_advice_depends_on_whether_it_is_wrapped(inside, advice):
-    run = Run(inside=frozenset({"weight", "bias"}) if inside else frozenset())
+    names = frozenset({"weight", "bias"}) if inside else frozenset()
+    run = Run(inside=names, reduced=names)
     run.step(OWN, before=(1, 1), after=(2, 3)).step(OWN, before=(2, 3), after=(4, 5))
     assert [code for code, _, _ in run.codes()] == ["DC101"]
     assert advice in run.found[0].fix
@@ -249,3 +250,8 @@ def test_that_weights_differ_is_explained_while_it_is_waited_for_them_to_be_aver
     run.step(OWN, before=(4, 4), after=(5, 5))
     assert not run.known.will_explain()
     assert run.codes() == []
+
+
+def test_what_was_put_into_a_wrapped_model_later_is_told_from_what_its_reducer_owns():
+    run = Run(reduced=frozenset()).step(OWN, before=(1, 1), after=(2, 3)).step(OWN, before=(2, 3), after=(4, 5))
+    assert [code for code, _, _ in run.codes()] == ["DC102"]

@@ -35,6 +35,7 @@ class Run:
         collectives: What the script itself sends.
         sites: The lines that last did what makes replicas differ.
         inside: Names of the measured parameters that belong to a wrapped model.
+        reduced: Names of those that a reducer owns.
         sharded: Names of those that a wrapper shards.
         statistics: Buffers that training moves, with the line that does.
         written: Digest of the gradients that the script wrote in place of a backward's; 0 where there are none.
@@ -52,6 +53,7 @@ class Run:
         self.models = Models(self.collectives.mark)
         self.sites = LastSites(self.models.is_watched, self.may_use_buffers)
         self.inside: set[str] = set()
+        self.reduced: set[str] = set()
         self.sharded: set[str] = set()
         self.statistics: list[Statistic] = []
         self.written = 0

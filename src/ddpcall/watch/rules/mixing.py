@@ -286,10 +286,10 @@ class MixingRule:
     def _make_finding(self, apart: _Apart) -> Finding:
         num_all = len(self._ever_equal | set(apart.names))
         code = _CODES.get(apart.shape, "DC201")
-        name = apart.names[0]
+        name, reduced = apart.names[0], self._run.reduced
         if apart.shape in _OF_ONE_RANK and name in self._run.sharded:
             code = "DC106"
-        elif apart.shape in _OF_ONE_RANK and len(apart.names) < num_all:
+        elif apart.shape in _OF_ONE_RANK and (len(apart.names) < num_all or name in self._run.inside - reduced):
             code = "DC102"
         fix = _FIXES.get(apart.shape, "")
         return make_finding(
@@ -300,7 +300,7 @@ class MixingRule:
             step=apart.step,
             ranks=apart.ranks,
             parameters=tuple(apart.names),
-            fix=_NOT_REDUCED if code == "DC101" and name in self._run.inside else fix,
+            fix=_NOT_REDUCED if code == "DC101" and name in reduced else fix,
         )
 
 

@@ -167,9 +167,13 @@ class GradientSensor:
                 roots = [*roots, *_find_living_roots()]
         self._roots = [weakref.ref(root) for root in roots if any(id(p) in held for p in root.parameters())]
         places = list(find_all_places(roots, optimizers))
-        self._run.inside = {place.name for place in places if known & {id(place.stepped), id(place.whole())}}
-        owners = (self._run.models.owner.get(id(place.whole())) for place in places if place.is_foreign)
-        self._copied = list({id(state): state for state in owners if state is not None}.values())
+        self._run.inside = {place.name for place in places if id(place.stepped) in known}
+        owner = self._run.models.owner
+        self._run.reduced = {place.name for place in places if id(place.stepped) in owner}
+        # A parameter is a module's, such as a copied model that an inner loop trains.
+        copies = [place for place in places if place.is_foreign and not isinstance(place.stepped, nn.Parameter)]
+        states = (owner.get(id(place.whole())) for place in copies)
+        self._copied = list({id(state): state for state in states if state is not None}.values())
         self._run.sharded = {place.name for place in places if isinstance(place, ShardedPlace | FlatPlace)}
         return places
 
