@@ -161,7 +161,7 @@ def test_the_evidence_of_cf_8_names_what_each_wrapper_loses(results):
         "m.compile(): runs eager",
     ):
         assert words in sentence
-    assert next(iter(distributed.WRAPPERS)) == "m alone"
+    assert next(iter(distributed.SPELLINGS)) == "m alone"
 
 
 def test_every_sentence_holds_a_number_or_what_was_raised(results):
@@ -264,7 +264,7 @@ def test_a_shown_script_of_two_ranks_runs_as_a_script(tmp_path):
     done = run_command("cf4.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Outcome.DEPENDS" in done.stdout
-    assert "DDP(m) inner call differ by" in done.stdout
+    assert "DDP(m) inner call off by" in done.stdout
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path):

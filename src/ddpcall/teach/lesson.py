@@ -77,8 +77,8 @@ class Lesson:
         """Read a lesson's file."""
         number, _, name = path.stem.partition("_")
         opening, *parts = path.read_text().split("\n## ")
-        heading, experiment, question = opening.split("\n\n", 2)
-        sections = {title: text.strip() + "\n" for title, _, text in (part.partition("\n\n") for part in parts)}
+        heading, experiment, question = opening.split("\n", 2)
+        sections = {title: text.strip() + "\n" for title, _, text in (part.partition("\n") for part in parts)}
         sources = (
             Source(file.replace("/", "."), name, " ".join(says.split()))
             for file, name, says in _SOURCE.findall(sections["Sources"])

@@ -68,7 +68,8 @@ def cut_out(sources: Iterable[str], wanted: Iterable[str], ignored_module: str =
             text_of[node] = _cut(source, node)
             for name in _names_defined(node):
                 if name not in definitions:
-                    order.insert(order.index("main") if "main" in order[:-1] else len(order), name)
+                    is_helper = "main" in order and name != "__main__"
+                    order.insert(order.index("main") if is_helper else len(order), name)
                 definitions[name] = node
     reached, names = set[str](), set(wanted)
     while names:

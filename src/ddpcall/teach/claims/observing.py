@@ -46,12 +46,7 @@ def run_data_dependent_forward(module_class: type[nn.Module] = SignBranch) -> di
     return {"errors": errors, "raised": raised}
 
 
-@claim(
-    "FM-4",
-    "`forward` may hold any Python, branches on the data included",
-    DEPENDS,
-    run_data_dependent_forward,
-)
+@claim("FM-4", "`forward` may hold any Python, branches on the data included", DEPENDS, run_data_dependent_forward)
 def judge_any_python(errors: dict[str, float], raised: dict[str, str]) -> Answer:
     """True if every way is right, false if eager is not, depends otherwise."""
     right = [name for name, error in errors.items() if error == 0]

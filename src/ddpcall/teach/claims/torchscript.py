@@ -346,11 +346,7 @@ def reach_forward_in_hook(attribute: str = "forward") -> dict[str, Any]:
 
 
 @claim(
-    "TS-2",
-    "in such a hook `module.forward` raises an AttributeError",
-    FALSE,
-    reach_forward_in_hook,
-    needs=TRACE,
+    "TS-2", "in such a hook `module.forward` raises an AttributeError", FALSE, reach_forward_in_hook, needs=TRACE
 )
 def judge_attribute_error(hook_runs: int, error: str, difference: float | None) -> Answer:
     """True if the hook ran and met an AttributeError."""

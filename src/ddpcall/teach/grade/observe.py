@@ -75,7 +75,7 @@ class RankObserver:
         self._forwards = ForwardTap(self._see_forward, lambda: False)
         self._functions = list_functions()
         self._collector: MixingCollector | None = None
-        self._stop_hearing_of_steps: Callable[[], None] = lambda: None
+        self._forget_steps: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Put everything on; nothing takes it off but the end of the process."""
@@ -96,14 +96,14 @@ class RankObserver:
         """Measure own and used gradients of all wrapped parameters that are trained now."""
         if self._collector is not None:
             self._collector.stop()
-        self._stop_hearing_of_steps()
+        self._forget_steps()
         trained = [each for each in self._tracked.values() if each.parameter.requires_grad]
         self._collector = MixingCollector([Place(each.name, each.parameter) for each in trained], [])
         self._rows = {id(each.parameter): row for row, each in enumerate(trained)}
         self._collector.start()
         # After the collector's own hook, which ends the step that is read here.
         handle = register_optimizer_step_post_hook(lambda optimizer, *_: self._after_step(optimizer))
-        self._stop_hearing_of_steps = handle.remove
+        self._forget_steps = handle.remove
 
     # ---- what is wrapped, and what runs through it -----------------------------------------------------------
 
