@@ -307,3 +307,14 @@ def test_a_loss_that_is_nan_from_the_first_step_on_proves_nothing(run):
     done = run("optimizer.lr=nan", "grid.path=[call]", "expect=[{gradients: synced}]", point="loss", FIRST_NAN="1")
     assert done.summary()["trials"][0]["verdicts"]["gradients"] == "none"
     assert done.codes.count(0) < 2
+
+
+# ---- more ranks than cores --------------------------------------------------------------------------------------
+
+
+def test_eight_ranks_measure_what_two_do(run):
+    done = run("grid.path=[call,inner_call]", ranks=8)
+    assert done.codes == [0] * 8, done.err
+    call, inner = done.summary()["trials"]
+    assert (call["verdicts"]["gradients"], call["verdicts"]["mixing"]) == ("synced", "averaged")
+    assert (inner["verdicts"]["gradients"], inner["verdicts"]["mixing"]) == ("local", "local")

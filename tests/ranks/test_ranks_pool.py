@@ -311,3 +311,10 @@ def test_many_pools_run_at_once(tmp_path):
     with contextlib.ExitStack() as stack:
         scripts = [stack.enter_context(start_script(directory, 0, times=20)) for directory in directories]
         assert [script.wait(120) for script in scripts] == [0] * 4
+
+
+@pytest.mark.ranks(8, timeout=240)
+def test_eight_ranks_are_on_tap(rank):
+    total = torch.tensor(rank.rank)
+    dist.all_reduce(total)
+    assert total == sum(range(8))

@@ -67,16 +67,17 @@ def make_evidence(cell: Cell, environment: Environment = ENVIRONMENT, crash: str
             buffers=(),
             initial_digest="0123456789abcdef",
         ),
-        consequence=None if crash else make_consequence(synced),
+        consequence=None if crash else make_consequence(synced, environment.world_size),
     )
 
 
-def make_consequence(synced: bool) -> Consequence:
-    """Return what the models are worth: equal ranks, or two that parted."""
+def make_consequence(synced: bool, num_ranks: int = NUM_RANKS) -> Consequence:
+    """Return what the models are worth: equal ranks, or ranks that parted."""
+    pairs = num_ranks // 2
     return Consequence(
-        test_loss=(0.3, 0.3) if synced else (0.4, 0.7),
-        test_accuracy=(0.9, 0.9) if synced else (0.8, 0.7),
-        distance=(0.0, 0.0) if synced else (0.2, 0.25),
+        test_loss=(0.3, 0.3) * pairs if synced else (0.4, 0.7) * pairs,
+        test_accuracy=(0.9, 0.9) * pairs if synced else (0.8, 0.7) * pairs,
+        distance=(0.0, 0.0) * pairs if synced else (0.2, 0.25) * pairs,
         spread=0.0 if synced else 0.3,
     )
 
@@ -108,10 +109,10 @@ def _hooks(path: str) -> Iterable[HookCount]:
             yield HookCount(role=role, module=module, kind=kind, registered=1, fired=times, forwards=times)
 
 
-def make_modes(statistics_differ: bool) -> ModesEvidence:
+def make_modes(statistics_differ: bool, num_ranks: int = NUM_RANKS) -> ModesEvidence:
     """Return what the modes probe reports of a model with batch norm and dropout."""
     return ModesEvidence(
-        training_modules=(5, 5),
+        training_modules=(5,) * num_ranks,
         num_modules=5,
         flags_differ=(),
         dropout_kept=(0.8,) * NUM_STEPS,
@@ -134,6 +135,7 @@ def make_run(
     modes: bool = False,
     mixings: dict[str, MixingEvidence] | None = None,
     environment: Environment = ENVIRONMENT,
+    num_steps: int = NUM_STEPS,
     **summary: Any,
 ) -> Path:
     """Write a run directory.
@@ -145,10 +147,11 @@ def make_run(
         crashes: Messages of the paths that crash.
         modes: Whether the modes probe ran.
         mixings: What the mixing probe measured, by path.
-        environment: Where it is said to have been measured.
+        environment: Where it is said to have been measured, and on how many ranks.
+        num_steps: Steps of the curves.
         summary: Replaces fields of summary.json.
     """
-    run = RunDirectory(directory)
+    run, ranks = RunDirectory(directory), environment.world_size
     results = [
         _result(cell, environment, expected or {}, crashes or {}, modes, (mixings or {}).get(cell.path))
         for cell in cells
@@ -167,8 +170,8 @@ def make_run(
     }
     run.create("name: forward_bypass\nsteps: 6\n", dataclasses.asdict(environment), content)
     run.append("evidence.jsonl", [result.to_json() for result in results])
-    run.append("steps.jsonl", [record for cell in cells for record in step_records(cell, modes)])
-    run.append("timeline.jsonl", [record for cell in cells for record in timeline_records(cell)])
+    run.append("steps.jsonl", [record for cell in cells for record in step_records(cell, ranks, modes, num_steps)])
+    run.append("timeline.jsonl", [record for cell in cells for record in timeline_records(cell, ranks)])
     (directory / ".hydra").mkdir(exist_ok=True)
     (directory / ".hydra" / "overrides.yaml").write_text("- experiment=forward_bypass\n- 'note=it''s <b>'\n")
     return directory
@@ -220,31 +223,33 @@ def _result(
 ) -> TrialRecord:
     evidence = dataclasses.replace(make_evidence(cell, environment, crashes.get(cell.path, "")), mixing=mixing)
     if modes:
-        evidence = dataclasses.replace(evidence, modes=make_modes(cell.path not in SYNCED))
+        evidence = dataclasses.replace(evidence, modes=make_modes(cell.path not in SYNCED, environment.world_size))
     return TrialRecord.of(evidence, expected.get(cell.path, {}))
 
 
-def step_records(cell: Cell, modes: bool = False) -> Iterable[dict[str, Any]]:
+def step_records(
+    cell: Cell, num_ranks: int = NUM_RANKS, modes: bool = False, num_steps: int = NUM_STEPS
+) -> Iterable[dict[str, Any]]:
     """Yield what steps.jsonl has of a trial: accuracy every second step, distances that grow after a parting."""
-    for rank in range(NUM_RANKS):
-        for step in range(NUM_STEPS):
-            apart = 0.0 if cell.path in SYNCED or rank == 0 else 0.05 * (step + 1)
+    for rank in range(num_ranks):
+        for step in range(num_steps):
+            apart = 0.0 if cell.path in SYNCED or rank == 0 else 0.05 * (step + 1) * NUM_STEPS / num_steps
             record = {**dataclasses.asdict(cell), "rank": rank, "step": step, "loss": 2.0 - step / 10}
             record |= {"distance_to_rank0": apart, "accuracy": None if step % 2 else 0.5 + step / 20 - apart}
             if modes:
                 record |= {
                     "dropout_kept": 0.8,
-                    "masks_identical": (True, None, False, False, False, False)[step],
+                    "masks_identical": (True, None, False, False, False, False)[step % 6],
                     "statistics_difference": apart,
                     "running_mean_norm": 1.0 + apart,
                 }
             yield record
 
 
-def timeline_records(cell: Cell) -> Iterable[dict[str, Any]]:
+def timeline_records(cell: Cell, num_ranks: int = NUM_RANKS) -> Iterable[dict[str, Any]]:
     """Yield the measured step of a trial on each rank."""
     synced = cell.path in SYNCED
-    for rank in range(NUM_RANKS):
+    for rank in range(num_ranks):
         events = [
             event("forward", "Mlp", "inner", 100.0, 900.0),
             event("pre_hook", "forward_pre of head", "submodule", 150.0, 160.0),

@@ -15,6 +15,7 @@ from ddpcall.lab.report.load import load
 from ddpcall.lab.report.page import render_page
 from ddpcall.lab.report.view import build_view
 from tests.ranks.test_record_and_compare import make_model, record, train
+from tests.report import test_many_ranks
 from tests.report.chromium import CHROMIUM, DRIVER, MISSING, set_view, start_chromium
 from tests.report.made import (
     PATHS,
@@ -32,6 +33,9 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 if not (CHROMIUM and DRIVER):
     pytest.skip(MISSING, allow_module_level=True)
+
+
+many_ranks = test_many_ranks.page  # the fixture
 
 
 class Browser:
@@ -176,6 +180,30 @@ def test_nothing_runs_off_the_page_of_two_recorded_runs(browser, tmp_path, width
     )
     assert browser.run(f"{beyond}.map(e => e.outerHTML)") == []
     assert "Learning rates are 0.01 in A and 0.02 in B" in browser.find(".message")[0].text
+
+
+@pytest.mark.parametrize("width", [420, 1200])
+def test_nothing_of_64_ranks_is_cut_off_or_covered(browser, many_ranks, width):
+    browser.open(many_ranks, width=width)
+    assert browser.complaints() == []
+    assert browser.run("return document.documentElement.scrollWidth") <= width
+    matrices = browser.find(".mixing svg")
+    assert len(matrices) == 2
+    beyond = """
+        const box = arguments[0].getBoundingClientRect(), texts = [...arguments[0].querySelectorAll("text")];
+        return texts.filter(text => { const own = text.getBoundingClientRect();
+            return own.left < box.left || own.right > box.right || own.top < box.top || own.bottom > box.bottom;
+        }).map(text => text.textContent);"""
+    covered = """
+        const boxes = [...arguments[0].querySelectorAll(arguments[1])].map(text => text.getBoundingClientRect());
+        const covers = (box, i) => i && box.top === boxes[i - 1].top && box.left < boxes[i - 1].right;
+        return boxes.filter(covers).length;"""
+    for matrix in matrices:
+        assert browser.run(beyond, matrix) == []
+        assert browser.run(covered, matrix, "[role=columnheader]") == 0
+        assert browser.run(covered, matrix, "[role=gridcell] text") == 0
+    for dots in browser.find(".dots") if width == 1200 else []:
+        assert browser.run(covered, dots, "span") == 0
 
 
 def test_a_click_opens_the_evidence_of_that_cell(browser, pages):

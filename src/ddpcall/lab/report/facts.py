@@ -9,7 +9,14 @@ from functools import partial
 from ddpcall.evidence import Evidence, ModesEvidence
 from ddpcall.lab.records import TrialRecord
 from ddpcall.lab.report.mixing import list_facts
-from ddpcall.lab.report.words import format_number, format_share, list_names, plural
+from ddpcall.lab.report.words import (
+    MOST_RANKS_NAMED,
+    format_number,
+    format_share,
+    list_by_rank,
+    list_names,
+    plural,
+)
 from ddpcall.verdicts import NO_DATA_PARALLELISM, VERDICTS, judge_mixing
 
 Fact = tuple[str, str]
@@ -133,6 +140,8 @@ def _compiled(evidence: Evidence) -> list[Fact]:
 
 def _flags(modes: ModesEvidence) -> list[Fact]:
     training = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(modes.training_modules))
+    if len(modes.training_modules) > MOST_RANKS_NAMED:
+        training = list_by_rank(modes.training_modules, "{:.0f}".format)
     facts = [(f"of {plural(modes.num_modules, 'module')} in train mode", training)]
     return facts + _names("flags differ", modes.flags_differ)
 
@@ -193,12 +202,12 @@ def _consequence(trial: TrialRecord) -> list[Fact]:
     consequence = trial.consequence
     if consequence is None:
         return []
-    facts = [("test loss by rank", ", ".join(map(format_number, consequence.test_loss)))]
+    facts = [("test loss by rank", list_by_rank(consequence.test_loss, format_number))]
     if consequence.test_accuracy:
-        facts.append(("test accuracy by rank", ", ".join(map(format_share, consequence.test_accuracy))))
+        facts.append(("test accuracy by rank", list_by_rank(consequence.test_accuracy, format_share)))
     if consequence.distance:
         facts.append(
-            ("distance from the synchronized run, by rank", ", ".join(map(format_number, consequence.distance)))
+            ("distance from the synchronized run, by rank", list_by_rank(consequence.distance, format_number))
         )
     facts.append(("farthest rank from rank 0", format_number(consequence.spread)))
     if trial.evidence is not None and trial.evidence.step_ms is not None:

@@ -20,13 +20,13 @@ from ddpcall.lab.report.series import Line, Plot
 from ddpcall.lab.report.timeline import Lane, Span
 from ddpcall.lab.report.truth import OverviewCell, TruthTable, VerdictCell
 from ddpcall.lab.report.view import ReportView, RunView
-from ddpcall.lab.report.words import format_number, format_share, plural
+from ddpcall.lab.report.words import MOST_RANKS_NAMED, format_number, format_share, list_by_rank, plural
 from ddpcall.lab.report.worth import Worth
 from ddpcall.lab.run_directory import json_safe
 from ddpcall.verdicts import VERDICTS, find_tone
 
 TEMPLATES = Path(__file__).parent / "templates"
-_MOST_RANKS_NAMED = 4
+_LABEL_WIDTH = 0.3  # of the axis of accuracies
 _KINDS = {"pre_hook", "forward", "hook", "backward", "bucket", "collective", "optimizer"}
 _SEVERITY_TONES = {Severity.ERROR: "lost", Severity.WARNING: "part", Severity.NOTE: "other"}
 _TITLES = {name: spec.title for name, spec in VERDICTS.items()} | {
@@ -190,38 +190,36 @@ def mark_hook(hook: VerdictCell) -> str:
 
 
 def place_dots(worth: Worth) -> list[tuple[float, str]]:
-    """Return position in percent and label of each different accuracy."""
+    """Return position in percent and label of each different accuracy; of many ranks, near ones share a label."""
     ranks: dict[float, list[int]] = {}
-    for rank, accuracy in enumerate(worth.accuracy or ()):
-        ranks.setdefault(accuracy, []).append(rank)
+    is_crowded = len(worth.accuracy or ()) > MOST_RANKS_NAMED
+    for rank, accuracy in sorted(enumerate(worth.accuracy or ()), key=lambda each: each[1]):
+        near = next(
+            (other for other in reversed(ranks) if is_crowded and accuracy - other < _LABEL_WIDTH), accuracy
+        )
+        ranks.setdefault(near, []).append(rank)
     return [
         (round(100 * min(max(accuracy, 0.0), 1.0), 2), _name_ranks(group)) for accuracy, group in ranks.items()
     ]
 
 
 def _name_ranks(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks)) if len(ranks) <= _MOST_RANKS_NAMED else f"{len(ranks)} ranks"
+    return ", ".join(map(str, ranks)) if len(ranks) <= MOST_RANKS_NAMED else f"{len(ranks)} ranks"
 
 
 def write_quality(worth: Worth) -> str:
     """Return accuracy, or else loss, by rank."""
     if worth.accuracy:
-        return _list_or_range([format_share(value) for value in worth.accuracy])
-    return _list_or_range([format_number(value) for value in worth.loss])
+        return list_by_rank(worth.accuracy, format_share)
+    return list_by_rank(worth.loss, format_number)
 
 
 def write_distances(worth: Worth) -> str:
     """Return the distance from the synchronized run by rank."""
-    return _list_or_range([format_number(value) for value in worth.distance]) if worth.distance else "–"
+    return list_by_rank(worth.distance, format_number) if worth.distance else "–"
 
 
-def _list_or_range(values: list[str]) -> str:
-    if len(set(values)) == 1:
-        return values[0]
-    return ", ".join(values) if len(values) <= _MOST_RANKS_NAMED else f"{min(values)} to {max(values)}"
-
-
-CELL, GAP, HEAD = 44, 12, 34  # of a mixing matrix, in pixels
+CELL, GAP, HEAD = 52, 12, 56  # `60–63` and `0.062` fit: of a mixing matrix, in pixels
 
 
 def column_left(picture: MixingPicture, column: int) -> int:
@@ -243,7 +241,7 @@ def write_masks(strip: MaskStrip) -> str:
 
 def write_kept(strip: MaskStrip) -> str:
     """Return the share that dropout kept on each rank."""
-    return ", ".join("–" if share is None else format_share(share) for share in strip.kept)
+    return list_by_rank(strip.kept, format_share)
 
 
 _FILTERS: dict[str, Callable[..., Any]] = {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ddpcall.evidence import AXES, Cell
 from ddpcall.paths import SPELLING
 
 _MOST_NAMES = 5
+MOST_RANKS_NAMED = 4
 _MOST_LISTED = 6
 
 
@@ -94,6 +95,17 @@ def format_number(value: float | None) -> str:
 def format_share(value: float) -> str:
     """Return a share in percent."""
     return f"{value:.1%}" if math.isfinite(value) else str(value)
+
+
+def list_by_rank(values: Sequence[float | None], write: Callable[[float], str]) -> str:
+    """Return a number for each rank; one where all are written alike, and the range where the ranks are many."""
+    texts = ["–" if value is None else write(value) for value in values]
+    if len(set(texts)) == 1:
+        return texts[0]
+    if len(texts) <= MOST_RANKS_NAMED:
+        return ", ".join(texts)
+    numbers = [value for value in values if value is not None]
+    return f"{write(min(numbers))} to {write(max(numbers))}"
 
 
 def code(text: str) -> str:
