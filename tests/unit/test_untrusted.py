@@ -18,7 +18,7 @@ from ddpcall.files import append_text, parse_json, read_text, replace_text
 from ddpcall.lab.report.command import main as report
 from ddpcall.lab.report.load import load
 from ddpcall.lab.report.load_watch import MAX_FINDINGS, load_watch
-from ddpcall.lab.run_directory import RunDirectory
+from ddpcall.lab.run_directory import NotWritten, RunDirectory
 from ddpcall.lab.typed import NothingToShow
 
 SECRET = "password: hunter2"
@@ -181,7 +181,7 @@ def test_a_run_directory_follows_no_link_that_lies_in_wait(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "evidence.jsonl").symlink_to(target)
-    with pytest.raises(OSError, match="not replaced"):
+    with pytest.raises(NotWritten, match="not replaced"):
         RunDirectory(run).append("evidence.jsonl", [{"a": 1}])
     assert target.read_text() == "mine"
 
