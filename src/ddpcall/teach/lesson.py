@@ -133,7 +133,8 @@ def measure(measured: str, trials: Trials) -> Answer:
             worst = [min(consequence["test_accuracy"]) for consequence in consequences]
             better = "first" if worst[0] > worst[1] else "second"
             return Answer("equal" if abs(worst[0] - worst[1]) <= 0.01 else better)
-    return Answer(found[0]["verdicts"][name])
+        case _:
+            return Answer(found[0]["verdicts"][name])
 
 
 def find_trial(trials: Trials, cell: dict[str, str]) -> dict[str, Any]:

@@ -71,8 +71,8 @@ def catch(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any,
 def trace_around_forward_impl(traced: str = "forward") -> dict[str, Any]:
     """Trace a module whose forward doubles what `_forward_impl` gives."""
     model, x = Branches().requires_grad_(False), torch.ones(1, 2)
-    impl = model._forward_impl(x, False)
-    function = model if traced == "forward" else lambda x: model._forward_impl(x, False)
+    impl = model._forward_impl(x, False)  # pyright: ignore[reportPrivateUsage]
+    function = model if traced == "forward" else lambda x: model._forward_impl(x, False)  # pyright: ignore[reportPrivateUsage]
     trace: Any = torch.jit.trace(function, x)
     doublings = list_operators(trace.inlined_graph).count("aten::mul")
     return {"doublings": doublings, "against_impl": (trace(x) / impl).mean().item()}
@@ -401,7 +401,7 @@ def typed_hook(self: Any, input: tuple[Tensor], output: Tensor) -> Tensor:
     return output * 3
 
 
-def untyped_hook(self: Any, input, output):
+def untyped_hook(self: Any, input, output):  # pyright: ignore[reportMissingParameterType]
     """Triple the output; without types TorchScript takes the inputs for a single tensor."""
     return output * 3
 

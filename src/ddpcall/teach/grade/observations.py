@@ -83,6 +83,8 @@ class RankObservations:
                     seen.begin = fact
                 case "end":
                     seen.end = fact
+                case _:
+                    pass
         return seen
 
     def trained_rows(self, step: int | None = None) -> list[int]:
