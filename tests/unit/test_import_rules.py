@@ -91,6 +91,7 @@ MAY_REACH_FURTHER = {
     "rules/replicas.py": "compare",
 }
 PATCHES = {
+    "hear_calls",
     "replace_attribute",
     "ForwardTap",
     "register_optimizer_step_pre_hook",

@@ -26,16 +26,11 @@ from ddpcall.watch.compare.statistics_watch import StatisticsWatch
 from ddpcall.watch.findings_book import FindingsBook
 from ddpcall.watch.output.streams import say
 from ddpcall.watch.output.watched import BY_HAND, Watched, WatchedModel
-from ddpcall.watch.rules.clipping import ClippingRule
+from ddpcall.watch.rules import make_rules
 from ddpcall.watch.rules.compiled import CompiledRule
-from ddpcall.watch.rules.data import OrderRule
 from ddpcall.watch.rules.draws import DrawRule
-from ddpcall.watch.rules.early_step import EarlyStepRule
-from ddpcall.watch.rules.evaluation import EvaluationRule
 from ddpcall.watch.rules.gathers import GatherRule
 from ddpcall.watch.rules.hooks import HooksRule
-from ddpcall.watch.rules.loads import LoadRule
-from ddpcall.watch.rules.norms import NormRule
 from ddpcall.watch.rules.own_numbers import OwnNumbers
 from ddpcall.watch.rules.ownership import OwnershipRule
 from ddpcall.watch.rules.precision import PrecisionRule
@@ -48,7 +43,7 @@ from ddpcall.watch.sensors.clipping import ClippingSensor
 from ddpcall.watch.sensors.earlier import find_living
 from ddpcall.watch.sensors.gathers import STRATEGIES
 from ddpcall.watch.sensors.hooks import can_be_tapped
-from ddpcall.watch.sensors.loaders import LoaderSensor
+from ddpcall.watch.sensors.loaders import LoaderSensor, PassListener
 from ddpcall.watch.sensors.parameters import ParameterWatch
 from ddpcall.watch.sensors.saves import SAVERS, SaveWatch
 from ddpcall.watch.sensors.sharded import FULLY_SHARD
@@ -94,36 +89,33 @@ class Attachment:
         self._compiled = CompiledRule(run, self._hooks.sensor.tap)
         self._sharded = ShardedRule(run)
         self._precision = PrecisionRule(run)
-        order, shares, draws = OrderRule(run), ShareRule(run), DrawRule(run, lambda: self._compiled.sensor.is_used)
+        shares, draws = ShareRule(run), DrawRule(run, lambda: self._compiled.sensor.is_used)
         self._replicas = ReplicaWatch(run, exchange, every, vitals_taken, shares, draws)
         numbers = OwnNumbers(run, gradients, lambda: not exchange.trouble and gradients.is_compared())
         unreduced = UnreducedRule(run, numbers)
         # In the order in which they are asked about a step, and about the end.
-        self._rules = (
+        run.rules = (
             hangs,
             numbers,
             unreduced,
             OwnershipRule(run, numbers),
-            clipping := ClippingRule(run),
-            norms := NormRule(run),
+            *make_rules(run),
             gathers := GatherRule(run, gradients.expects_measuring),
-            EarlyStepRule(run),
             self._compiled,
             self._sharded,
             self._hooks,
             self._precision,
-            loads := LoadRule(run),
-            order,
-            evaluation := EvaluationRule(run),
+            shares,
             mixing,
             self._replicas,
             StatisticsWatch(run, gradients.roots),
         )
+        passes = [rule for rule in run.rules if isinstance(rule, PassListener)]
         self._stacks = stacks = StackWatch()
         self._wraps = wraps = WrapWatch(
             run, stacks, self._replicas.adopt, self._forward_begins, unreduced.window_without_effect
         )
-        self._steps = StepSensor(run, self._rules, wraps.stepping)
+        self._steps = StepSensor(run, wraps.stepping)
         for entry in internals.list_missing("watch"):
             missing(f"what needs {entry.name}", internals.TorchNameMissing(entry.sentence()))
         for part, attach in (
@@ -131,21 +123,18 @@ class Attachment:
             ("DistributedDataParallel and replicate", wraps.attach),
             ("parameters changed after wrapping", ParameterWatch(run, wraps.tap).attach),
             ("process groups", partial(stacks.attach_groups, partial(run.contain, hangs.group_made))),
-            ("backwards", BackwardWatch(run, gradients, mixing.losses, self._rules).attach),
+            ("backwards", BackwardWatch(run, gradients, mixing.losses).attach),
             ("collectives and optimizer steps", self._attach_steps),
-            ("gradient clipping", ClippingSensor(run, (clipping.clipping, norms.clipping)).attach),
+            ("gradient clipping", ClippingSensor(run).attach),
             ("losses", mixing.losses.attach),
-            ("gathered objects", gathers.sensor.attach),
-            ("what load_state_dict does not find", loads.sensor.attach),
-            ("hooks of modules", self._hooks.sensor.attach),
-            ("torch.compile", self._compiled.sensor.attach),
-            ("data loaders", LoaderSensor(run, (order, shares, evaluation), draws.sensor.taking).attach),
+            *((rule.part, rule.attach) for rule in run.rules if rule.part),
+            ("data loaders", LoaderSensor(run, passes, draws.sensor.taking).attach),
             (
                 "load_state_dict, train and eval, optimizers and schedulers",
                 partial(run.sites.attach, gradients.add),
             ),
         ):
-            self._attach(part, attach)
+            run.keep(self._attach(part, attach))
         for part, name, attach in (
             ("fully_shard", FULLY_SHARD, self._sharded.sensor.attach),
             *((stack, name, partial(stacks.attach, path=path, stack=stack)) for name, path, stack in STACKS),
@@ -153,19 +142,18 @@ class Attachment:
             *(("checkpoints", name, SaveWatch(run).attach) for name in SAVERS),
             ("accelerate's mixed precision", "accelerate.accelerator", self._precision.sensor.attach),
         ):
-            run.keep(after_import(name, partial(self._attach_to, part, attach)))
+            run.keep(after_import(name, partial(self._attach, part, attach)))
 
-    def _attach(self, part: str, attach: Callable[[], Undo]) -> None:
-        """Attach one part of the watch; where that fails it is said, and the others are attached."""
-        try:
-            self._run.keep(attach())
-        except Exception as error:
-            self._missing(part, error)
+    def _attach(self, part: str, attach: Callable[..., Undo], *module: ModuleType) -> Undo:
+        """Attach one part of the watch; where that fails it is said, and the others are attached.
 
-    def _attach_to(self, part: str, attach: Callable[[ModuleType], Undo], module: ModuleType) -> Undo:
-        """Attach a part to a module that was imported."""
+        Args:
+            part: In plain words.
+            attach: Attaches it, and returns the undo.
+            module: The one that was imported, where the part waits for it.
+        """
         try:
-            return attach(module)
+            return attach(*module)
         except Exception as error:
             self._missing(part, error)
             return lambda: None
@@ -286,7 +274,9 @@ class Attachment:
         self._run.contain(self._hangs.leave, in_order, is_over)
         with ExitStack() as last:  # each is closed, though an earlier one raises its finding
             last.callback(self.detach)
-            for rule in reversed(self._rules):  # the stack is left from its end: the first rule is closed first
+            for rule in reversed(
+                self._run.rules
+            ):  # the stack is left from its end: the first rule is closed first
                 last.callback(self._run.contain, rule.close, in_order)
 
     def detach(self) -> None:

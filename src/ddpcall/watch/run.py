@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -20,6 +20,9 @@ from ddpcall.watch.sensors.collectives import CollectiveLog
 from ddpcall.watch.sensors.last_sites import LastSites
 from ddpcall.watch.sensors.statistics import Statistic
 from ddpcall.watch.step_count import StepCount
+
+if TYPE_CHECKING:
+    from ddpcall.watch.rules.rule import Rule
 
 OF_OTHER = " (of optimizer"
 """Tells parameters of the same name in two models apart."""
@@ -42,6 +45,7 @@ class Run:
         is_compared: Says of a parameter's name whether its weights are compared.
         will_explain: Says whether measured gradients tell why weights differ, and it is not reported yet.
         faults: Errors of the watch's own, a line each.
+        rules: Are told of what sensors see, in this order.
         contain: Does work of the watch's own: an error in it is said once and never reaches the script. A finding
             that is raised does.
     """
@@ -60,6 +64,7 @@ class Run:
         self.is_compared: Callable[[str], bool] = lambda name: False
         self.will_explain: Callable[[], bool] = lambda: False
         self.faults: list[str] = []
+        self.rules: Sequence[Rule] = ()
         self.contain = outside_dynamo(self._contain)
         self._undo = ExitStack()
 

@@ -143,3 +143,6 @@ class ClippingRule(Rule):
         )
         cause = "clipped_before_reduction"
         self.report("DC111", cause, clipped.site, message, step=step.number, parameters=names)
+
+
+RULES = (ClippingRule,)

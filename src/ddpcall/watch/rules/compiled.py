@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ddpcall.taps import CallSite
+from ddpcall.taps import CallSite, Undo
 from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.compiled import CompiledRoot, CompiledSensor
@@ -22,9 +22,15 @@ class CompiledRule(Rule):
     Blind to: eager parts after a graph break; compiled functions that are no modules.
     """
 
+    part = "torch.compile"
+
     def __init__(self, run: Run, adopted: Callable[[nn.Module], None]) -> None:
         super().__init__(run)
         self.sensor = CompiledSensor(run, adopted, self.ran_eagerly)
+
+    def attach(self) -> Undo:
+        """Attach its sensor; returns the undo."""
+        return self.sensor.attach()
 
     def ran_eagerly(self, root: CompiledRoot, site: CallSite, is_whole: bool) -> None:
         """Report an eager entry; without gradients it is harm only if the compiled call is never used.

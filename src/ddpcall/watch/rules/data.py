@@ -91,3 +91,6 @@ def _advise(current: Pass) -> str:
         )
     called = f"`{current.spelling}.set_epoch(epoch)`" if current.spelling else ""
     return called and f"{called} before each epoch's loop."
+
+
+RULES = (OrderRule,)

@@ -32,3 +32,6 @@ class EarlyStepRule(Rule):
                 f"the gradients of {count_parameters(names)}."
             )
             self.report("DC105", "stepped_early", find_call_site(), message, step=step.number, parameters=names)
+
+
+RULES = (EarlyStepRule,)

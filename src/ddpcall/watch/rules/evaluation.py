@@ -88,3 +88,6 @@ class EvaluationRule(Rule):
 
 def _count_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+RULES = (EvaluationRule,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ddpcall import torch_internals as internals
+from ddpcall.taps import Undo
 from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.gathers import Gather, GatherSensor
@@ -17,9 +18,15 @@ class GatherRule(Rule):
     Blind to: a part that the loss masks out, which is told all the same; see `GatherSensor`.
     """
 
+    part = "gathered objects"
+
     def __init__(self, run: Run, is_due: Callable[[], bool]) -> None:
         super().__init__(run)
         self.sensor = GatherSensor(run, is_due)
+
+    def attach(self) -> Undo:
+        """Attach its sensor; returns the undo."""
+        return self.sensor.attach()
 
     def before_backward(self) -> None:
         """Everything that the loss is made of was computed."""

@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import find_call_site
+from ddpcall.taps import Undo, find_call_site
 from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.hooks import NORMS, HookSensor, is_users
@@ -25,10 +25,16 @@ class HooksRule(Rule):
     Blind to: hooks that torch itself registers (`is_users`).
     """
 
+    part = "hooks of modules"
+
     def __init__(self, run: Run, registered: Callable[[nn.Module, str, Any], None]) -> None:
         """Take the run, and what else hears of every hook: its module, its kind, and itself."""
         super().__init__(run)
         self.sensor = HookSensor(run, registered, self.entered_past_call)
+
+    def attach(self) -> Undo:
+        """Attach its sensor; returns the undo."""
+        return self.sensor.attach()
 
     def entered_past_call(self, module: nn.Module) -> None:
         """Report what did not run on a module that was entered past its `__call__`."""

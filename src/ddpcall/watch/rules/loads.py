@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ddpcall.taps import Undo
 from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.loads import LoadSensor, MissedLoad
@@ -11,9 +12,15 @@ from ddpcall.watch.sensors.steps import Step
 class LoadRule(Rule):
     """Tells of a load that loaded nothing, at the next step or the end: until then it may be made good."""
 
+    part = "what load_state_dict does not find"
+
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self.sensor = LoadSensor(run)
+
+    def attach(self) -> Undo:
+        """Attach its sensor; returns the undo."""
+        return self.sensor.attach()
 
     def before_step(self, step: Step) -> None:
         """Report what was not made good."""
@@ -49,3 +56,6 @@ def _advise(missed: MissedLoad) -> str:
     return (
         f"Load into the module inside the wrapper, `model.{prefix}load_state_dict(state)`, without `strict=False`."
     )
+
+
+RULES = (LoadRule,)

@@ -118,3 +118,6 @@ def _is_averaged(state: ReducerState) -> bool:
         return False
     spans_world = dist.get_world_size(ddp.process_group) == dist.get_world_size()
     return spans_world and any(p.grad is not None for p in state.parameters())
+
+
+RULES = (NormRule,)

@@ -5,16 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from ddpcall.findings import CATALOGUE, Finding, Place, Severity
-from ddpcall.taps import CallSite
+from ddpcall.taps import CallSite, Undo
 from ddpcall.watch.run import Run
+from ddpcall.watch.sensors.clipping import Clipping
 from ddpcall.watch.sensors.steps import Step
 
 
 class Rule:
     """A family of findings: when there is one, what is said, what to write instead, and what it cannot see."""
 
+    part = ""
+    """What its sensor watches, in plain words; empty for a rule that has none of its own."""
+
     def __init__(self, run: Run) -> None:
         self._run = run
+
+    def attach(self) -> Undo:
+        """Attach its sensor; returns the undo."""
+        raise NotImplementedError
 
     def report(self, code: str, cause: str, site: CallSite, message: str, *, step: int = 0, **more: Any) -> None:
         """Report a finding; see `make_finding`. Without a step it is of the one that is being prepared."""
@@ -23,6 +31,9 @@ class Rule:
 
     def before_backward(self) -> None:
         """A backward that accumulates gradients is about to run."""
+
+    def clipping(self, clipping: Clipping) -> None:
+        """Gradients are about to be clipped."""
 
     def before_step(self, step: Step) -> None:
         """An optimizer is about to step; gradients may be made or reduced still."""

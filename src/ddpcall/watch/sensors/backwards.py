@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,26 +18,16 @@ from ddpcall.watch.sensors.losses import LossSensor
 _INPUTS = 4  # the place of the inputs among the engine's arguments
 
 
-class Listener(Protocol):
-    """Who is told of backwards; see `rules.rule.Rule`."""
-
-    def before_backward(self) -> None:
-        """Called before each backward."""
-        ...
-
-
 class BackwardWatch:
-    """Stands around every backward that Python starts, `torch.autograd.grad`'s included.
+    """Stands around every backward that Python starts, `torch.autograd.grad`'s included, and tells the rules.
 
     Source: `_engine_run_backward` in torch/autograd/graph.py; torch/autograd/__init__.py imports it by name.
 
     Blind to: `backward()` inside a TorchScript function, which starts the engine from C++.
     """
 
-    def __init__(
-        self, run: Run, gradients: GradientSensor, losses: LossSensor, listeners: Sequence[Listener]
-    ) -> None:
-        self._listeners = listeners
+    def __init__(self, run: Run, gradients: GradientSensor, losses: LossSensor) -> None:
+        self._run = run
         self._models = run.models
         self._gradients = gradients
         self._losses = losses
@@ -68,8 +58,8 @@ class BackwardWatch:
             # Of inputs alone (adversarial examples, penalties), a loss teaches the model nothing.
             self._losses.is_paused = not accumulates and not any(isinstance(x, nn.Parameter) for x in inputs)
             if accumulates:
-                for listener in self._listeners:
-                    listener.before_backward()
+                for rule in self._run.rules:
+                    rule.before_backward()
             self._gradients.prepare()
             for state in self._models.reducer_states:
                 state.begin_backward() if accumulates else state.begin_taking()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class Clipping:
 
 
 class ClippingSensor:
-    """Tells of `clip_grad_norm_`, `clip_grads_with_norm_` and `clip_grad_value_` before they change anything.
+    """Tells the rules what `clip_grad_norm_`, `clip_grads_with_norm_` and `clip_grad_value_` are about to change.
 
     Source: torch/nn/utils/clip_grad.py; `clip_grad_norm_` scales through the function that
     `clip_grads_with_norm_` is.
@@ -57,9 +57,8 @@ class ClippingSensor:
     the watch began.
     """
 
-    def __init__(self, run: Run, listeners: Sequence[Callable[[Clipping], None]]) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
-        self._listeners = listeners
 
     def attach(self) -> Undo:
         """Hear of every clipping; returns the undo."""
@@ -94,8 +93,12 @@ class ClippingSensor:
         if torch.compiler.is_compiling():
             return
         clipped = [each for each in parameters if each.grad is not None and type(each).__name__ != "DTensor"]
-        for listener in self._listeners if clipped else ():
-            self._run.contain(listener, Clipping(clipped, float(limit), norm, is_given))
+        if clipped:
+            self._run.contain(self._tell_rules, Clipping(clipped, float(limit), norm, is_given))
+
+    def _tell_rules(self, clipping: Clipping) -> None:
+        for rule in self._run.rules:
+            rule.clipping(clipping)
 
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType, ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch.optim import Optimizer
 from torch.utils.data import (
@@ -130,8 +130,9 @@ class Pass:
                 self.is_readable = False
 
 
+@runtime_checkable
 class PassListener(Protocol):
-    """Hears of passes."""
+    """Hears of passes: a rule that has these is told."""
 
     def taken(self, current: Pass) -> None:
         """A batch was taken."""

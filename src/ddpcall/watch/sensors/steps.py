@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -72,34 +72,19 @@ class Step:
         return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-class Listener(Protocol):
-    """Who is told of steps, in three phases; see `rules.rule.Rule`."""
-
-    def before_step(self, step: Step) -> None:
-        """Called first, before parameters change."""
-        ...
-
-    def judge(self, step: Step) -> None:
-        """Called once every listener's `before_step` has run."""
-        ...
-
-    def after_step(self, step: Step) -> None:
-        """Called when the parameters have changed."""
-        ...
-
-
 class StepSensor:
-    """Hears of every optimizer's steps, counts them, and tells the listeners, in their order.
+    """Hears of every optimizer's steps, counts them, and tells the rules.
+
+    Args:
+        run: What this rank knows.
+        models_used: Hears of models that an optimizer steps.
 
     Attributes:
         numel: Elements of the largest optimizer's parameters.
     """
 
-    def __init__(
-        self, run: Run, listeners: Sequence[Listener], models_used: Callable[[list[ReducerState]], None]
-    ) -> None:
+    def __init__(self, run: Run, models_used: Callable[[list[ReducerState]], None]) -> None:
         self._run = run
-        self._listeners = listeners
         self._models_used = models_used
         self._views: dict[int, OptimizerView] = {}
         self._stepping: list[int] = []
@@ -124,8 +109,8 @@ class StepSensor:
         for state in step.states:
             state.count_step(step.number)
         self._models_used(step.states)
-        for listener in self._listeners:
-            listener.before_step(step)
+        for rule in self._run.rules:
+            rule.before_step(step)
         if in_backward():
             return
         if _is_judged_after(optimizer, args, kwargs):
@@ -144,12 +129,12 @@ class StepSensor:
         for state in step.states:
             state.end_step()
         self._run.collectives.end_step()
-        for listener in self._listeners:
-            listener.after_step(step)
+        for rule in self._run.rules:
+            rule.after_step(step)
 
     def _judge(self, step: Step) -> None:
-        for listener in self._listeners:
-            listener.judge(step)
+        for rule in self._run.rules:
+            rule.judge(step)
 
     def _leave(self, optimizer: Optimizer) -> None:
         with suppress(ValueError):
