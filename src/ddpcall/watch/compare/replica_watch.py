@@ -19,7 +19,7 @@ from ddpcall.watch.compare.drift import Drift, largest, read_drift
 from ddpcall.watch.compare.exchange import Comparison, DetailsComparison, Exchange, RunExchange
 from ddpcall.watch.compare.vitals import AT_THE_END, LOSS_SCALE, Facts, Vitals, VitalsTaker
 from ddpcall.watch.rules.draws import DrawRule
-from ddpcall.watch.rules.replicas import Divergence, diagnose_divergence
+from ddpcall.watch.rules.replicas import Divergence, judge_buffers, judge_same, judge_steps
 from ddpcall.watch.rules.rule import Rule
 from ddpcall.watch.rules.shares import PART as SHARES
 from ddpcall.watch.rules.shares import ShareRule
@@ -305,8 +305,7 @@ class ReplicaWatch(Rule):
         counts = {rank: steps for ranks, steps in of_groups if steps is not None for rank in ranks}
         self._judged.add("parameters")  # that says why they differ
         first = self._apart[0] if self._apart else min(counts.values()) + 1
-        found = Divergence(first, {"steps": groups}, settings={"steps": counts}, step_site=self.sites.step)
-        self._say(found)
+        self._run.report(judge_steps(first, groups, counts, self.sites.step))
 
     # ---- rank 0 ---------------------------------------------------------------------------------------------
 
@@ -356,15 +355,12 @@ class ReplicaWatch(Rule):
         exchange.ask(comparison, at=at)
 
     def _say(self, divergence: Divergence) -> None:
-        is_explained = self._run.book.explains_divergence() or self._run.will_explain()
-        for finding in diagnose_divergence(self._with_sites(divergence), is_explained):
-            self._run.report(finding)
-
-    def _with_sites(self, divergence: Divergence) -> Divergence:
         sites = self.sites
-        first = divergence.step <= 1
-        optimizer = sites.created if first else sites.scheduled
-        return replace(divergence, optimizer_site=optimizer if optimizer != NOWHERE else sites.step)
+        optimizer = sites.created if divergence.step <= 1 else sites.scheduled
+        divergence = replace(divergence, optimizer_site=optimizer if optimizer != NOWHERE else sites.step)
+        is_explained = self._run.book.explains_divergence() or self._run.will_explain()
+        for finding in divergence.judge(is_explained):
+            self._run.report(finding)
 
     def _explain(self, details: DetailsComparison) -> None:
         """Say what the answers to the oldest question tell."""
@@ -409,10 +405,11 @@ class ReplicaWatch(Rule):
                 parameters=tuple(drifts),
                 settings=settings,
                 modules={name: {rank: str(mode) for rank, mode in modes[name].items()} for name in harmful},
-                load_site=load,
+                load_site=load or NOWHERE,
                 scaler_site=scaler_load or self.sites.step,
                 mode_site=next(
-                    (fact.switched for fact in facts.values() if fact.switched), self._run.sites.modes.get(False)
+                    (fact.switched for fact in facts.values() if fact.switched),
+                    self._run.sites.modes.get(False, NOWHERE),
                 ),
                 is_confirmed=is_complete or len(self._apart) > 1,
                 difference=largest(drifts.values()),
@@ -442,18 +439,9 @@ class ReplicaWatch(Rule):
         if not drifts or "buffers" in self._judged or (use.use != "saved" and num_evaluated < 2):
             return
         self._judged.add("buffers")
-        found = Divergence(
-            use.step,
-            {"buffers": groups},
-            parameters=tuple(drifts),
-            difference=largest(drifts.values()),
-            buffer_site=use.site,
-            buffer_use=use.use,
-            change_site=self._find_change(drifts),
-            has_own_statistics=not all(map(self._is_batch_norms, drifts)),
-        )
-        for finding in diagnose_divergence(found, False):
-            self._run.report(finding)
+        has_own, change = not all(map(self._is_batch_norms, drifts)), self._find_change(drifts)
+        difference = largest(drifts.values())
+        self._run.report(judge_buffers(use, groups, tuple(drifts), difference, change, has_own))
 
     def _find_change(self, names: Iterable[str]) -> CallSite:
         """Return the first line that changes one of these buffers, where it was seen."""
@@ -507,12 +495,9 @@ class ReplicaWatch(Rule):
         for count, part in ((self._same_batch, "batch"), (self._same_rng, "rng")):
             if count == _UNHARMFUL_STEPS and part not in self._judged:
                 self._judged.add(part)
-                ranks = tuple(range(comparison.num_ranks))
                 # A model that is never called through its wrapper has no forward there: the step's line, then.
                 site = self.sites.forward if self.sites.forward != NOWHERE else self.sites.step
-                same = Divergence(comparison.step, {part: (ranks,)}, forward_site=site)
-                for finding in diagnose_divergence(same, False):
-                    self._run.report(finding)
+                self._run.report(judge_same(part, comparison.step, comparison.num_ranks, site))
 
     def _note_buffers(self, comparison: Comparison) -> None:
         self._last_compared = comparison
