@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpcall.watch.compare.vitals import MAX_COPIED_BYTES, PARTS, Vitals, VitalsTaker
+from ddpcall.watch.compare.vitals import MAX_COPIED_BYTES, PARTS, REPLICATED_PARTS, Vitals, VitalsTaker
 
 
 class Model(nn.Module):
@@ -156,13 +156,14 @@ CASES = [(part, change) for part, changes in CHANGES.items() for change in chang
 @pytest.mark.parametrize(("part", "change"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_a_change_shows_in_its_part_and_in_no_other(model, optimizer, batch, part, change):
     taker = VitalsTaker(model, optimizer)
-    before, details = taker.take(1, batch), {part: taker.details(part) for part in PARTS}
+    before, details = taker.take(1, batch), {part: taker.details(part) for part in REPLICATED_PARTS}
     change(model, optimizer, batch)
     after = taker.take(2, batch)
     assert set(before.parts) == set(PARTS)
     assert [name for name in PARTS if before.parts[name] != after.parts[name]] == [part]
     assert after.parts == VitalsTaker(model, optimizer).take(2, batch).parts
-    assert [name for name in PARTS if details[name] != taker.details(name)] == [part]
+    shown = [name for name in REPLICATED_PARTS if details[name] != taker.details(name)]
+    assert shown == [part] * (part in REPLICATED_PARTS)
 
 
 def test_non_persistent_buffers_are_a_ranks_own(model, optimizer, batch):
@@ -196,7 +197,7 @@ def test_taking_touches_neither_model_nor_generators(model, optimizer, batch):
     versions = [tensor._version for tensor in model.state_dict(keep_vars=True).values()]
     taker = VitalsTaker(model, optimizer)
     taker.take(1, batch)
-    for part in PARTS:
+    for part in REPLICATED_PARTS:
         taker.details(part)
     assert torch.equal(torch.get_rng_state(), state[0])
     assert random.getstate() == state[1]
@@ -252,19 +253,14 @@ def test_details_name_what_differs(model, optimizer):
     settings = taker.details("optimizer")
     assert (settings["class"], settings["group 0 lr"], settings["group 1 lr"]) == ("AdamW", 0.01, 0.1)
     assert settings["group 0 betas"] == "(0.9, 0.99)"
-    assert {"torch cpu", "python", "numpy"} <= set(taker.details("rng"))
-    with pytest.raises(ValueError, match="no part 'weights'; the parts are parameters"):
-        taker.details("weights")
 
 
-def test_other_generators_show_in_details_alone(model):
+def test_other_generators_are_a_ranks_own(model):
     taker = VitalsTaker(model, None)
-    before, details = taker.take(1), taker.details("rng")
+    before = taker.take(1)
     random.random()
     np.random.rand()
     assert taker.take(2).parts == before.parts
-    changed = {name for name, digest in taker.details("rng").items() if digest != details[name]}
-    assert changed == {"python", "numpy"}
 
 
 def test_what_ddp_was_told_to_ignore_is_left_out(model):
@@ -323,7 +319,6 @@ def test_batches_of_all_kinds_are_told_apart(model, kind):
     digest = taker.take(1, one).parts["batch"]
     assert digest == taker.take(2, copy.deepcopy(one)).parts["batch"]
     assert digest != taker.take(3, two).parts["batch"]
-    assert taker.details("batch") != {}
 
 
 def test_a_batch_that_cannot_be_read_is_absent_and_one_that_holds_itself_ends(model):
@@ -332,7 +327,6 @@ def test_a_batch_that_cannot_be_read_is_absent_and_one_that_holds_itself_ends(mo
     circle: list = [1]
     circle.append(circle)
     assert "batch" in taker.take(2, circle).parts
-    assert taker.details("batch")["batch[0]"]
 
 
 def test_the_batch_is_not_kept(model):

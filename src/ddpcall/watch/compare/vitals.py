@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import sys
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +18,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ddpcall import torch_internals as internals
-from ddpcall.accelerator import CPU, DEVICE_TYPES, get_rng_state, list_used_device_types
+from ddpcall.accelerator import CPU, DEVICE_TYPES, get_rng_state
 from ddpcall.replicas import StateDigester, digest_bytes, digest_tensor, is_unreadable
 from ddpcall.taps import NOWHERE, CallSite
 from ddpcall.watch.compare.drift import measure, sketch_tensor
@@ -126,9 +124,8 @@ class VitalsTaker:
         optimizer: Absent vitals part `optimizer` when None; may be set later, as the attribute `optimizer`.
             Its settings include the loss scale where the attribute `scaler` is set.
 
-    The part `rng` is torch's default generator on the model's device, from which dropout draws. Python's and
-    numpy's generators are among its details only: few scripts seed them, and ranks that share the seed that counts
-    would look different.
+    The part `rng` is torch's default generator on the model's device, from which dropout draws; few scripts seed
+    Python's and numpy's.
 
     Blind to: shards of DTensors (FSDP2, tensor parallel: each rank holds other values by design; names, dtypes and
     global shapes are compared, and replicated DTensors whole); the optimizer's state tensors (momenta); values of
@@ -140,7 +137,6 @@ class VitalsTaker:
         self.optimizer = optimizer
         self.scaler: GradScaler | None = None
         self._structure = _Structure(model)
-        self._batch: Details = {}
         self._origin: dict[str, list[float]] | None = None
 
     def take(
@@ -155,7 +151,7 @@ class VitalsTaker:
                 apart in this step, and how far.
             facts: What this rank did until now.
         """
-        self._batch = {} if batch is None else dict(_digest_leaves(batch, "batch"))
+        leaves: Details = {} if batch is None else dict(_digest_leaves(batch, "batch"))
         structure = self._current_structure()
         if self._origin is None:
             self._origin = {name: sketch_tensor(p, name) for name, p in structure.named_parameters.items()}
@@ -177,8 +173,8 @@ class VitalsTaker:
             "buffers": structure.buffers.digest() if structure.num_buffers else None,
             "modes": structure.digest_modes(flags),
             "optimizer": _digest_details(settings) if self.optimizer else None,
-            "rng": self._digest_torch_generator(),
-            "batch": _digest_details(self._batch) if self._batch else None,
+            "rng": self._digest_generator(),
+            "batch": _digest_details(leaves) if leaves else None,
         }
         known = {part: digest for part, digest in parts.items() if digest is not None}
         return Vitals(step, known, details, measures, facts)
@@ -215,14 +211,11 @@ class VitalsTaker:
         """Return what one part is made of, as it is now.
 
         Args:
-            part: One of `PARTS`. The batch's details are those of the last `take`.
+            part: One of `REPLICATED_PARTS`.
 
         Returns:
             By name of parameter or buffer: its digest; by name of module: train or eval; by optimizer setting: its
-            value; by random generator: the digest of its state; by place in the batch: a digest.
-
-        Raises:
-            ValueError: There is no such part.
+            value.
         """
         structure = self._current_structure()
         match part:
@@ -234,12 +227,8 @@ class VitalsTaker:
                 return structure.modes(structure.read_modes())
             case "optimizer":
                 return self._settings(structure)
-            case "rng":
-                return _digest_generators()
-            case "batch":
-                return dict(self._batch)
             case _:
-                raise ValueError(f"vitals have no part {part!r}; the parts are {', '.join(PARTS)}")
+                raise ValueError(f"vitals have no part {part!r}")
 
     def parameter_shapes(self) -> set[tuple[int, ...]]:
         """Return the shapes of all parameters."""
@@ -250,7 +239,7 @@ class VitalsTaker:
         types = (parameter.device.type for parameter in self._current_structure().first_parameters)
         return next((kind for kind in types if kind in DEVICE_TYPES and kind != CPU), CPU)
 
-    def _digest_torch_generator(self) -> int:
+    def _digest_generator(self) -> int:
         return digest_tensor(get_rng_state(self.device_type()))
 
     def _settings(self, structure: _Structure) -> Details:
@@ -275,10 +264,11 @@ class _Structure:
         self._names = list(named_modules)
         self._tables = [entry.of(module) for module in self._modules for entry in internals.MODULE_TABLES.values()]
         self._entries = self._read_entries()
-        ignored = set(_ignored_names(named_modules))
+        ignored = set(_names_in(named_modules, internals.IGNORED_BY_DDP))
         self.named_parameters = {n: p for n, p in model.named_parameters() if n not in ignored}
         self.ignored = frozenset(id(p) for n, p in model.named_parameters() if n in ignored)
-        ignored.update(_passing_names(named_modules))
+        # In no checkpoint are caches and hidden states, a rank's own.
+        ignored.update(_names_in(named_modules, internals.NON_PERSISTENT_BUFFERS))
         self.named_buffers = {n: b for n, b in model.named_buffers() if n not in ignored}
         self.first_parameters = list(self.named_parameters.values())[:1]
         self.num_parameters, self.num_buffers = len(self.named_parameters), len(self.named_buffers)
@@ -336,17 +326,10 @@ def _group_small(buffers: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     return list(groups.values())
 
 
-def _ignored_names(named_modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Yield what DDP was told to leave alone, named from the root of the model and from that of its wrapper."""
+def _names_in(named_modules: Mapping[str, nn.Module], attribute: Any) -> Iterator[str]:
+    """Yield the names that modules list in one of torch's own attributes, named from the root of the model."""
     for prefix, module in named_modules.items():
-        for name in internals.IGNORED_BY_DDP.of(module, ()):
-            yield f"{prefix}.{name}" if prefix else name
-
-
-def _passing_names(named_modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Yield the buffers that are in no checkpoint: caches and hidden states, a rank's own."""
-    for prefix, module in named_modules.items():
-        for name in internals.NON_PERSISTENT_BUFFERS.of(module, ()):
+        for name in attribute.of(module, ()):
             yield f"{prefix}.{name}" if prefix else name
 
 
@@ -384,20 +367,6 @@ def _plain_value(value: Any) -> int | str | float:
     return repr(value) if value is None or isinstance(value, torch.dtype | torch.device) else type(value).__name__
 
 
-def _digest_generators() -> Details:
-    """Return the digest of each default random generator's state, by its name."""
-    details: Details = {"torch cpu": digest_tensor(torch.get_rng_state())}
-    for kind in list_used_device_types():
-        details[f"torch {kind}"] = digest_tensor(get_rng_state(kind))
-    version, state, gauss = random.getstate()
-    details["python"] = digest_bytes(array("L", state).tobytes() + repr((version, gauss)).encode())
-    numpy_random: Any = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        state = numpy_random.get_state(legacy=False)
-        details["numpy"] = digest_bytes(repr(_digest_leaves_of(state)).encode())
-    return details
-
-
 def _digest_leaves(value: Any, where: str, depth: int = 0) -> Iterator[tuple[str, int]]:
     """Yield (place, digest) for every tensor, array and plain value in a batch, however nested."""
     if isinstance(value, Tensor):
@@ -409,10 +378,6 @@ def _digest_leaves(value: Any, where: str, depth: int = 0) -> Iterator[tuple[str
     elif depth < _MAX_DEPTH:
         for key, item in _items(value):
             yield from _digest_leaves(item, f"{where}[{key!r}]", depth + 1)
-
-
-def _digest_leaves_of(value: Any) -> list[tuple[str, int]]:
-    return list(_digest_leaves(value, ""))
 
 
 def _digest_array(array_like: Any) -> int:
