@@ -127,7 +127,8 @@ def _was_told(process: int, variables: dict[str, str]) -> bool:
 
 def name_process(process: int) -> str:
     """Name a process: a process id alone comes back, and the first one of every container is the same."""
-    return f"{process}-{_start_time(process)}"
+    state = _stat(process)
+    return f"{process}-{state[19] if state else ''}"  # when it began, in the kernel's ticks, where it tells
 
 
 def is_running(name: str) -> bool:
@@ -153,12 +154,6 @@ def let_rank_0_speak() -> None:
     """
     if read_place().rank != 0:
         time.sleep(LEAVE_S)
-
-
-def _start_time(process: int) -> str:
-    """Return when a process began, in the kernel's ticks; empty where the kernel does not tell."""
-    state = _stat(process)
-    return state[19] if state else ""
 
 
 def _stat(process: int) -> list[str] | None:

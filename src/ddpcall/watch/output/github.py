@@ -25,33 +25,23 @@ def render_annotation(finding: Finding) -> str:
     """Return the workflow command that puts a finding on its line."""
     properties = {"title": f"{finding.code} {finding.name}"}
     place: Finding | Place = finding
-    if finding.called_from is not None and not Path(finding.file).is_relative_to(_find_root()):
+    root = Path(os.environ.get("GITHUB_WORKSPACE", "") or os.getcwd())
+    if finding.called_from is not None and not Path(finding.file).is_relative_to(root):
         place = finding.called_from  # no annotation is shown on a file that is not in the checkout
     if place.line:
-        properties = {"file": _relative(place.file), "line": str(place.line), **properties}
-    written = ",".join(f"{name}={_escape_property(value)}" for name, value in properties.items())
+        path = Path(place.file)  # the runner compares it with paths from the checkout's root
+        file = path.relative_to(root) if path.is_relative_to(root) else path
+        properties = {"file": file.as_posix(), "line": str(place.line), **properties}
+    escaped = {name: _escape(value).replace(":", "%3A").replace(",", "%2C") for name, value in properties.items()}
+    written = ",".join(f"{name}={value}" for name, value in escaped.items())
     message = f"{finding.message}\nWrite instead: {finding.fix}"
     if finding.called_from is not None:
         message += f"\nAt {describe_place(finding)}"
     return f"::{_COMMANDS[finding.severity]} {written}::{_escape(message)}"
 
 
-def _relative(file: str) -> str:
-    """Return a path from the checkout's root, which is what the runner compares with."""
-    root, path = _find_root(), Path(file)
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-
-
-def _find_root() -> Path:
-    return Path(os.environ.get("GITHUB_WORKSPACE", "") or os.getcwd())
-
-
 def _escape(text: str) -> str:
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-
-
-def _escape_property(text: str) -> str:
-    return _escape(text).replace(":", "%3A").replace(",", "%2C")
 
 
 def append_summary(findings: list[Finding], conclusion: str) -> None:

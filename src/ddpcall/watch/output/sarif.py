@@ -23,10 +23,11 @@ def to_sarif(findings: Iterable[Finding], watched: Watched) -> dict[str, Any]:
     An empty list of results looks like a clean run: where too little was watched, the invocation did not succeed,
     and its notification says why.
     """
-    findings, codes = list(findings), list(CATALOGUE)
+    findings, codes, answer = list(findings), list(CATALOGUE), weigh(watched)
     results = [_sarif_result(finding, codes.index(finding.code)) for finding in findings]
     for result, fingerprint in zip(results, _fingerprints(findings), strict=True):
         result["partialFingerprints"] = {"ddpcall/v1": fingerprint}
+    notification = {"level": "note" if answer.is_evidence else "error", "message": {"text": answer.text}}
     driver = {
         "name": "ddpcall",
         "version": __version__,
@@ -40,18 +41,14 @@ def to_sarif(findings: Iterable[Finding], watched: Watched) -> dict[str, Any]:
         "runs": [
             {
                 "tool": {"driver": driver},
-                "invocations": [_sarif_invocation(watched)],
+                "invocations": [
+                    {"executionSuccessful": answer.is_evidence, "toolExecutionNotifications": [notification]}
+                ],
                 "results": results,
                 "properties": {"ddpcall": {"watched": dataclasses.asdict(watched)}},
             }
         ],
     }
-
-
-def _sarif_invocation(watched: Watched) -> dict[str, Any]:
-    answer = weigh(watched)
-    notification = {"level": "note" if answer.is_evidence else "error", "message": {"text": answer.text}}
-    return {"executionSuccessful": answer.is_evidence, "toolExecutionNotifications": [notification]}
 
 
 def _sarif_rule(code: str) -> dict[str, Any]:
@@ -84,12 +81,8 @@ def _sarif_result(finding: Finding, rule_index: int) -> dict[str, Any]:
 
 
 def _sarif_location(place: Finding | Place) -> dict[str, Any]:
-    return {
-        "physicalLocation": {
-            "artifactLocation": {"uri": _uri(place)},
-            "region": {"startLine": place.line},
-        }
-    }
+    region = {"startLine": place.line}
+    return {"physicalLocation": {"artifactLocation": {"uri": _uri(place)}, "region": region}}
 
 
 def _uri(place: Finding | Place) -> str:

@@ -7,6 +7,7 @@ of all ranks are merged into one of the same shape. No torch.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -125,10 +126,8 @@ class Answer:
 
 def read_watched(record: dict[str, Any]) -> Watched:
     """Rebuild a record from JSON; keys of a later version are left out."""
-    known = {each.name for each in dataclasses.fields(Watched)}
-    values: dict[str, Any] = {
-        key: tuple(v) if isinstance(v, list) else v for key, v in record.items() if key in known
-    }
+    known = record.keys() & {each.name for each in dataclasses.fields(Watched)}
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v := record[key], list) else v for key in known}
     values["models"] = tuple(WatchedModel(**model) for model in record.get("models", ()))
     return Watched(**values)
 
@@ -216,8 +215,9 @@ def _find_obstacle(watched: Watched) -> str | None:
     if watched.world_size > 1 and any(part in watched.not_attached for part in ESSENTIAL_PARTS):
         return f"{_NOTHING}gradients are not watched where a part of the watch is missing; please report it"
     if watched.not_followed and not watched.models and not tells_something(watched.mixing):
-        stacks = f"{_join(watched.not_followed)} {_is_are(watched.not_followed)}"
-        return f"{_NOTHING}{stacks} not followed by the watch{_advise(watched.not_followed)}"
+        are = "is" if len(watched.not_followed) == 1 else "are"
+        stacks = f"{_join(watched.not_followed)} {are} not followed by the watch"
+        return f"{_NOTHING}{stacks}{_advise(watched.not_followed)}"
     if watched.world_size == 1:
         return _explain_one_process(watched)
     if cut_off := _explain_comparisons_cut_off(watched):
@@ -375,9 +375,7 @@ def _describe(watched: Watched) -> str:
 
 
 def _count_models(watched: Watched) -> str:
-    counts: dict[str, int] = {}
-    for model in watched.models:
-        counts[model.wrapper] = counts.get(model.wrapper, 0) + 1
+    counts = Counter(model.wrapper for model in watched.models)
     return _join(f"{_plural(count, f'{WRAPPERS.get(name, name)} model')}" for name, count in counts.items())
 
 
@@ -396,10 +394,6 @@ def _plural(number: int, noun: str) -> str:
 
 def _s(items: tuple[Any, ...]) -> str:
     return "s" * (len(items) != 1)
-
-
-def _is_are(items: tuple[Any, ...]) -> str:
-    return "is" if len(items) == 1 else "are"
 
 
 def _join(items: Iterable[str]) -> str:

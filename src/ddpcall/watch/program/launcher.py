@@ -47,9 +47,7 @@ def run_ranks(num_ranks: str, command: list[str], options: Options) -> None:
     session.open()
     hand_on(session, to_all=options.children)
     ended_by, failures = _launch(settings)
-    if failures:
-        print(_describe(failures), file=sys.stderr)
-    code = _choose_code(failures)
+    code = _tell(_find_first(failures)) if failures else 0
     if ended_by is not None or code != 0:
         session.note_exit(code if ended_by is None else SHELL_SIGNAL + ended_by)
     session.close(in_order=code == 0 and ended_by is None)
@@ -116,24 +114,16 @@ def _kill_children() -> None:
                     os.killpg(int(child), signal.SIGKILL)
 
 
-def _first(failures: list[ProcessFailure]) -> ProcessFailure:
+def _find_first(failures: list[ProcessFailure]) -> ProcessFailure:
     """Return the failure that is the cause: ranks that lost a peer end with 1, and the launcher ends the rest."""
     begun = min(failure.timestamp for failure in failures)
     early = [failure for failure in failures if failure.timestamp <= begun + 1]  # whole seconds
     return min(early, key=lambda failure: (failure.exitcode == -signal.SIGTERM, failure.exitcode == 1))
 
 
-def _choose_code(failures: list[ProcessFailure]) -> int:
-    if not failures:
-        return 0
-    code = _first(failures).exitcode
+def _tell(failure: ProcessFailure) -> int:
+    """Say how a rank ended, and return the exit code that a shell would give it."""
+    code = failure.exitcode
+    how = f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+    print(f"ddpcall watch: rank {failure.local_rank} of this host {how}", file=sys.stderr)
     return code if code >= 0 else SHELL_SIGNAL - code
-
-
-def _describe(failures: list[ProcessFailure]) -> str:
-    first = _first(failures)
-    if first.exitcode >= 0:
-        return f"ddpcall watch: rank {first.local_rank} of this host ended with exit code {first.exitcode}"
-    return (
-        f"ddpcall watch: rank {first.local_rank} of this host was ended by {signal.Signals(-first.exitcode).name}"
-    )

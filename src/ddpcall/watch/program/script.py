@@ -225,15 +225,12 @@ class Ending:
         if self.is_ours() and not self.is_finished and not session.is_attached:  # it is, where torch is reloaded
             try:
                 session.start()
-                self._watch_spawned()
+                from ddpcall.watch.program.spawned import watch_spawned  # imports torch
+
+                watch_spawned(session)
             except Exception as error:
                 session.note_missing("spawned processes" if session.is_attached else "torch", error)
         return lambda: None
-
-    def _watch_spawned(self) -> None:
-        from ddpcall.watch.program.spawned import watch_spawned
-
-        watch_spawned(self._session)
 
     def finish(self, code: Any, in_order: bool = True) -> Any:
         """End the watch and return the exit code to leave with. Nothing that goes wrong here is the script's.

@@ -50,7 +50,8 @@ class CompiledRule(Rule):
         self._judge_late_hooks()
         for root in self.sensor.roots:
             state = (root.calls, root.entries)
-            if state == root.seen and root.methods and _has_gradient(root, step):
+            parameters = [] if (module := root.module()) is None else module.parameters()
+            if state == root.seen and root.methods and step.gradients(map(id, parameters)):
                 self._report_bypassed(root, root.methods[-1])
             root.seen, root.methods = state, []
 
@@ -81,8 +82,3 @@ class CompiledRule(Rule):
                     "since."
                 )
                 self.report("DC303", "late_hook", late.site, message)
-
-
-def _has_gradient(root: CompiledRoot, step: Step) -> bool:
-    module = root.module()
-    return module is not None and bool(step.gradients(id(parameter) for parameter in module.parameters()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from operator import le
 
 from ddpcall.findings import Finding, Severity
 from ddpcall.taps import CallSite
@@ -76,11 +77,9 @@ class Silence:
             # The line of a backward that another rank does not run tells more than where that rank is instead.
             first, other = sorted((self.rank, apart[0]), key=lambda rank: -self.positions[rank].backwards)
             return self._report("elsewhere", first, other)
-        past = [r for r, p in self.positions.items() if p.state == RUNS and not p.operation and self._is_past(p)]
+        running = {r: p for r, p in self.positions.items() if p.state == RUNS and not p.operation}
+        past = [r for r, p in running.items() if p.steps > self.own.steps and self.own.forwards]
         return self._report("past", self.rank, past[0], Severity.WARNING) if past and self.own.is_of_all else None
-
-    def _is_past(self, position: Position) -> bool:
-        return position.steps > self.own.steps and bool(self.own.forwards)
 
     def standing(self) -> list[tuple[int, Position]]:
         """Return the ranks that wait or are over, without times: two looks that agree show one state."""
@@ -138,7 +137,11 @@ def judge_ends(own: Position, positions: Mapping[int, Position], site: CallSite)
         site: The line that failed.
     """
     ended = {rank: position for rank, position in positions.items() if position.state == ENDED}
-    fewer = [rank for rank, p in ended.items() if p.counts != own.counts and _is_behind(p, own)]
+    fewer = [
+        rank
+        for rank, position in ended.items()
+        if position.counts != own.counts and all(map(le, position.counts, own.counts))
+    ]
     if not fewer:
         return None
     rank = fewer[0]
@@ -147,10 +150,6 @@ def judge_ends(own: Position, positions: Mapping[int, Position], site: CallSite)
         f"{_count(positions[rank])}. The ranks took different numbers of steps."
     )
     return make_finding("DC502", "ended", site, message, step=own.steps + 1, ranks=tuple(fewer), fix=_UNEVEN)
-
-
-def _is_behind(one: Position, other: Position) -> bool:
-    return all(mine <= theirs for mine, theirs in zip(one.counts, other.counts, strict=True))
 
 
 def _describe(rank: int, position: Position, is_waiting: bool) -> str:

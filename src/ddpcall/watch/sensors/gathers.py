@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -24,9 +22,10 @@ from ddpcall.taps import (
     Undo,
     find_call_site,
     find_tensors,
+    hear_calls,
     in_backward,
     outside_dynamo,
-    replace_attribute,
+    undo_all,
 )
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.function_modes import put_in, take_out
@@ -101,31 +100,22 @@ class GatherSensor:
 
     def attach(self) -> Undo:
         """Hear of `all_gather_object`, whose tensors are copies that nothing else has; returns the undo."""
-        original = dist.all_gather_object
 
-        @functools.wraps(original)
-        def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
-            original(object_list, obj, group)
+        def gathered(_: None, object_list: list[Any], obj: Any, group: Any = None) -> None:
             if torch.is_grad_enabled():
                 self._contain(self._note_objects, object_list, obj, group)
 
-        with ExitStack() as stack:
-            for owner in (dist, dist.distributed_c10d):
-                stack.callback(replace_attribute(owner, original.__name__, all_gather_object))
-            return stack.pop_all().close
+        owners = (dist, dist.distributed_c10d)
+        return undo_all(hear_calls(owner, "all_gather_object", after=gathered) for owner in owners)
 
     def attach_strategy(self, module: ModuleType) -> Undo:
         """Hear of Lightning's `all_gather`, which gathers under no_grad unless `sync_grads=True`."""
-        original = module.ParallelStrategy.all_gather
 
-        @functools.wraps(original)
-        def all_gather(strategy: Any, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
-            gathered = original(strategy, tensor, group, sync_grads)
+        def gathered(result: Any, _: Any, tensor: Any, group: Any = None, sync_grads: bool = False) -> None:
             if torch.is_grad_enabled() and not sync_grads:
-                self._contain(self._note_stacked, tensor, gathered, group)
-            return gathered
+                self._contain(self._note_stacked, tensor, result, group)
 
-        return replace_attribute(module.ParallelStrategy, original.__name__, all_gather)
+        return hear_calls(module.ParallelStrategy, "all_gather", after=gathered)
 
     def _hear(self, name: str, args: tuple[Any, ...]) -> None:
         if name in _GATHERS and torch.is_grad_enabled():

@@ -420,7 +420,7 @@ class ReducerState:
             self._site = find_call_site()
             self._is_in_forward = self.is_in_forward()
             if not self.is_presumed:
-                _queue(self._settle_later)
+                internals.EXECUTION_ENGINE.get().queue_callback(self._settle_later)
         self._unarmed.append(key)
         if parameter.grad is not None:
             self._versions[key] = internals.TENSOR_VERSION.of(parameter.grad)
@@ -482,10 +482,6 @@ def is_finalized(ddp: DistributedDataParallel) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _queue(callback: Callable[[], None]) -> None:
-    internals.EXECUTION_ENGINE.get().queue_callback(callback)
 
 
 def owned_parameters(ddp: DistributedDataParallel, earlier: bool = False) -> Iterator[tuple[str, nn.Parameter]]:

@@ -178,10 +178,7 @@ def _is_judged_after(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) ->
     torch/optim/optimizer.py.
     """
     has_own_way = not type(optimizer).step.__module__.startswith("torch.")
-    return has_own_way or bool(internals.OPTIMIZER_STEP_PRE_HOOKS.of(optimizer, ())) or _has_closure(args, kwargs)
-
-
-def _has_closure(args: Any, kwargs: dict[str, Any]) -> bool:
     # torch hands the hook the arguments of `step` with the optimizer itself in front.
     values = [value for value in args if not isinstance(value, Optimizer)] + [kwargs.get("closure")]
-    return any(callable(value) for value in values)
+    has_hooks = bool(internals.OPTIMIZER_STEP_PRE_HOOKS.of(optimizer, ()))
+    return has_own_way or has_hooks or any(map(callable, values))
