@@ -13,6 +13,7 @@ from ddpcall.taps.call_site import (
     find_call_site,
     is_installed_file,
     is_user_file,
+    read_site,
     site_of,
 )
 from ddpcall.taps.counting import (
@@ -88,6 +89,7 @@ __all__ = [
     "name_function",
     "name_hooks",
     "outside_dynamo",
+    "read_site",
     "remove_handles",
     "replace_attribute",
     "requires_gradient",

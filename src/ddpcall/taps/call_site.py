@@ -8,7 +8,7 @@ import os
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -36,6 +36,16 @@ class CallSite:
 
 
 NOWHERE = CallSite("", 0, "")
+
+
+def read_site(values: Mapping[str, Any]) -> CallSite:
+    """Return a site from what `dataclasses.asdict` made of it."""
+    caller = values["called_from"]
+    return CallSite(
+        values["file"], values["line"], values["function"], None if caller is None else read_site(caller)
+    )
+
+
 TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = str(Path(__file__).resolve().parents[1]) + os.sep
 _STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep

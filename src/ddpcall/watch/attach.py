@@ -40,7 +40,7 @@ from ddpcall.watch.rules.unreduced import UnreducedRule
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.backwards import BackwardWatch
 from ddpcall.watch.sensors.clipping import ClippingSensor
-from ddpcall.watch.sensors.earlier import find_living
+from ddpcall.watch.sensors.earlier import find_living, find_roots
 from ddpcall.watch.sensors.gathers import STRATEGIES
 from ddpcall.watch.sensors.hooks import can_be_tapped
 from ddpcall.watch.sensors.loaders import LoaderSensor, PassListener
@@ -197,12 +197,8 @@ class Attachment:
         except TimeoutError as error:
             self._missing("models made before the watch began", error)
             return
-        modules = [each for each in found if issubclass(type(each), nn.Module)]
-        children = internals.MODULE_TABLES["modules"].name
-        inner = {id(child) for module in modules for child in module.__dict__.get(children, {}).values()}
-        for module in modules:
-            if id(module) not in inner and children in module.__dict__:  # else its __init__ was never called
-                self.adopt(module)
+        for root in find_roots(each for each in found if issubclass(type(each), nn.Module)):
+            self.adopt(root)
         for each in found:
             if issubclass(type(each), Optimizer):
                 self._run.contain(self._adopt_optimizer, each)

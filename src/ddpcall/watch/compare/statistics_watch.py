@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 
 from ddpcall.launch_environment import read_attempt
 from ddpcall.replicas import digest_tensor
-from ddpcall.taps import CallSite
+from ddpcall.taps import CallSite, read_site
 from ddpcall.watch.compare.drift import largest, measure, read_drift
 from ddpcall.watch.compare.exchange import find_store
 from ddpcall.watch.rules.rule import Rule
-from ddpcall.watch.rules.statistics import judge_statistics, read_site
+from ddpcall.watch.rules.statistics import judge_statistics
 from ddpcall.watch.run import Run
 from ddpcall.watch.sensors.statistics import StatisticsSensor
 from ddpcall.watch.sensors.steps import Step

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from ddpcall import torch_internals as internals
 from ddpcall.accelerator import CPU, DEVICE_TYPES, get_rng_state
 from ddpcall.replicas import StateDigester, digest_bytes, digest_tensor, is_unreadable
-from ddpcall.taps import NOWHERE, CallSite
+from ddpcall.taps import NOWHERE, CallSite, read_site
 from ddpcall.watch.compare.drift import measure, sketch_tensor
 
 REPLICATED_PARTS = ("parameters", "buffers", "modes", "optimizer")
@@ -69,15 +69,10 @@ class Facts:
     def from_json(values: dict[str, Any]) -> Facts:
         """Return what `to_json` was called on."""
         loads, scaler_loads = (
-            (times, _read_site(site)) for times, site in (values["loads"], values["scaler_loads"])
+            (times, read_site(site)) for times, site in (values["loads"], values["scaler_loads"])
         )
-        switched = None if values["switched"] is None else _read_site(values["switched"])
+        switched = None if values["switched"] is None else read_site(values["switched"])
         return Facts(**dict[str, Any](values, loads=loads, scaler_loads=scaler_loads, switched=switched))
-
-
-def _read_site(values: dict[str, Any]) -> CallSite:
-    caller = values["called_from"]
-    return CallSite(**dict[str, Any](values, called_from=None if caller is None else _read_site(caller)))
 
 
 @dataclass(frozen=True)

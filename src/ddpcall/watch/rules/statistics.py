@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ddpcall.findings import Finding
 from ddpcall.taps import CallSite
@@ -55,8 +54,3 @@ def judge_statistics(
         parameters=tuple(apart),
         fix=REDUCE_STATISTICS,
     )
-
-
-def read_site(values: dict[str, Any]) -> CallSite:
-    """Return a line as `dataclasses.asdict` told it, without the one it was called from."""
-    return CallSite(values["file"], values["line"], values["function"])

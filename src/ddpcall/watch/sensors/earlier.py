@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterable
 from typing import Any
+
+from torch import nn
+
+from ddpcall import torch_internals as internals
 
 SCAN_S = 2.0
 _CHUNK = 100_000
@@ -36,3 +41,11 @@ def find_living(*classes: type) -> list[Any]:
             if time.thread_time() > deadline:
                 raise TimeoutError(f"too many objects to look at in {SCAN_S:.0f} s; hand it your model")
     return found
+
+
+def find_roots(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return those of the modules that are part of no other; one whose `__init__` was never called is none."""
+    children = internals.MODULE_TABLES["modules"].name
+    made = [module for module in modules if children in module.__dict__]
+    inner = {id(child) for module in made for child in module.__dict__[children].values()}
+    return [module for module in made if id(module) not in inner]

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from ddpcall import torch_internals as internals
 from ddpcall.mixing.collect import MixingCollector
 from ddpcall.mixing.places import Place, clean_name
 from ddpcall.mixing.record import RankSketches
 from ddpcall.mixing.shards import FlatPlace, ShardedPlace, find_copied, find_sharded
 from ddpcall.taps import is_lazy
 from ddpcall.watch.run import OF_OTHER, Run
-from ddpcall.watch.sensors.earlier import find_living
+from ddpcall.watch.sensors.earlier import find_living, find_roots
 from ddpcall.watch.sensors.reducer_state import ReducerState
 
 EVERY_STEP_UNTIL = 16
@@ -164,7 +163,7 @@ class GradientSensor:
         }
         if not held <= known:
             with suppress(TimeoutError):  # parameters go without their names, then
-                roots = [*roots, *_find_living_roots()]
+                roots = [*roots, *find_roots(find_living(nn.Module))]
         self._roots = [weakref.ref(root) for root in roots if any(id(p) in held for p in root.parameters())]
         places = list(find_all_places(roots, optimizers))
         self._run.inside = {place.name for place in places if id(place.stepped) in known}
@@ -211,14 +210,6 @@ def _sign(optimizers: Iterable[Optimizer]) -> tuple[int, ...]:
         for parameter in group["params"]
         for number in (id(parameter), parameter.requires_grad)
     )
-
-
-def _find_living_roots() -> Iterator[nn.Module]:
-    """Yield the modules of this process that are part of no other."""
-    children = internals.MODULE_TABLES["modules"].name  # without it, a module's __init__ was never called
-    modules = [module for module in find_living(nn.Module) if children in module.__dict__]
-    inner = {id(child) for module in modules for child in module.children()}
-    yield from (module for module in modules if id(module) not in inner)
 
 
 def find_all_places(roots: Iterable[nn.Module], optimizers: Mapping[int, Optimizer]) -> Iterator[Place]:

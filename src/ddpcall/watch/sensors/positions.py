@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from ddpcall import torch_internals as internals
-from ddpcall.taps import NOWHERE, TORCH, CallSite, find_call_frames_among, is_user_file, site_of
+from ddpcall.taps import NOWHERE, TORCH, CallSite, find_call_frames_among, is_user_file, read_site, site_of
 from ddpcall.watch.run import Run
 
 RUNS, ENDED, FAILED, LEFT = "runs", "ended", "failed", "left"
@@ -68,8 +68,7 @@ class Position:
     def from_json(text: str | bytes) -> Position:
         """Return what `to_json` was called on."""
         values = json.loads(text)
-        site = CallSite(**dict[str, Any](values["site"], called_from=None))
-        return Position(**dict[str, Any](values, site=site))
+        return Position(**dict[str, Any](values, site=read_site(values["site"])))
 
 
 class PositionSensor:
