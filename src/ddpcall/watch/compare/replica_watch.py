@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,23 +32,6 @@ LEAVE_S = 10.0
 EVERY_STEP_UNTIL = 16
 _UNHARMFUL_STEPS = 2
 _DROPOUT = internals.DROPOUT_ND.get(())
-
-
-@dataclass(frozen=True)
-class Sites:
-    """This rank's lines for what can only be seen by comparing.
-
-    Attributes:
-        forward: The wrapper's last forward.
-        step: The last optimizer step.
-        created: Where the optimizer was made.
-        scheduled: Where its scheduler was last stepped.
-    """
-
-    forward: CallSite = NOWHERE
-    step: CallSite = NOWHERE
-    created: CallSite = NOWHERE
-    scheduled: CallSite = NOWHERE
 
 
 class ReplicaWatch(Rule):
@@ -100,7 +83,7 @@ class ReplicaWatch(Rule):
         self._started: int | None = None
         self.batch: Any = None
         self._first: Any = None
-        self.sites = Sites()
+        self._forward_site = self._step_site = self._made_site = self._scheduled_site = NOWHERE
 
     def is_due(self, step: int) -> bool:
         """Say whether vitals are taken after a step, counted from 1; the same on every rank."""
@@ -131,7 +114,7 @@ class ReplicaWatch(Rule):
             forward = (inputs, kwargs)
             self.batch = forward if self._first is None else (self._first, forward)
             self._first = self._first or forward
-            self.sites = replace(self.sites, forward=find_call_site())
+            self._forward_site = find_call_site()
 
     def before_step(self, step: Step) -> None:
         """Note the parameters that a step starts from, where the script may have sent them since the last.
@@ -164,12 +147,9 @@ class ReplicaWatch(Rule):
         self._num_steps = step
         if not self.is_due(step):
             return
-        self.sites = replace(
-            self.sites,
-            step=find_call_site(),
-            created=self._run.sites.optimizers.get(optimizer, NOWHERE),
-            scheduled=self._run.sites.schedulers.get(optimizer, NOWHERE),
-        )
+        self._step_site = find_call_site()
+        self._made_site = self._run.sites.optimizers.get(optimizer, NOWHERE)
+        self._scheduled_site = self._run.sites.schedulers.get(optimizer, NOWHERE)
         self.num_due += 1
         exchange = self._connect()
         if exchange is None:
@@ -305,7 +285,7 @@ class ReplicaWatch(Rule):
         counts = {rank: steps for ranks, steps in of_groups if steps is not None for rank in ranks}
         self._judged.add("parameters")  # that says why they differ
         first = self._apart[0] if self._apart else min(counts.values()) + 1
-        self._run.report(judge_steps(first, groups, counts, self.sites.step))
+        self._run.report(judge_steps(first, groups, counts, self._step_site))
 
     # ---- rank 0 ---------------------------------------------------------------------------------------------
 
@@ -315,7 +295,8 @@ class ReplicaWatch(Rule):
             self.heard.update(set(range(self._world_size)) - set(comparison.missing))
         self._ask_for_shares(comparison)
         self._count_same(comparison)
-        self._note_buffers(comparison)
+        self._last_compared = comparison
+        self._judge_uses()
         if "parameters" in comparison.differing:
             self._apart.append(comparison.step)
         elif not comparison.missing:
@@ -355,9 +336,8 @@ class ReplicaWatch(Rule):
         exchange.ask(comparison, at=at)
 
     def _say(self, divergence: Divergence) -> None:
-        sites = self.sites
-        optimizer = sites.created if divergence.step <= 1 else sites.scheduled
-        divergence = replace(divergence, optimizer_site=optimizer if optimizer != NOWHERE else sites.step)
+        site = self._made_site if divergence.step <= 1 else self._scheduled_site
+        divergence = replace(divergence, optimizer_site=site if site != NOWHERE else self._step_site)
         is_explained = self._run.book.explains_divergence() or self._run.will_explain()
         for finding in divergence.judge(is_explained):
             self._run.report(finding)
@@ -377,8 +357,9 @@ class ReplicaWatch(Rule):
             return None
         facts = details.facts
         modes = details.differing.get("modes", {})
-        if details.missing and "modes" in differing:
-            modes = self._own_modes()
+        if details.missing and "modes" in differing:  # what this rank knows by itself must do
+            own = self._taker.details("modes") if self._taker and False in self._run.sites.modes else {}
+            modes = {name: {self._rank: mode} for name, mode in own.items() if mode == "eval"}
         harmful = [name for name in modes if self._depends_on_mode(name)]
         if not harmful:
             differing.pop("modes", None)
@@ -406,7 +387,7 @@ class ReplicaWatch(Rule):
                 settings=settings,
                 modules={name: {rank: str(mode) for rank, mode in modes[name].items()} for name in harmful},
                 load_site=load or NOWHERE,
-                scaler_site=scaler_load or self.sites.step,
+                scaler_site=scaler_load or self._step_site,
                 mode_site=next(
                     (fact.switched for fact in facts.values() if fact.switched),
                     self._run.sites.modes.get(False, NOWHERE),
@@ -421,11 +402,6 @@ class ReplicaWatch(Rule):
         exchange = self._exchange.current()
         if exchange is not None:
             exchange.measure_from(sys.maxsize)
-
-    def _own_modes(self) -> dict[str, dict[int, Any]]:
-        if self._taker is None or False not in self._run.sites.modes:
-            return {}
-        return {name: {self._rank: mode} for name, mode in self._taker.details("modes").items() if mode == "eval"}
 
     def _explain_buffers(
         self, use: BufferUse, groups: tuple[tuple[int, ...], ...], details: DetailsComparison
@@ -496,12 +472,8 @@ class ReplicaWatch(Rule):
             if count == _UNHARMFUL_STEPS and part not in self._judged:
                 self._judged.add(part)
                 # A model that is never called through its wrapper has no forward there: the step's line, then.
-                site = self.sites.forward if self.sites.forward != NOWHERE else self.sites.step
+                site = self._forward_site if self._forward_site != NOWHERE else self._step_site
                 self._run.report(judge_same(part, comparison.step, comparison.num_ranks, site))
-
-    def _note_buffers(self, comparison: Comparison) -> None:
-        self._last_compared = comparison
-        self._judge_uses()
 
     def _judge_uses(self) -> None:
         """Evaluations and checkpoints of a step whose buffers were compared."""
