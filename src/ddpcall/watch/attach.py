@@ -270,9 +270,7 @@ class Attachment:
         self._run.contain(self._hangs.leave, in_order, is_over)
         with ExitStack() as last:  # each is closed, though an earlier one raises its finding
             last.callback(self.detach)
-            for rule in reversed(
-                self._run.rules
-            ):  # the stack is left from its end: the first rule is closed first
+            for rule in reversed(self._run.rules):  # a stack is left from its end: the first rule is closed first
                 last.callback(self._run.contain, rule.close, in_order)
 
     def detach(self) -> None:
