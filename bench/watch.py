@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -94,7 +94,7 @@ class Gpt(nn.Module):
 BUILD = {"toy": build_toy, "wide": build_wide}
 
 
-def train_plain(name: str) -> Iterator[None]:
+def train_plain(name: str) -> Generator[None]:
     """Train a fresh model, a step each time it is asked."""
     torch.manual_seed(0)
     inner, batch = BUILD[name]()
@@ -109,7 +109,7 @@ def train_plain(name: str) -> Iterator[None]:
         yield
 
 
-def train_gpt() -> Iterator[None]:
+def train_gpt() -> Generator[None]:
     """Train as nanoGPT's train.py does: micro-batches, the reduction with the last one, clipping, AdamW."""
     torch.manual_seed(0)
     data = torch.randint(65, (4096,), generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -128,7 +128,7 @@ def train_gpt() -> Iterator[None]:
         yield
 
 
-def time_steps(steps: Iterator[None]) -> list[float]:
+def time_steps(steps: Generator[None]) -> list[float]:
     """Return the milliseconds of processor time of each step, after a fresh start."""
     taken = []
     for _ in range(STEPS):
@@ -141,7 +141,7 @@ def time_steps(steps: Iterator[None]) -> list[float]:
 
 def time_trainer() -> list[float]:
     """Return the same of Transformers' Trainer with a tiny GPT-2: its steps end when it says so."""
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     rank = dist.get_rank()
     torch.manual_seed(0)

@@ -321,7 +321,7 @@ def test_to_hand_a_watched_model_over_again_changes_nothing(tmp_path):
         compiled = torch.compile(net, backend="eager")
         net.first.register_forward_hook(lambda *_: None)
         compiled(torch.ones(1, 4))
-        session.adopt(compiled)
+        session.adopt(compiled)  # pyright: ignore[reportArgumentType]
         compiled(torch.ones(1, 4))
         assert found(session) == []
         net.first.forward(torch.ones(1, 4))  # here
