@@ -47,6 +47,7 @@ class VerdictSpec:
 
     Attributes:
         title: The column's.
+        meaning: What it says, and what words mean that do not explain themselves.
         judge: Computes the word from the evidence of a trial.
         words: All values; an answer speaks of them in this order.
         part: The part of the evidence that it is computed from.
@@ -54,6 +55,7 @@ class VerdictSpec:
     """
 
     title: str
+    meaning: str
     judge: Callable[[Evidence], str]
     words: Mapping[str, Word]
     part: str
@@ -207,13 +209,13 @@ _NO_DATA_PARALLELISM = Word("none", "have no data parallelism")
 # Stands last: the price that an answer says after it is that of these ways.
 _LOCAL = Word("lost", "leave gradients local to each rank")
 _HOOKS = {"fired": Word("good"), "skipped": Word("part"), "none": Word()}
-_SAME = {"same": Word("good"), "differ": Word("lost"), "none": Word()}
 
 VERDICTS: dict[str, VerdictSpec] = {
-    # `synced`: equal on all ranks in every step, from different batches. `local`: they stayed on the rank that
-    # computed them, in at least one step; `no data parallelism` where the wrapper is not there to change that.
     "gradients": VerdictSpec(
         title="gradients",
+        meaning="`synced`: equal on all ranks in every step, from different batches; `local`: they stayed on the "
+        "rank that computed them, in at least one step; `no data parallelism` where the wrapper is not there to "
+        "change that",
         judge=judge_gradients,
         part="gradients",
         words={
@@ -225,10 +227,10 @@ VERDICTS: dict[str, VerdictSpec] = {
             "local": _LOCAL,
         },
     ),
-    # The shape of the mixing matrix in the measured steps: `averaged` where every rank used the mean of all ranks'
-    # gradients in each of them, else the first other one.
     "mixing": VerdictSpec(
         title="mixing",
+        meaning="the shape of the mixing matrix in the measured steps: `averaged` where every rank used the mean "
+        "of all ranks' gradients in each of them, else the first other shape",
         judge=judge_mixing,
         part="mixing",
         quiet=frozenset({NO_DATA_PARALLELISM, "crashed"}),  # gradients says so already
@@ -252,28 +254,38 @@ VERDICTS: dict[str, VerdictSpec] = {
             "local": _LOCAL,
         },
     ),
-    # `fired`: every kind of hook registered on the wrapped object fired. `skipped`: the model ran and at least one
-    # kind did not. `none`: no hook there, or the model never ran. Likewise of the others; of the modules below the
-    # inner one, those whose forward ran.
     "hooks_wrapped": VerdictSpec(
-        title="hooks on wrapped", judge=partial(judge_hooks, role="wrapped"), part="hooks", words=_HOOKS
+        title="hooks on wrapped",
+        meaning="`fired`: every kind of hook registered there fired; `skipped`: the model ran and at least one "
+        "kind did not; `none`: no hook there, or the model never ran",
+        judge=partial(judge_hooks, role="wrapped"),
+        part="hooks",
+        words=_HOOKS,
     ),
     "hooks_inner": VerdictSpec(
-        title="hooks on inner", judge=partial(judge_hooks, role="inner"), part="hooks", words=_HOOKS
+        title="hooks on inner",
+        meaning="the same of the user's own module",
+        judge=partial(judge_hooks, role="inner"),
+        part="hooks",
+        words=_HOOKS,
     ),
     "hooks_submodules": VerdictSpec(
-        title="hooks below", judge=partial(judge_hooks, role="submodules"), part="hooks", words=_HOOKS
+        title="hooks below",
+        meaning="the same of the modules below it whose forward ran",
+        judge=partial(judge_hooks, role="submodules"),
+        part="hooks",
+        words=_HOOKS,
     ),
-    # Whether a compiled graph ran in every step; `none`: nothing was to be compiled, or the trial crashed.
     "compiled": VerdictSpec(
         title="code",
+        meaning="`compiled` where a compiled graph ran in every step; `none` where nothing was to be compiled",
         judge=judge_compiled,
         part="compiled",
         words={"compiled": Word("good", "run compiled code"), "eager": Word("part", "run eager"), "none": Word()},
     ),
-    # Of every module on every rank; `mixed`: modules differ, `differs`: ranks do.
     "modes": VerdictSpec(
         title="mode",
+        meaning="of every module on every rank; `mixed`: modules differ, `differs`: ranks do",
         judge=judge_modes,
         part="modes",
         quiet=frozenset({"train"}),
@@ -285,9 +297,9 @@ VERDICTS: dict[str, VerdictSpec] = {
             "none": Word(),
         },
     ),
-    # Whether all ranks dropped the same positions in every step. That they differ is what dropout is for.
     "dropout": VerdictSpec(
         title="dropout masks",
+        meaning="whether all ranks dropped the same positions in every step",
         judge=judge_dropout,
         part="modes",
         words={
@@ -296,9 +308,9 @@ VERDICTS: dict[str, VerdictSpec] = {
             "none": Word(),
         },
     ),
-    # Batch norm's, between ranks, after the last step.
     "statistics": VerdictSpec(
         title="running statistics",
+        meaning="whether batch norm's running statistics were the same on all ranks after the last step",
         judge=judge_statistics,
         part="modes",
         words={
@@ -307,9 +319,9 @@ VERDICTS: dict[str, VerdictSpec] = {
             "none": Word(),
         },
     ),
-    # `inner(x)` and `wrapped(x)` in eval mode after the training, for one batch, between ranks.
     "evaluation_inner": VerdictSpec(
         title="eval of inner",
+        meaning="whether `inner(x)` in eval mode, after the training, is the same on all ranks",
         judge=partial(judge_evaluation, of="inner"),
         part="modes",
         words={
@@ -319,11 +331,15 @@ VERDICTS: dict[str, VerdictSpec] = {
         },
     ),
     "evaluation_wrapped": VerdictSpec(
-        title="eval of wrapped", judge=partial(judge_evaluation, of="wrapped"), part="modes", words=_SAME
+        title="eval of wrapped",
+        meaning="the same of `wrapped(x)`",
+        judge=partial(judge_evaluation, of="wrapped"),
+        part="modes",
+        words={"same": Word("good"), "differ": Word("lost"), "none": Word()},
     ),
-    # The dtype in which linear layers and convolutions computed; `none` if none ran.
     "precision": VerdictSpec(
         title="precision",
+        meaning="the dtype in which linear layers and convolutions computed",
         judge=judge_precision,
         part="modes",
         quiet=frozenset({"float32"}),

@@ -30,12 +30,11 @@ def run_steps(rank, model, steps=3, forward=None):
     group: Any = dist.new_group()
     data = torch.Generator().manual_seed(rank.rank)
     torch.manual_seed(0)
-    with observe_modes(subject, group) as observer:
-        for _ in range(steps):
+    with observe_modes(subject, group, torch.ones(3, 4)) as observer:
+        for step in range(steps):
             observer.note_result((forward or model)(torch.randn(16, 4, generator=data)))
-            observer.end_step()
-        evaluation = observer.evaluate(torch.ones(3, 4))
-        return observer.evidence(evaluation)
+            observer.end_step(step)
+        return observer.evidence()
 
 
 def test_equal_seeds_drop_the_same_positions(rank):

@@ -45,7 +45,7 @@ def measure_gradients(path: CallPath, same_batch: bool):
         for _ in range(3):
             subject.inner.zero_grad()
             invoke(path, subject.wrapped, subject.inner, batch, F.cross_entropy).backward()
-            observer.end_step(batch)
+            observer.end_backward(batch)
         evidence = observer.evidence()
     own = [parameter.grad.clone() for parameter in subject.inner.parameters() if parameter.grad is not None]
     del subject
@@ -86,7 +86,7 @@ def test_a_gradient_that_only_one_rank_has_is_a_difference(rank):
     if rank.rank == 1:
         model(torch.ones(1, 2)).sum().backward()
     with observe_gradients(model, new_group()) as observer:
-        observer.end_step(Batch(torch.ones(1) * rank.rank, torch.ones(1)))
+        observer.end_backward(Batch(torch.ones(1) * rank.rank, torch.ones(1)))
         evidence = observer.evidence()
     assert evidence.parameters == {"weight": 1.0, "bias": 1.0}
     expected = ((0, ("weight", "bias")), (2, ()))
@@ -106,8 +106,7 @@ def measure_reducer(wrapper: str, path: CallPath, no_sync: bool):
             else:
                 loss = invoke(path, subject.wrapped, subject.inner, batch, F.cross_entropy)
             loss.backward()
-            observer.end_step()
-        observer.read_logger()
+            observer.end_backward(None)
         evidence = observer.evidence()
     left = [
         name for name, module in subject.wrapped.named_modules() if module.__dict__.keys() != before[name].keys()
@@ -145,7 +144,7 @@ def measure_replicas(touch: str):
             if step == 1 and dist.get_rank() == 1:
                 with torch.no_grad():
                     dict(model.named_parameters(), **dict(model.named_buffers()))[touch].flatten()[0] += 1
-            observer.end_step()
+            observer.end_step(step)
         return observer.evidence()
 
 
@@ -170,7 +169,7 @@ def measure_compiled(path: CallPath):
         subject = apply_wrapper("compile", model, device=CPU, compile_backend=observer.backend)
         for _ in range(2):
             invoke(path, subject.wrapped, subject.inner, make_batch(0), F.cross_entropy)
-            observer.end_step()
+            observer.end_backward(None)
     return observer.evidence()
 
 

@@ -92,13 +92,13 @@ def compare_cut_with_whole(runner: Runner) -> None:
     evidence, resumed_parameters = runner.merge(resumed)
     assert resumed.resumed_at == EVERY
     assert torch.equal(parameters, resumed_parameters)
-    assert (whole.digest, whole.losses, whole.accuracies, whole.distances) == (
+    assert (whole.digest, whole.losses, whole.accuracies, whole.columns) == (
         resumed.digest,
         resumed.losses,
         resumed.accuracies,
-        resumed.distances,
+        resumed.columns,
     )
-    assert resumed.timeline == cut.timeline
+    assert resumed.parts["timeline"] == cut.parts["timeline"]
     assert leave_out_counter(evidence) == leave_out_counter(whole_evidence)
 
 

@@ -26,10 +26,10 @@ def reducer(*arrivals: int) -> ReducerEvidence:
 
 
 def test_the_witness_can_disagree_with_the_reducer_probe():
-    observer = CollectivesObserver()
+    observer = CollectivesObserver({})
     observer._marks_ns = [10, 20, 30]
-    observer._entries = [entry(0, 15)]
-    agreeing, disagreeing = observer.evidence(reducer(4, 0)), observer.evidence(reducer(4, 4))
+    entries = [entry(0, 15)]
+    agreeing, disagreeing = observer.compare(entries, reducer(4, 0)), observer.compare(entries, reducer(4, 4))
     assert agreeing is not None
     assert agreeing.agrees
     assert disagreeing is not None

@@ -12,7 +12,12 @@ from tests.report.made import make_evidence
 
 EVIDENCE = make_evidence(Cell(wrapper="ddp", path="inner_call", model="my.Mlp"))
 REPORTS = [
-    RankReport(losses=[0.5, 0.25], step_ms=[1, 1], accuracies=[None, 0.75], distances=[0.0, 0.125 * rank])
+    RankReport(
+        losses=[0.5, 0.25],
+        step_ms=[1, 1],
+        accuracies=[None, 0.75],
+        columns={"distance_to_rank0": [0.0, 0.125 * rank]},
+    )
     for rank in (0, 1)
 ]
 

@@ -2,8 +2,21 @@ import dataclasses
 
 import pytest
 
+from ddpcall.compare import CAUSES
 from ddpcall.evidence import CompiledEvidence, HooksOfStep, ModesEvidence, StepTimeline, TimelineEvent
+from ddpcall.lab.records import RunRecord, TrialRecord
+from ddpcall.lab.report.markdown import write_truth
+from ddpcall.lab.report.page import render_page
+from ddpcall.lab.report.terminal import STYLES, lay_out
+from ddpcall.lab.report.truth import build_table
+from ddpcall.lab.report.view import build_view
+from ddpcall.lab.truth_table import verdict_table
+from ddpcall.mixing import SHAPES
 from ddpcall.verdicts import (
+    ONE_PROCESS,
+    VERDICTS,
+    VerdictSpec,
+    Word,
     explain_crash,
     judge,
     judge_compiled,
@@ -260,6 +273,39 @@ ENTERED_INNER = TimelineEvent(kind="forward", name="Net", owner="inner", start_u
 )
 def test_a_step_went_past_what_its_counts_show(timeline, skipped):
     assert skipped_of(timeline) == skipped
+
+
+def test_every_word_that_can_be_measured_is_declared():
+    assert set(SHAPES) <= set(VERDICTS["mixing"].words)
+    assert {*CAUSES, "crashed"} == set(ONE_PROCESS)
+    tones = {word.tone for spec in VERDICTS.values() for word in spec.words.values()}
+    assert tones - {"none"} == set(STYLES)
+
+
+def test_a_new_verdict_is_one_entry(monkeypatch, tmp_path):
+    """Judged, expected, shown in every rendering, with its evidence, and spoken of, without another file."""
+    spec = VerdictSpec(
+        title="buffers",
+        meaning="whether buffers parted",
+        judge=lambda evidence: "parted" if evidence.replicas and evidence.replicas.buffers else "none",
+        part="replicas",
+        words={"parted": Word("lost", "part the buffers"), "none": Word()},
+    )
+    monkeypatch.setitem(VERDICTS, "buffers", spec)
+    trial = TrialRecord.of(make_evidence(), {"buffers": "kept"})
+    assert trial.unmet == {"buffers": {"expected": "kept", "measured": "parted"}}
+    (row,) = build_table([trial]).rows
+    (cell,) = [cell for cell in row.cells if cell.name == "buffers"]
+    assert (cell.word, cell.tone, cell.expected) == ("parted", "lost", "kept")
+    assert ("initial digest", "00") in next(part.facts for part in row.evidence if part.name == "buffers")
+    header, ((*_, last, _, _, _),) = lay_out([trial])
+    assert (header[-4], str(last), last.style) == ("buffers", "parted", "bold red")
+    assert "| **parted** (expected kept) |" in write_truth(build_table([trial]))
+    assert "**parted**" in verdict_table({"trials": [trial.summarize()]})
+    view = build_view([RunRecord(path=tmp_path, trials=(trial,))])
+    page = render_page(view)
+    assert '<th scope="col">buffers</th>' in page
+    assert "parted (expected kept)" in page
 
 
 def test_hooks_that_fired_without_an_event_are_listed_and_no_others():

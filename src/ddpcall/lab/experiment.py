@@ -38,17 +38,9 @@ from ddpcall.lab.world import (
     choose_accelerator,
     open_world,
 )
-from ddpcall.probes.mixing import judge_steps
+from ddpcall.probes.catalogue import PROBES
 from ddpcall.wrappers import WRAPPERS
 
-MODES_BY_STEP = (
-    "dropout_kept",
-    "masks_identical",
-    "statistics_difference",
-    "batches_tracked",
-    "running_mean_norm",
-    "running_var_norm",
-)
 # What a rank raises because another one failed first.
 CONSEQUENCES = ("connection reset", "connection closed", "closed by peer", "timed out", "timeout", "broken pipe")
 # How long a rank whose trial raised waits for the others, which should have raised alike.
@@ -329,9 +321,9 @@ class _TrialsRun(GuardedRun):
 
     def _write_trial(self, trial: TrialRecord, reports: list[RankReport]) -> None:
         timelines = [
-            dataclasses.asdict(TimelineRecord.of(trial.cell, rank, report.timeline))
+            dataclasses.asdict(TimelineRecord.of(trial.cell, rank, timeline))
             for rank, report in enumerate(reports)
-            if report.timeline is not None
+            if (timeline := report.parts.get("timeline")) is not None
         ]
         self._directory.append("evidence.jsonl", [trial.to_json()])
         self._directory.append("steps.jsonl", step_records(trial.cell, reports))
@@ -346,28 +338,21 @@ class _TrialsRun(GuardedRun):
 def merge_reports(
     cell: Cell, config: TrainConfig, environment: Environment, reports: list[RankReport]
 ) -> Evidence:
-    """Merge what the ranks reported into the evidence of one trial.
-
-    Hooks, reducer and compiled code are told by rank 0; what compares ranks was measured on all of them.
-    """
-    first = reports[0]
+    """Merge what the ranks reported into the evidence of one trial."""
     failures = [report.failure for report in reports if report.failure is not None]
     return Evidence(
         cell=cell,
         environment=environment,
         seed=config.seed,
         steps=config.steps,
-        step_ms=median_step_ms(first),
+        step_ms=median_step_ms(reports[0]),
         data_parallel=WRAPPERS[cell.wrapper].data_parallel,
         failures=tuple(sorted(failures, key=lambda failure: (is_consequence(failure), failure.seconds))),
-        hooks=first.hooks,
-        reducer=first.reducer,
-        collectives=first.collectives,
-        gradients=first.gradients,
-        mixing=None if failures else judge_steps([report.mixing for report in reports], config.steps),
-        replicas=first.replicas,
-        compiled=first.compiled,
-        modes=first.modes,
+        **{
+            probe.name: probe.merge([report.parts.get(probe.name) for report in reports], config.steps)
+            for probe in PROBES
+            if probe.name in Evidence.__dataclass_fields__
+        },
         consequence=None if failures else _consequence(reports),
     )
 
@@ -406,23 +391,13 @@ def _consequence(reports: list[RankReport]) -> Consequence:
 
 
 def step_records(cell: Cell, reports: list[RankReport]) -> list[dict[str, Any]]:
-    """Return one record for each finished step and rank: loss, time, how far from rank 0, what the reducer saw."""
+    """Return one record for each finished step and rank: loss, time, accuracy and what the probes counted."""
     records = []
     for rank, report in enumerate(reports):
         for step, loss in enumerate(report.losses):
             record = {**dataclasses.asdict(cell), "rank": rank, "step": step, "loss": loss}
             record["step_ms"] = report.step_ms[step]
             record["accuracy"] = report.accuracies[step]
-            record["distance_to_rank0"] = report.distances[step] if report.distances else None
-            if report.reducer is not None:
-                record["armings"] = report.reducer.armings[step]
-                record["arrivals_armed"] = report.reducer.arrivals_armed[step]
-                record["arrivals_unarmed"] = report.reducer.arrivals_unarmed[step]
-            if report.gradients is not None:
-                record["gradient_max_difference"] = report.gradients.max_difference[step]
-            if report.modes is not None:
-                record["training_modules"] = report.modes.training_modules[rank]
-                for name in MODES_BY_STEP:
-                    record[name] = getattr(report.modes, name)[step]
+            record |= {name: column[step] for name, column in report.columns.items()}
             records.append(record)
     return records

@@ -14,6 +14,7 @@ from ddpcall.lab.rank_report import RankReport
 
 LOGGERS = ("none", "wandb", "mlflow")
 PROJECT = "ddpcall"
+MODES = ("dropout_kept", "statistics_difference", "batches_tracked")
 MLFLOW_STORE = "mlflow.db"
 
 
@@ -58,18 +59,16 @@ def list_scalars(evidence: Evidence, reports: Sequence[RankReport]) -> Iterator[
         columns: dict[str, Sequence[float | None]] = {
             "loss": report.losses,
             "test_accuracy": report.accuracies,
-            "distance_to_rank0": report.distances,
+            "distance_to_rank0": report.columns.get("distance_to_rank0", ()),
         }
-        if report.modes is not None:
-            for mode in ("dropout_kept", "statistics_difference", "batches_tracked"):
-                columns[f"modes/{mode}"] = getattr(report.modes, mode)
+        columns |= {f"modes/{name}": report.columns.get(name, ()) for name in MODES}
         for tag, values in columns.items():
             yield from (
                 (f"{tag}/rank{rank}", value, step) for step, value in enumerate(values) if value is not None
             )
         end = len(report.losses)
-        if report.modes is not None:
-            yield f"modes/training_modules/rank{rank}", report.modes.training_modules[rank], end
+        for number in report.columns.get("training_modules", ())[-1:]:
+            yield f"modes/training_modules/rank{rank}", number or 0, end
         if report.test_accuracy is not None and not any(report.accuracies):
             yield f"test_accuracy/rank{rank}", report.test_accuracy, end
     if evidence.gradients is not None:

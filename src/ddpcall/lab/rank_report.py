@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from ddpcall.evidence import (
-    CollectiveEvidence,
-    CompiledEvidence,
-    Failure,
-    GradientEvidence,
-    HookCount,
-    ModesEvidence,
-    ReducerEvidence,
-    ReplicaEvidence,
-    StepTimeline,
-)
-from ddpcall.mixing import RankSketches
+from ddpcall.evidence import Failure
 
 
 @dataclass
 class RankReport:
-    """What one rank has to say after a trial; picklable. Parts that were not reached stay None.
+    """What one rank has to say after a trial; picklable. What was not reached stays None.
 
     Attributes:
         failure: What this rank raised.
@@ -31,9 +22,8 @@ class RankReport:
         step_ms: Wall-clock time of each finished step, milliseconds, without the tests between the steps.
         accuracies: After each finished step: share of the test set that this rank's model classified correctly;
             None where it was not tested.
-        distances: After each step: L2 distance of this rank's trainable parameters from rank 0's, relative to
-            the norm of the latter; None where it cannot be told. Empty where the trial did not run to its end.
-        timeline: What happened when in one step.
+        parts: What each probe found on this rank, by its name; one that did not get so far is missing.
+        columns: What probes counted by step: name to a value for each step.
         parameters: The trained parameters, flat, float32, on the CPU; only kept on its own rank.
         test_loss: Mean loss of this rank's model on the test set.
         test_accuracy: Share classified correctly; None for regression.
@@ -47,16 +37,8 @@ class RankReport:
     losses: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     accuracies: list[float | None] = field(default_factory=list)
-    distances: list[float | None] = field(default_factory=list)
-    timeline: StepTimeline | None = None
-    hooks: tuple[HookCount, ...] | None = None
-    reducer: ReducerEvidence | None = None
-    collectives: CollectiveEvidence | None = None
-    gradients: GradientEvidence | None = None
-    mixing: tuple[RankSketches, ...] = ()
-    replicas: ReplicaEvidence | None = None
-    compiled: CompiledEvidence | None = None
-    modes: ModesEvidence | None = None
+    parts: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, Sequence[float | None]] = field(default_factory=dict)
     parameters: Tensor | None = None
     test_loss: float | None = None
     test_accuracy: float | None = None

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 import traceback
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ddpcall.evidence import (
-    Cell,
-    Failure,
-)
+from ddpcall.evidence import Cell, Failure
 from ddpcall.lab.checkpoint import Checkpoints
 from ddpcall.lab.console import warn
 from ddpcall.lab.data import Split, iterate_batches
@@ -35,7 +30,6 @@ from ddpcall.lab.trial_state import (
     take_random_state,
     take_settings,
     take_tensors,
-    unpack_timeline,
 )
 from ddpcall.lab.user_code import load_loss, load_path, load_target, own_arguments, wrap_by_target
 from ddpcall.lab.world import Accelerator, World, process_group
@@ -51,39 +45,19 @@ from ddpcall.paths import (
     is_training,
     split_batch,
 )
-from ddpcall.probes.collectives import CollectivesObserver, observe_collectives
-from ddpcall.probes.compiled import CompiledObserver, observe_compiled
-from ddpcall.probes.gradients import GradientsObserver, observe_gradients
-from ddpcall.probes.hooks import HooksObserver, observe_hooks
-from ddpcall.probes.kept import Kept
-from ddpcall.probes.mixing import NUM_MEASURED, MixingObserver, observe_mixing
-from ddpcall.probes.modes import ModesObserver, observe_modes
-from ddpcall.probes.reducer import ReducerObserver, observe_reducer
-from ddpcall.probes.replicas import ReplicasObserver, observe_replicas
-from ddpcall.probes.timeline import Counters, TimelineObserver, observe_timeline
+from ddpcall.probes.catalogue import PROBES
+from ddpcall.probes.mixing import NUM_MEASURED
+from ddpcall.probes.probe import Observer, Setting
+from ddpcall.probes.timeline import WARM_UP_STEPS
 from ddpcall.replicas import digest_state
 from ddpcall.shards import gather_state, is_sharded, local_state
 from ddpcall.taps import SpanLog
 from ddpcall.torch_internals import TorchNameMissing
-from ddpcall.wrappers import WRAPPERS, Subject, WrapperMissing, apply_wrapper
+from ddpcall.wrappers import WRAPPERS, CompileBackend, Subject, WrapperMissing, apply_wrapper
 
 NUM_EVALUATED = 64  # test samples for the comparison of the ranks' outputs in eval mode
 MISSING_STEPS = 2  # how many batches fewer the last rank has, where inputs are uneven
-WARM_UP_STEPS = 2  # before the step whose timeline is kept: they build buckets, compile and allocate
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-
-
-@dataclass
-class _Probes:
-    hooks: HooksObserver | None = None
-    reducer: ReducerObserver | None = None
-    collectives: CollectivesObserver | None = None
-    gradients: GradientsObserver | None = None
-    mixing: MixingObserver | None = None
-    replicas: ReplicasObserver | None = None
-    compiled: CompiledObserver | None = None
-    modes: ModesObserver | None = None
-    timeline: TimelineObserver | None = None
 
 
 class Trial:
@@ -114,12 +88,11 @@ class Trial:
         self._mode = Mode(cell.mode)
         self._window = SyncWindow(cell.window)
         self._step = -1
-        self._probes = _Probes()
+        self._observers: dict[str, Observer] = {}
         self._loss_function = load_loss(config.loss) if config.loss else default_loss
         self._invoke = (
             load_path(config.path) if self._path is CallPath.CUSTOM else functools.partial(invoke, self._path)
         )
-        self._span_log = SpanLog()
         self._examiner: Examiner | None = None
         self._began = time.monotonic()
         self.report = RankReport()
@@ -145,7 +118,7 @@ class Trial:
                 self.report.failure = self._describe(error)
                 # The traceback's frames hold the DDP object, which must be gone before the group is.
                 traceback.clear_frames(error.__traceback__)
-            self._probes = _Probes()
+            self._observers.clear()
             self._examiner = None
         return self.report
 
@@ -163,37 +136,72 @@ class Trial:
         self._examiner = Examiner(self._build, self._split.test, self._accelerator.device, self._loss_function)
         torch.manual_seed(self._config.seed)
         model = self._build_model()
+        setting = self._describe_setting(probe_group)
         with ExitStack() as compiling:
-            subject = self._wrap(compiling, model)
+            self._enter_probes(compiling, setting, before_wrapping=True)
+            subject = setting.subject = self._wrap(model, setting.compile_backend)
             # After wrapping: sharding wrappers put other parameters in the place of the user's.
             parameters = dict(subject.inner.named_parameters())
-            optimizer = build_optimizer(parameters.values(), self._config.optimizer)
+            optimizer = setting.optimizer = build_optimizer(parameters.values(), self._config.optimizer)
+            setting.sharded = frozenset(name for name, p in parameters.items() if is_sharded(subject, p))
             if self._mode is Mode.SEEDED_BY_RANK:
                 torch.manual_seed(self._config.seed + self._world.rank)
             if not is_resumable(self._wrapper, subject.inner):
                 self._checkpoints = None
             rest = self._resume(subject, optimizer, probe_group)
             with ExitStack() as stack:
-                self._enter_probes(stack, subject, optimizer, probe_group)
+                self._enter_probes(stack, setting, before_wrapping=False)
                 self._put_rest(rest)
                 try:
                     with subject.session():
                         self._train(subject, parameters, optimizer, probe_group)
                     self._close_missing_steps()
                 finally:
-                    self._take_local_evidence()
-                self._take_shared_evidence()
+                    self._take_evidence(outlives_failure=True)
                 state = gather_state(subject, parameters)
                 flat = torch.cat([state[name].reshape(-1).float() for name in parameters])
                 self._compare_parameters(flat, probe_group, reference)
                 self.report.digest = digest_state(state)
                 score = self._examiner.examine(state)
                 self.report.test_loss, self.report.test_accuracy = score.loss, score.accuracy
-                self._take_modes_evidence()
-            self._probes.replicas = self._probes.gradients = self._probes.modes = self._probes.timeline = None
-            self._probes.mixing = None
-        if self._probes.compiled is not None:
-            self.report.compiled = self._probes.compiled.evidence()
+                self._take_evidence(outlives_failure=False)  # last: it may run the live model
+            self._observers.clear()
+
+    def _describe_setting(self, group: dist.ProcessGroup | None) -> Setting:
+        probes = self._config.probes
+        return Setting(
+            spec=self._spec,
+            device=self._accelerator.device,
+            steps=self._config.steps,
+            log=SpanLog(),
+            group=group,
+            example=self._split.test.inputs[:NUM_EVALUATED].to(self._accelerator.device),
+            late_hooks=self.cell.hooks == "late",
+            hook_steps=probes.hook_steps,
+            global_hooks=probes.global_hooks,
+            compile_backend=self._spec.compile_backend or self._config.wrapper.compile_backend,
+            observers=self._observers,
+        )
+
+    def _enter_probes(self, stack: ExitStack, setting: Setting, *, before_wrapping: bool) -> None:
+        for probe in PROBES if self._observe else ():
+            is_on = getattr(self._config.probes, probe.name, True)
+            if probe.before_wrapping != before_wrapping or not is_on:
+                continue
+            try:
+                observing = probe.observe(setting)
+                if observing is not None:
+                    self._observers[probe.name] = stack.enter_context(observing)
+            except TorchNameMissing as error:
+                if self._world.rank == 0:
+                    warn(f"the verdict {probe.name} of {self._wrapper} is none: {error}")
+
+    def _take_evidence(self, *, outlives_failure: bool) -> None:
+        """Keep what the observers found: what needs no other rank also when the trial raised."""
+        for name, observer in self._observers.items():
+            if observer.outlives_failure == outlives_failure:
+                found = self.report.parts[name] = observer.evidence()
+                self.report.columns |= observer.columns(found)
 
     def _build(self) -> nn.Module:
         settings = {"_target_": self.cell.model} if self._config.grid.model else self._config.model
@@ -212,12 +220,7 @@ class Trial:
         model.train(is_training(self._mode, self._world.rank))
         return model.to(self._accelerator.device)
 
-    def _wrap(self, stack: ExitStack, model: nn.Module) -> Subject:
-        backend: Any = self._spec.compile_backend or self._config.wrapper.compile_backend
-        if self._observe:
-            observer = stack.enter_context(observe_compiled(self._spec.compiles, backend, self._span_log))
-            self._probes.compiled = observer
-            backend = observer.backend
+    def _wrap(self, model: nn.Module, backend: CompileBackend) -> Subject:
         device = self._accelerator.device
         example = self._split.train[: self._config.data.batch_size][0].to(device)
         if self._spec.apply is None:
@@ -233,62 +236,6 @@ class Trial:
             )
         except WrapperMissing as error:
             raise WrongUse(f"wrapper={self._wrapper}: {error}") from None
-
-    def _enter_probes(
-        self,
-        stack: ExitStack,
-        subject: Subject,
-        optimizer: torch.optim.Optimizer,
-        group: dist.ProcessGroup | None,
-    ) -> None:
-        if not self._observe:
-            return
-        probes = self._probes
-        sharded = [name for name, p in subject.inner.named_parameters() if is_sharded(subject, p)]
-        probes.collectives = stack.enter_context(observe_collectives())
-        if not self._spec.own_reducer:
-            probes.reducer = stack.enter_context(observe_reducer(subject))
-        probes.gradients = stack.enter_context(observe_gradients(subject.inner, group, sharded))
-        probes.replicas = stack.enter_context(observe_replicas(subject.inner, group, sharded))
-        if self._config.probes.modes and not self._spec.compiles:
-            probes.modes = stack.enter_context(observe_modes(subject, group))
-        if self._config.probes.mixing and self._world.world_size > 1:
-            # FSDP1 computes with a flat parameter, which only the wrapped object knows.
-            model = subject.wrapped if self._spec.flat_parameters else subject.inner
-            try:
-                probes.mixing = stack.enter_context(observe_mixing(model, optimizer, self._config.steps))
-            except TorchNameMissing as error:
-                if self._world.rank == 0:
-                    warn(f"the verdict mixing of {self._wrapper} is none: {error}")
-        self._enter_hooks_probe(stack, subject)
-        if self._config.probes.timeline and self.report.resumed_at is None:  # else that step is over
-            self._enter_timeline_probe(stack, subject)
-        probes.collectives.begin_steps()
-
-    def _enter_hooks_probe(self, stack: ExitStack, subject: Subject) -> None:
-        self._probes.hooks = stack.enter_context(
-            observe_hooks(
-                subject.wrapped,
-                subject.inner,
-                device=self._accelerator.device,
-                global_hooks=self._config.probes.global_hooks,
-                log=self._span_log,
-            )
-        )
-        if self.cell.hooks == "early":
-            self._probes.hooks.register()
-
-    def _enter_timeline_probe(self, stack: ExitStack, subject: Subject) -> None:
-        probes = self._probes
-        assert probes.hooks is not None
-        assert probes.gradients is not None
-        assert probes.compiled is not None
-        counters = Counters(probes.hooks, probes.gradients, probes.compiled, probes.reducer)
-        observed = min(self._config.steps, self._hook_steps() or self._config.steps)
-        measured = min(WARM_UP_STEPS, observed - 1)
-        probes.timeline = stack.enter_context(
-            observe_timeline(subject, counters, log=self._span_log, measured_step=measured)
-        )
 
     def _batches(self, first_step: int) -> Iterator[Batch]:
         return iterate_batches(
@@ -315,15 +262,13 @@ class Trial:
         self._offer_to_save(self._checkpoints is not None and self._config.checkpoint.every > 0)
         for self._step, batch in enumerate(batches, first_step):
             began = time.perf_counter()
-            if self._step == 1 and self._probes.hooks is not None and self.cell.hooks == "late":
-                self._probes.hooks.register()
-            with self._timeline_step():
+            self._tell(lambda observer: observer.begin_step(self._step))
+            with self._all_of(lambda observer: observer.time_step(self._step)):
                 loss = self._train_step(subject, optimizer, batch)
+            self._tell(lambda observer: observer.end_step(self._step))
             self.report.losses.append(loss)
             self.report.step_ms.append((time.perf_counter() - began) * 1000)
             self.report.accuracies.append(self._test_accuracy(subject, parameters))
-            if self._probes.hooks is not None and self._step + 1 == self._hook_steps():
-                self._probes.hooks.retire()
             is_stopping = self._is_stopping(self._step + 1)
             if self._is_save_due(self._step + 1, is_stopping):
                 self._save(self._step + 1, subject, bare_optimizer, group)
@@ -362,13 +307,11 @@ class Trial:
     ) -> None:
         assert self._checkpoints is not None
         report = self.report
-        timeline = report.timeline if self._probes.timeline is None else self._probes.timeline.latest
         rest = {
             "optimizer": take_settings(optimizer),
             "random": take_random_state(self._accelerator.device),
             "report": {"losses": report.losses, "step_ms": report.step_ms, "accuracies": report.accuracies},
-            "timeline": None if timeline is None else dataclasses.asdict(timeline),
-            "probes": {name: probe.state_dict() for name, probe in self._kept_probes()},
+            "probes": {name: observer.state_dict() for name, observer in self._observers.items()},
         }
         failure = self._checkpoints.save(done, take_tensors(subject.inner, optimizer), rest, group)
         if self._stop is not None and not failure:
@@ -377,9 +320,6 @@ class Trial:
             warn(
                 f"no checkpoint of step {done}: {failure}\nThe training goes on; the checkpoint before it stands."
             )
-
-    def _kept_probes(self) -> list[tuple[str, Kept]]:
-        return [(name, probe) for name, probe in vars(self._probes).items() if isinstance(probe, Kept)]
 
     def _resume(
         self, subject: Subject, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None
@@ -405,11 +345,10 @@ class Trial:
         if rest is None:
             return
         with self._refuse_foreign():
-            for name, probe in self._kept_probes():
-                probe.load_state_dict(rest["probes"][name])
+            for name, observer in self._observers.items():
+                observer.load_state_dict(rest["probes"][name])
             for name in ("losses", "step_ms", "accuracies"):
                 setattr(self.report, name, rest["report"][name])
-            self.report.timeline = unpack_timeline(rest["timeline"])
             put_random_state(rest["random"], self._accelerator.device)
 
     @contextmanager
@@ -433,28 +372,27 @@ class Trial:
         """Close the steps that this rank had no batch for: the probes compare as many on every rank."""
         while self._observe and self._step + 1 < self._config.steps:
             self._step += 1
-            if self._probes.mixing is not None:
-                self._probes.mixing.begin_step(self._step)
-            self._observe_backward(None)
-            self._end_step()
+            self._tell(lambda observer: observer.begin_step(self._step))
+            self._tell(lambda observer: observer.end_backward(None))
+            self._tell(lambda observer: observer.end_step(self._step))
 
-    def _hook_steps(self) -> int:
-        """Return after how many steps the hooks probe leaves; 0: never."""
-        steps = self._config.probes.hook_steps
-        if steps == 0 or self._spec.compiles:
-            return 0
-        return steps + 1 if self.cell.hooks == "late" else steps
+    def _tell(self, tell: Callable[[Observer], None]) -> None:
+        for observer in self._observers.values():
+            tell(observer)
+
+    @contextmanager
+    def _all_of(self, enter: Callable[[Observer], AbstractContextManager[None]]) -> Generator[None]:
+        with ExitStack() as stack:
+            for observer in self._observers.values():
+                stack.enter_context(enter(observer))
+            yield
 
     def _train_step(self, subject: Subject, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-        if self._probes.mixing is not None:
-            self._probes.mixing.begin_step(self._step)
         optimizer.zero_grad()
         losses = self._compute_gradients(subject, batch)
-        if self._observe:
-            self._observe_backward(batch)
-        with self._span("optimizer"):
+        self._tell(lambda observer: observer.end_backward(batch))
+        with self._all_of(lambda observer: observer.span("optimizer")):
             optimizer.step()
-        self._end_step()
         return sum(loss.item() for loss in losses)
 
     def _compute_gradients(self, subject: Subject, batch: Batch) -> list[Tensor]:
@@ -465,26 +403,11 @@ class Trial:
                 loss = self._invoke(subject.wrapped, subject.inner, part, self._loss)
             loss = loss / len(parts) if len(parts) > 1 else loss
             if loss.requires_grad:
-                with enter_backward_window(window, subject.wrapped), self._span("backward"):
+                timed = self._all_of(lambda observer: observer.span("backward"))
+                with enter_backward_window(window, subject.wrapped), timed:
                     loss.backward()
             losses.append(loss.detach())
         return losses
-
-    def _end_step(self) -> None:
-        if self._probes.mixing is not None:
-            self._probes.mixing.end_step(self._step)
-        if self._probes.replicas is not None:
-            self._probes.replicas.end_step()
-        if self._probes.modes is not None:
-            self._probes.modes.end_step()
-
-    def _timeline_step(self) -> AbstractContextManager[None]:
-        timeline = self._probes.timeline
-        return nullcontext() if timeline is None else timeline.step(self._step)
-
-    def _span(self, kind: str) -> AbstractContextManager[None]:
-        timeline = self._probes.timeline
-        return nullcontext() if timeline is None else timeline.span(kind, kind)
 
     def _test_accuracy(self, subject: Subject, parameters: dict[str, nn.Parameter]) -> float | None:
         """Test this rank's model after some steps; None after the others, and where it holds no whole model."""
@@ -500,50 +423,8 @@ class Trial:
         return enter_mode(self._mode, self._accelerator.device)
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if self._probes.modes is not None:
-            self._probes.modes.note_result(outputs)
+        self._tell(lambda observer: observer.note_result(outputs))
         return self._loss_function(outputs, targets)
-
-    def _observe_backward(self, batch: Batch | None) -> None:
-        probes = self._probes
-        assert probes.collectives is not None
-        assert probes.gradients is not None
-        assert probes.compiled is not None
-        probes.collectives.end_step()
-        if probes.reducer is not None:
-            probes.reducer.end_step()
-        probes.compiled.end_step()
-        probes.gradients.end_step(batch)
-
-    def _take_local_evidence(self) -> None:
-        """Keep what needs no other rank, also when the trial raised."""
-        if self._probes.hooks is not None:
-            self.report.hooks = self._probes.hooks.evidence()
-        if self._probes.mixing is not None:
-            self.report.mixing = self._probes.mixing.records()
-        if self._probes.timeline is not None:
-            self.report.timeline = self._probes.timeline.latest
-
-    def _take_shared_evidence(self) -> None:
-        """Compare with the other ranks; only reached when the training ran to its end."""
-        probes = self._probes
-        if probes.gradients is None or probes.replicas is None:
-            return
-        self.report.gradients = probes.gradients.evidence()
-        self.report.replicas = probes.replicas.evidence()
-        self.report.distances = probes.replicas.distances()
-        if probes.reducer is not None:
-            probes.reducer.read_logger()
-            self.report.reducer = probes.reducer.evidence()
-        assert probes.collectives is not None
-        probes.collectives.read_recorder()
-        self.report.collectives = probes.collectives.evidence(self.report.reducer)
-
-    def _take_modes_evidence(self) -> None:
-        """Compare modes at the very end: the comparison of outputs runs the live model."""
-        if self._probes.modes is not None:
-            inputs = self._split.test.inputs[:NUM_EVALUATED].to(self._accelerator.device)
-            self.report.modes = self._probes.modes.evidence(self._probes.modes.evaluate(inputs))
 
     def _compare_parameters(self, flat: Tensor, group: dist.ProcessGroup | None, reference: Tensor | None) -> None:
         of_rank_0 = flat.clone()

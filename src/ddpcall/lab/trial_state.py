@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddpcall.accelerator import CPU, get_rng_state, set_rng_state
-from ddpcall.evidence import HooksOfStep, StepTimeline, TimelineEvent
 from ddpcall.shards import local_part
 from ddpcall.taps import is_lazy
 from ddpcall.wrappers import WRAPPERS
@@ -90,12 +89,3 @@ def put_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
-
-
-def unpack_timeline(packed: dict[str, Any] | None) -> StepTimeline | None:
-    """Return the timeline of which `dataclasses.asdict` made a dict."""
-    if packed is None:
-        return None
-    events = tuple(TimelineEvent(**event) for event in packed["events"])
-    hooks = tuple(HooksOfStep(**fired) for fired in packed["hooks"])
-    return StepTimeline(**dict[str, Any](packed, events=events, hooks=hooks))

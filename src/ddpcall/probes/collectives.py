@@ -7,7 +7,7 @@ import math
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,29 +17,33 @@ import torch
 from ddpcall import torch_internals as internals
 from ddpcall.accelerator import BACKENDS
 from ddpcall.evidence import CollectiveEvidence, ReducerEvidence
-from ddpcall.probes.kept import Kept
+from ddpcall.paths import Batch
+from ddpcall.probes.probe import Observer, Probe
 
 LATE_SECONDS = 2.0
 POLL_SECONDS = 0.001
 
 
-class CollectivesObserver(Kept):
+class CollectivesObserver(Observer):
     """Marks the step boundaries in time, and counts the recorded all-reduces between them at the end."""
 
     kept = ("_counts",)
 
-    def __init__(self) -> None:
+    def __init__(self, observers: Mapping[str, Observer]) -> None:
+        self._observers = observers
+        self._begun = False
         self._counts: list[int | None] = []
         self._marks_ns = [time.time_ns()]
-        self._entries: list[dict[str, Any]] | None = None
 
-    def end_step(self) -> None:
-        """Close the step; call it after the backward, before any probe talks."""
+    def begin_step(self, step: int) -> None:
+        """Forget, at the first, what was recorded before: the collectives of the DDP constructor."""
+        if not self._begun:
+            self._marks_ns = [time.time_ns()]
+        self._begun = True
+
+    def end_backward(self, batch: Batch | None) -> None:
+        """Close the step; to be called before any probe talks."""
         self._marks_ns.append(time.time_ns())
-
-    def begin_steps(self) -> None:
-        """Forget what was recorded so far, such as the collectives of the DDP constructor."""
-        self._marks_ns = [time.time_ns()]
 
     def flush(self) -> None:
         """Count the steps closed so far: another process cannot ask this one's recorder."""
@@ -48,19 +52,23 @@ class CollectivesObserver(Kept):
             self._counts += count_all_reduces(entries, self._marks_ns)
             self._marks_ns = self._marks_ns[-1:]
 
-    def read_recorder(self) -> None:
-        """Read the flight recorder, while the process group is alive."""
-        self._entries = _recorded_entries()
+    def evidence(self) -> CollectiveEvidence | None:
+        """Read the flight recorder, while the process group is alive, and compare it with the reducer probe."""
+        reducer = self._observers.get("reducer")
+        return self.compare(_recorded_entries(), reducer and reducer.evidence())
 
-    def evidence(self, reducer: ReducerEvidence | None) -> CollectiveEvidence | None:
+    def compare(
+        self, entries: list[dict[str, Any]] | None, reducer: ReducerEvidence | None
+    ) -> CollectiveEvidence | None:
         """Compare the recorder with the reducer probe; None where this torch has no recorder for the group.
 
         Args:
+            entries: What the recorder has of the default group.
             reducer: What that probe saw; None where it is blind to how the wrapper reduces.
         """
-        if self._entries is None or not self._entries:
+        if not entries:
             return None
-        counts = self._counts + count_all_reduces(self._entries, self._marks_ns)
+        counts = self._counts + count_all_reduces(entries, self._marks_ns)
         if reducer is None:
             return CollectiveEvidence(all_reduces=tuple(counts), agrees=None)
         pairs = zip(counts, reducer.arrivals_armed, strict=True)
@@ -69,8 +77,11 @@ class CollectivesObserver(Kept):
 
 
 @contextmanager
-def observe_collectives() -> Generator[CollectivesObserver]:
+def observe_collectives(observers: Mapping[str, Observer]) -> Generator[CollectivesObserver]:
     """Count the all-reduces on the default process group, step by step.
+
+    Args:
+        observers: Those of the trial, by name; at the end the reducer's is among them, where there is any.
 
     Yields:
         The observer.
@@ -80,11 +91,10 @@ def observe_collectives() -> Generator[CollectivesObserver]:
 
     Source: `torch/csrc/distributed/c10d/FlightRecorder.hpp`.
     """
-    observer = CollectivesObserver()
-    try:
-        yield observer
-    finally:
-        observer.read_recorder()
+    yield CollectivesObserver(observers)
+
+
+PROBE = Probe(name="collectives", observe=lambda setting: observe_collectives(setting.observers))
 
 
 @dataclass(frozen=True)

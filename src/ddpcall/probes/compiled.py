@@ -10,23 +10,25 @@ import torch
 
 from ddpcall import torch_internals as internals
 from ddpcall.evidence import CompiledEvidence
-from ddpcall.probes.kept import Kept
+from ddpcall.paths import Batch
+from ddpcall.probes.probe import Observer, Probe, Setting
 from ddpcall.taps import SpanLog
+from ddpcall.wrappers import CompileBackend
 
 
-class CompiledObserver(Kept):
+class CompiledObserver(Observer):
     """Hands out a compile backend that counts the graphs it made and each time one ran."""
 
     kept = ("_calls_compiled", "_calls_eager")  # a trial that compiles is not resumed: its frames are counted anew
 
-    def __init__(self, requested: bool, backend: str, log: SpanLog) -> None:
+    def __init__(self, requested: bool, backend: CompileBackend, log: SpanLog) -> None:
         self.requested = requested
         self.graph_runs = 0
         self._backend = backend
         self._log = log
         self._graphs = 0
         self._runs_before_step = 0
-        self._frames = 0
+        self.count_frames: Callable[[], int] = lambda: 0
         self._calls_compiled = 0
         self._calls_eager = 0
 
@@ -38,12 +40,12 @@ class CompiledObserver(Kept):
 
         def run(*args: Any) -> Any:
             self.graph_runs += 1
-            with self._log.span("forward", name, None, self._backend):
+            with self._log.span("forward", name, None, str(self._backend)):
                 return compiled(*args)
 
         return run
 
-    def end_step(self) -> None:
+    def end_backward(self, batch: Batch | None) -> None:
         """Close the step: it ran compiled if any compiled graph ran since the last call."""
         if self.graph_runs > self._runs_before_step:
             self._calls_compiled += 1
@@ -55,14 +57,16 @@ class CompiledObserver(Kept):
         """Return what was counted."""
         return CompiledEvidence(
             requested=self.requested,
-            frames=self._frames,
+            frames=self.count_frames(),
             calls_compiled=self._calls_compiled,
             calls_eager=self._calls_eager,
         )
 
 
 @contextmanager
-def observe_compiled(requested: bool, backend: str, log: SpanLog | None = None) -> Generator[CompiledObserver]:
+def observe_compiled(
+    requested: bool, backend: CompileBackend, log: SpanLog | None = None
+) -> Generator[CompiledObserver]:
     """Count compiled frames, and the steps that ran compiled code. Enter it before the model is wrapped.
 
     Args:
@@ -84,8 +88,20 @@ def observe_compiled(requested: bool, backend: str, log: SpanLog | None = None) 
     counters = internals.COUNTERS.get()
     torch.compiler.reset()
     before = counters["frames"]["ok"]
+    observer.count_frames = lambda: counters["frames"]["ok"] - before
     try:
         yield observer
     finally:
-        observer._frames = counters["frames"]["ok"] - before  # pyright: ignore[reportPrivateUsage]
+        frames = observer.count_frames()
+        observer.count_frames = lambda: frames
         torch.compiler.reset()
+
+
+@contextmanager
+def _observe(setting: Setting) -> Generator[CompiledObserver]:
+    with observe_compiled(setting.spec.compiles, setting.compile_backend, setting.log) as observer:
+        setting.compile_backend = observer.backend
+        yield observer
+
+
+PROBE = Probe(name="compiled", observe=_observe, before_wrapping=True)

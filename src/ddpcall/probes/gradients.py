@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddpcall.evidence import GradientEvidence
 from ddpcall.paths import Batch
-from ddpcall.probes.kept import Kept
+from ddpcall.probes.probe import Observer, Probe, Setting
 from ddpcall.replicas import differs_between_ranks, digest_tensors, gather_over_ranks
 from ddpcall.shards import local_part
 
@@ -20,7 +20,7 @@ BUFFER_BYTES = 32 * 2**20
 NAN, INFINITY = 3.2e38, 3.3e38  # stand for them: a maximum over ranks needs numbers that can be compared
 
 
-class GradientsObserver(Kept):
+class GradientsObserver(Observer):
     """Keeps each step's gradients and compares them across ranks once the buffer is full."""
 
     kept = (
@@ -43,8 +43,8 @@ class GradientsObserver(Kept):
         self._differing: dict[str, float] = {}
         self._without_gradient: list[str] = []
 
-    def end_step(self, batch: Batch | None) -> None:
-        """Keep the gradients of this step; call it after the backward, before the optimizer steps.
+    def end_backward(self, batch: Batch | None) -> None:
+        """Keep the gradients of this step.
 
         A parameter without a gradient counts as zeros, and on one rank only, as a difference.
 
@@ -114,6 +114,10 @@ class GradientsObserver(Kept):
             sharded=tuple(self._with_shards),
         )
 
+    def columns(self, evidence: GradientEvidence) -> dict[str, Sequence[float | None]]:
+        """Return by step how far the ranks lay apart."""
+        return {"gradient_max_difference": evidence.max_difference}
+
 
 def _flat_gradient(parameter: nn.Parameter) -> Tensor:
     """Return the gradient as one row; a parameter without a gradient counts as zeros."""
@@ -142,3 +146,10 @@ def observe_gradients(
     Blind to: gradients that were changed alike on all ranks; whether sharded gradients were summed.
     """
     yield GradientsObserver(model, group, frozenset(sharded))
+
+
+def _observe(setting: Setting) -> AbstractContextManager[GradientsObserver]:
+    return observe_gradients(setting.subject.inner, setting.group, setting.sharded)
+
+
+PROBE = Probe(name="gradients", observe=_observe)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpcall.evidence import HookCount
-from ddpcall.probes.kept import Kept
+from ddpcall.probes.probe import Observer, Probe, Setting
 from ddpcall.taps import (
     HOOK_DICTS,
     SpanLog,
@@ -61,8 +61,15 @@ class _CountingHook:
         )
 
 
-class HooksObserver(Kept):
-    """Counts the forwards of every module of a subject from the start, and hooks once `register` was called."""
+class HooksObserver(Observer):
+    """Counts the forwards of every module of a subject from the start, and hooks once `register` was called.
+
+    Attributes:
+        late: Whether to register after the first step.
+        leave_after: Steps after which the subject is left as it was; 0: never.
+    """
+
+    outlives_failure = True
 
     def __init__(
         self, watched: list[_Watched], stack: ExitStack, device: torch.device, global_hooks: bool
@@ -73,6 +80,18 @@ class HooksObserver(Kept):
         self._global_hooks = global_hooks
         self._counting_hooks: list[_CountingHook] = []
         self._final: tuple[HookCount, ...] | None = None
+        self.late = False
+        self.leave_after = 0
+
+    def begin_step(self, step: int) -> None:
+        """Register late hooks after the first step."""
+        if self.late and step == 1:
+            self.register()
+
+    def end_step(self, step: int) -> None:
+        """Leave when enough was seen."""
+        if step + 1 == self.leave_after:
+            self.retire()
 
     def register(self) -> None:
         """Register one counting hook of each kind on every module: the moment a user would register theirs."""
@@ -174,6 +193,27 @@ def observe_hooks(
             stack.callback(count_forwards(module, runs["forward"], runs["full_backward"], place))
             watched.append(_Watched(module, roles, name, runs))
         yield HooksObserver(watched, stack, device, global_hooks)
+
+
+@contextmanager
+def _observe(setting: Setting) -> Generator[HooksObserver]:
+    subject = setting.subject
+    with observe_hooks(
+        subject.wrapped,
+        subject.inner,
+        device=setting.device,
+        global_hooks=setting.global_hooks,
+        log=setting.log,
+    ) as observer:
+        observer.late = setting.late_hooks
+        if setting.hook_steps and not setting.spec.compiles:  # leaving would compile again
+            observer.leave_after = setting.hook_steps + setting.late_hooks
+        if not observer.late:
+            observer.register()
+        yield observer
+
+
+PROBE = Probe(name="hooks", observe=_observe)
 
 
 def _takes_hooks(module: nn.Module) -> bool:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 from torch.optim import Optimizer
 
 from ddpcall.evidence import MixingEvidence
 from ddpcall.mixing import MixingCollector, RankSketches, judge_records
+from ddpcall.probes.probe import Observer, Probe, Setting
 
 NUM_MEASURED = 2
 
 
-class MixingObserver:
+class MixingObserver(Observer):
     """Keeps this rank's sketches of a trial's last steps; the ranks' are judged together by `judge_steps`."""
 
     def __init__(self, collector: MixingCollector, first: int) -> None:
@@ -28,11 +29,11 @@ class MixingObserver:
             self._collector.start()
 
     def end_step(self, step: int) -> None:
-        """Keep what this step's optimizer used; call it after the optimizer stepped."""
+        """Keep what this step's optimizer used."""
         if step >= self._first:
             self._records.append(self._collector.take())
 
-    def records(self) -> tuple[RankSketches, ...]:
+    def evidence(self) -> tuple[RankSketches, ...]:
         """Return a record for each measured step."""
         return tuple(self._records)
 
@@ -92,3 +93,17 @@ def judge_steps(ranks: Sequence[Sequence[RankSketches]], num_steps: int) -> Mixi
         reason=shown.reason,
         explanation=shown.explain(),
     )
+
+
+def _observe(setting: Setting) -> AbstractContextManager[MixingObserver] | None:
+    subject = setting.subject
+    model = subject.wrapped if setting.spec.flat_parameters else subject.inner
+    return None if setting.group is None else observe_mixing(model, setting.optimizer, setting.steps)
+
+
+def _merge(ranks: Sequence[Sequence[RankSketches] | None], num_steps: int) -> MixingEvidence | None:
+    records = [records for records in ranks if records is not None]
+    return judge_steps(records, num_steps) if len(records) == len(ranks) else None
+
+
+PROBE = Probe(name="mixing", observe=_observe, merge=_merge)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddpcall import torch_internals as internals
 from ddpcall.evidence import ModesEvidence
-from ddpcall.probes.kept import Kept
+from ddpcall.probes.probe import Observer, Probe, Setting
 from ddpcall.replicas import gather_over_ranks
 from ddpcall.shards import local_part
 from ddpcall.taps import wrap_method
@@ -21,9 +21,17 @@ from ddpcall.wrappers import Subject
 _LAYERS = (nn.Linear, internals.CONV_ND.get(nn.Conv2d))  # what autocast runs in lower precision
 # What a position of a dropout's input came to. Where the input was zero, the output does not tell.
 ZERO_BEFORE, DROPPED, KEPT = 0, 1, 2
+BY_STEP = (
+    "dropout_kept",
+    "masks_identical",
+    "statistics_difference",
+    "batches_tracked",
+    "running_mean_norm",
+    "running_var_norm",
+)
 
 
-class ModesObserver(Kept):
+class ModesObserver(Observer):
     """Notes each step on its own rank; compares the ranks at the end."""
 
     kept = (
@@ -31,9 +39,10 @@ class ModesObserver(Kept):
         "_result_dtype",
     )  # fmt: skip
 
-    def __init__(self, subject: Subject, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, subject: Subject, group: dist.ProcessGroup | None, example: Tensor | None) -> None:
         self._subject = subject
         self._group = group
+        self._example = example
         self._masks_of_step: list[Tensor] = []
         self._masks: list[Tensor] = []
         self._kept: list[float | None] = []
@@ -59,8 +68,8 @@ class ModesObserver(Kept):
         """Note the dtype of what the call path handed to the loss."""
         self._result_dtype = _name(outputs.dtype)
 
-    def end_step(self) -> None:
-        """Close the step: call it after the optimizer stepped."""
+    def end_step(self, step: int) -> None:
+        """Close the step."""
         modules = list(self._subject.inner.modules())
         self._flags.append(torch.tensor([module.training for module in modules], dtype=torch.uint8))
         codes = torch.cat(self._masks_of_step) if self._masks_of_step else torch.zeros(0, dtype=torch.uint8)
@@ -110,8 +119,9 @@ class ModesObserver(Kept):
             return None
         return _largest_difference(gather_over_ranks(outputs, self._group))
 
-    def evidence(self, evaluation: tuple[float | None, float | None] = (None, None)) -> ModesEvidence:
-        """Compare the ranks. A collective: every rank must call it."""
+    def evidence(self) -> ModesEvidence:
+        """Compare the ranks, and last their outputs by the live model. A collective: every rank must call it."""
+        inner, wrapped = (None, None) if self._example is None else self.evaluate(self._example)
         flags = gather_over_ranks(torch.stack(self._flags), self._group)
         differing = (flags != flags[0]).any(dim=0).any(dim=0).tolist()
         names = [name or "(root)" for name, _ in self._subject.inner.named_modules()]
@@ -127,9 +137,14 @@ class ModesObserver(Kept):
             running_var_norm=tuple(self._var_norms),
             compute_dtypes=tuple(sorted(self._dtypes)),
             result_dtype=self._result_dtype,
-            evaluation_inner=evaluation[0],
-            evaluation_wrapped=evaluation[1],
+            evaluation_inner=inner,
+            evaluation_wrapped=wrapped,
         )
+
+    def columns(self, evidence: ModesEvidence) -> dict[str, Sequence[float | None]]:
+        """Return what was compared by step, and this rank's modules in train mode, the same in every step."""
+        columns: dict[str, Sequence[float | None]] = {name: getattr(evidence, name) for name in BY_STEP}
+        return columns | {"training_modules": [int(self._flags[-1].sum())] * len(self._flags)}
 
     def _compare_masks(self, codes: Tensor) -> bool | None:
         sizes = gather_over_ranks(torch.tensor([codes.numel()]), self._group)
@@ -167,12 +182,15 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def observe_modes(subject: Subject, group: dist.ProcessGroup | None) -> Generator[ModesObserver]:
+def observe_modes(
+    subject: Subject, group: dist.ProcessGroup | None, example: Tensor | None = None
+) -> Generator[ModesObserver]:
     """Watch training flags, dropout, batch norm's running statistics and the precision of layers.
 
     Args:
         subject: The wrapped model, not compiled: the taps sit on the forwards of its leaves.
         group: A gloo process group of the probe's own; None for a world of one rank.
+        example: Inputs for the comparison of outputs in eval mode, the same on every rank; None: none is made.
 
     Yields:
         The observer.
@@ -182,7 +200,7 @@ def observe_modes(subject: Subject, group: dist.ProcessGroup | None) -> Generato
 
     Source: `torch/nn/modules/dropout.py`, `torch/nn/modules/batchnorm.py`; both read `self.training` in forward.
     """
-    observer = ModesObserver(subject, group)
+    observer = ModesObserver(subject, group, example)
     with ExitStack() as stack:
         for module in subject.inner.modules():
             if isinstance(module, internals.DROPOUT_ND.get()):
@@ -215,3 +233,11 @@ def _noting_layer(observer: ModesObserver) -> Callable[[Callable[..., Any]], Cal
         return forward
 
     return wrapping
+
+
+def _observe(setting: Setting) -> AbstractContextManager[ModesObserver] | None:
+    # Compiled layers would be compiled again for the taps.
+    return None if setting.spec.compiles else observe_modes(setting.subject, setting.group, setting.example)
+
+
+PROBE = Probe(name="modes", observe=_observe)

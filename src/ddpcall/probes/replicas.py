@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpcall.evidence import ReplicaEvidence
-from ddpcall.probes.kept import Kept
+from ddpcall.probes.probe import Observer, Probe, Setting
 from ddpcall.replicas import differs_between_ranks, digest_state, digest_tensors, gather_over_ranks
 from ddpcall.shards import local_part
 from ddpcall.taps import is_lazy
@@ -20,7 +20,7 @@ from ddpcall.taps import is_lazy
 BUFFER_BYTES = 32 * 2**20
 
 
-class ReplicasObserver(Kept):
+class ReplicasObserver(Observer):
     """Keeps one digest per parameter, buffer and step; compares them all at the end, in one collective."""
 
     kept = ("_of_parameters", "_of_buffers", "_distances", "initial_digest")
@@ -40,8 +40,8 @@ class ReplicasObserver(Kept):
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.initial_digest = digest_state({name: local_part(tensor) for name, tensor in state.items()})
 
-    def end_step(self) -> None:
-        """Take the digests; call it after the optimizer stepped."""
+    def end_step(self, step: int) -> None:
+        """Take the digests."""
         self._of_parameters.append(digest_tensors(local_part(tensor) for tensor in self._replicated.values()))
         self._of_buffers.append(digest_tensors(self._model.buffers()))
         if self._tells_distance and not any(is_lazy(parameter) for parameter in self._trained):
@@ -93,6 +93,10 @@ class ReplicasObserver(Kept):
             initial_digest=self.initial_digest,
         )
 
+    def columns(self, evidence: ReplicaEvidence) -> dict[str, Sequence[float | None]]:
+        """Return the distances. A collective: every rank must call it."""
+        return {"distance_to_rank0": self.distances()}
+
     def _compare(self, steps: list[Tensor], names: list[str]) -> tuple[int | None, tuple[str, ...]]:
         if not steps or not names:
             return None, ()
@@ -129,3 +133,10 @@ def observe_replicas(
     Blind to: differences that came and went between two optimizer steps; state outside parameters and buffers.
     """
     yield ReplicasObserver(model, group, frozenset(sharded))
+
+
+def _observe(setting: Setting) -> AbstractContextManager[ReplicasObserver]:
+    return observe_replicas(setting.subject.inner, setting.group, setting.sharded)
+
+
+PROBE = Probe(name="replicas", observe=_observe)

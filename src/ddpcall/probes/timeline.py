@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +17,12 @@ from ddpcall.probes.collectives import TimedCollective, time_collectives
 from ddpcall.probes.compiled import CompiledObserver
 from ddpcall.probes.gradients import GradientsObserver
 from ddpcall.probes.hooks import HooksObserver, list_roles, place_of
+from ddpcall.probes.probe import Observer, Probe, Setting
 from ddpcall.probes.reducer import ReducerObserver
 from ddpcall.taps import HOOK_DICTS, Span, SpanLog, SpanPlace, count_forwards, name_hooks, time_hooks
 from ddpcall.wrappers import Subject, find_reducers, replicate_state
 
+WARM_UP_STEPS = 2  # before the step whose timeline is kept: they build buckets, compile and allocate
 REDUCTIONS = frozenset({"all_reduce", "allreduce", "reduce", "reduce_scatter", internals.REDUCE_SCATTER_BASE.name})
 
 
@@ -46,8 +49,10 @@ class _Watched:
         return replace(self.place, name=f"{kind} of {self.place.name}", detail=None)
 
 
-class TimelineObserver:
+class TimelineObserver(Observer):
     """Records the steps up to the measured one, and keeps the last of them."""
+
+    outlives_failure = True
 
     def __init__(self, subject: Subject, counters: Counters, log: SpanLog, measured_step: int) -> None:
         self._subject = subject
@@ -62,11 +67,26 @@ class TimelineObserver:
         self._began_ns = self._epoch_ns = 0
         self.latest: StepTimeline | None = None
 
-    def span(self, kind: str, name: str) -> AbstractContextManager[None]:
-        """Return a context that times a part of the script's step, while a step is being recorded."""
-        return self._log.span(kind, name) if self._log.recording else nullcontext()
+    def evidence(self) -> StepTimeline | None:
+        """Return the last step that was recorded."""
+        return self.latest
 
-    def step(self, step: int) -> AbstractContextManager[None]:
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was recorded."""
+        return {"latest": None if self.latest is None else asdict(self.latest)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what another process recorded."""
+        if (packed := state["latest"]) is not None:
+            events = tuple(TimelineEvent(**event) for event in packed["events"])
+            hooks = tuple(HooksOfStep(**each) for each in packed["hooks"])
+            self.latest = StepTimeline(**{**packed, "events": events, "hooks": hooks})
+
+    def span(self, kind: str) -> AbstractContextManager[None]:
+        """Return a context that times a part of the script's step, while a step is being recorded."""
+        return self._log.span(kind, kind) if self._log.recording else nullcontext()
+
+    def time_step(self, step: int) -> AbstractContextManager[None]:
         """Return the context of one step: it records up to the measured step, and does nothing after it."""
         return self._observe(step) if step <= self._measured_step else nullcontext()
 
@@ -213,7 +233,7 @@ def observe_timeline(
         measured_step: The step to keep, from 0.
 
     Yields:
-        The observer; put `step(index)` around every step, and `span(…)` around the script's parts of it.
+        The observer; put `time_step(index)` around every step, and `span(…)` around the script's parts of it.
 
     Blind to: modules and hooks inside compiled code, which is one span for each graph; scripted and exported
     code below its root; modules between the wrapped and the inner one; global hooks; kernels that still run on
@@ -229,3 +249,14 @@ def observe_timeline(
             place, unread = place_of(subject.wrapped, ("wrapped",), "", log), torch.zeros(())
             stack.callback(count_forwards(subject.wrapped, unread, unread, place))
         yield observer
+
+
+def _observe(setting: Setting) -> AbstractContextManager[TimelineObserver]:
+    others: dict[str, Any] = setting.observers
+    counters = Counters(others["hooks"], others["gradients"], others["compiled"], others.get("reducer"))
+    observed = min(setting.steps, counters.hooks.leave_after or setting.steps)
+    measured = min(WARM_UP_STEPS, observed - 1)
+    return observe_timeline(setting.subject, counters, log=setting.log, measured_step=measured)
+
+
+PROBE = Probe(name="timeline", observe=_observe)

@@ -29,7 +29,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 _LABEL_WIDTH = 0.3  # of the axis of accuracies
 _KINDS = {"pre_hook", "forward", "hook", "backward", "bucket", "collective", "optimizer"}
 _SEVERITY_TONES = {Severity.ERROR: "lost", Severity.WARNING: "part", Severity.NOTE: "other"}
-_TITLES = {name: spec.title for name, spec in VERDICTS.items()} | {
+_SECTION_TITLES = {
     "failure": "What was raised",
     "consequence": "What the models are worth",
     "evidence": "Evidence",
@@ -83,7 +83,7 @@ def collect_evidence(table: TruthTable) -> Markup:
     for row in table.rows:
         tones = {cell.name: cell.tone for cell in row.cells}
         keys = [
-            (s.name, _TITLES[s.name], s.word, tones.get(s.name, "none"), s.expected, s.facts) for s in row.evidence
+            (s.name, _title(s.name), s.word, tones.get(s.name, "none"), s.expected, s.facts) for s in row.evidence
         ]
         rows.append(
             {
@@ -93,6 +93,10 @@ def collect_evidence(table: TruthTable) -> Markup:
             }
         )
     return embed_json({"rows": rows, "sections": list(numbers)})
+
+
+def _title(section: str) -> str:
+    return VERDICTS[section].title if section in VERDICTS else _SECTION_TITLES[section]
 
 
 def list_sections(run: RunView) -> list[tuple[str, str]]:
@@ -180,7 +184,7 @@ def describe_lane(lane: Lane) -> str:
 
 def describe_overview(cell: OverviewCell) -> str:
     """Return what the overview shows of a trial, in words."""
-    hooks = ", ".join(f"{_TITLES[hook.name]} {hook.word}" for hook in cell.hooks)
+    hooks = ", ".join(f"{VERDICTS[hook.name].title} {hook.word}" for hook in cell.hooks)
     return f"gradients {cell.gradients.word}, {hooks}"
 
 
