@@ -80,7 +80,7 @@ class TimelineObserver(Observer):
         if (packed := state["latest"]) is not None:
             events = tuple(TimelineEvent(**event) for event in packed["events"])
             hooks = tuple(HooksOfStep(**each) for each in packed["hooks"])
-            self.latest = StepTimeline(**{**packed, "events": events, "hooks": hooks})
+            self.latest = StepTimeline(**dict[str, Any](packed, events=events, hooks=hooks))
 
     def span(self, kind: str) -> AbstractContextManager[None]:
         """Return a context that times a part of the script's step, while a step is being recorded."""
