@@ -221,10 +221,10 @@ def test_a_step_that_raises_shows_how_far_it_came(no_group):
     assert (timeline.step, timeline.raised) == (0, True)
     assert [(event.kind, event.name, event.detail) for event in timeline.events] == [
         (FORWARD, "FSDPTiny", "raised RuntimeError"),
-        (PRE, "forward_pre of flatten", "witness"),
+        (PRE, "forward_pre of flatten", "count"),
         (FORWARD, "flatten", "Flatten"),
-        (AFTER, "forward of flatten", "witness"),
-        (PRE, "forward_pre of head", "witness"),
+        (AFTER, "forward of flatten", "count"),
+        (PRE, "forward_pre of head", "count"),
         (FORWARD, "head", "Linear, raised RuntimeError"),
     ]
     (gone,) = judge_skipped(timeline)
