@@ -401,8 +401,9 @@ class ReducerState:
 
     def is_armed_for(self, key: int) -> bool:
         """Say whether a gradient that arrives is averaged, of a parameter by id."""
-        shared = any(other.armed and key in other.names for other in self.sharing)
-        return (self.armed and not self.is_presumed) or shared
+        if self.armed and not self.is_presumed:
+            return True
+        return bool(self.sharing) and any(other.armed and key in other.names for other in self.sharing)
 
     def reduces(self, key: int) -> bool:
         """Say whether a gradient that is being computed will arrive, and be averaged."""
