@@ -72,7 +72,7 @@ def make_evidence(cell: Cell, environment: Environment = ENVIRONMENT, crash: str
 
 
 def make_consequence(synced: bool, num_ranks: int = NUM_RANKS) -> Consequence:
-    """Return what the models are worth: equal ranks, or ranks that parted."""
+    """Return how good the models are: equal ranks, or ranks that parted."""
     pairs = num_ranks // 2
     return Consequence(
         test_loss=(0.3, 0.3) * pairs if synced else (0.4, 0.7) * pairs,

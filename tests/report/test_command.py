@@ -43,7 +43,7 @@ def test_several_runs_go_into_one_page_in_the_working_directory(tmp_path, capsys
     assert "What differs</h2>" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("form", "begins"), [("md", "## forward"), ("json", '{\n  "schema": 1')])
+@pytest.mark.parametrize(("form", "begins"), [("md", "## forward"), ("json", '{\n  "schema": 2')])
 def test_text_formats_go_to_standard_output_unless_a_file_is_named(tmp_path, capsys, form, begins):
     run = make_run(tmp_path / "run")
     code, out, _ = make(capsys, run, form=form)

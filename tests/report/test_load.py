@@ -118,7 +118,7 @@ def test_an_older_directory_without_timeline_and_distances_is_shown_without_prob
     view = build_view([record]).runs[0]
     assert record.problems == ()
     assert (view.distance, view.accuracy, view.timelines) == (None, (), None)
-    assert [worth.accuracy for worth in view.worth] == [(0.9, 0.9), (0.8, 0.7)]
+    assert [models.accuracy for models in view.final_models] == [(0.9, 0.9), (0.8, 0.7)]
 
 
 def test_fields_of_a_newer_version_are_left_out_and_the_schema_is_said(tmp_path):

@@ -230,7 +230,7 @@ def test_the_command_repeats_the_run_on_as_many_ranks(tmp_path):
 def test_the_json_is_versioned_and_has_the_whole_view(tmp_path):
     view = build_view([load(make_run(tmp_path / "run"))])
     written = json.loads(to_json(view))
-    assert written["schema"] == 1
+    assert written["schema"] == 2
     assert written["runs"][0]["answer"] == view.runs[0].answer
     assert len(written["runs"][0]["table"]["rows"]) == len(PATHS)
 

@@ -1,4 +1,4 @@
-"""What a model is worth: loss and accuracy on the test set, by a copy of its own."""
+"""How good a model is: loss and accuracy on the test set, by a copy of its own."""
 
 from __future__ import annotations
 

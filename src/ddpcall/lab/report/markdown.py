@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 
 from ddpcall.lab.report.compare import Comparison
+from ddpcall.lab.report.final_models import FinalModels
 from ddpcall.lab.report.mixing import MixingPicture
 from ddpcall.lab.report.truth import TruthTable, VerdictCell
 from ddpcall.lab.report.view import ComparisonRow, ReportView, RunView
 from ddpcall.lab.report.watched import FindingView, WatchView
 from ddpcall.lab.report.words import format_number, format_share, plural
-from ddpcall.lab.report.worth import Worth
 
 _ALARMING = {"lost", "crash", "part"}
 
@@ -82,7 +82,7 @@ def _run(run: RunView) -> str:
     parts += [_comparisons(run.comparisons)] if run.comparisons else []
     parts += [write_truth(run.table)] if run.table else []
     parts += ["\n\n".join(_mixing(picture) for picture in run.mixing.pictures)] if run.mixing else []
-    parts += [_worths(run.worth)] if run.worth else []
+    parts += [_final_models(run.final_models)] if run.final_models else []
     facts = dict(run.environment)
     if facts:
         parts.append(
@@ -137,16 +137,18 @@ def _mixing(picture: MixingPicture) -> str:
     return f"{title}\n\n{write_table(['uses of', *(f'rank {name}' for name in picture.columns)], rows)}"
 
 
-def _worths(worths: Sequence[Worth]) -> str:
+def _final_models(all_models: Sequence[FinalModels]) -> str:
     rows = []
-    for worth in worths:
-        values = [format_share(a) for a in worth.accuracy] if worth.accuracy else map(format_number, worth.loss)
-        distance = " ".join(map(format_number, worth.distance)) if worth.distance else "–"
+    for models in all_models:
+        values = [format_share(a) for a in models.accuracy] if models.accuracy else map(format_number, models.loss)
+        distance = " ".join(map(format_number, models.distance)) if models.distance else "–"
         rows.append(
-            [_text(worth.name), _text(worth.gradients), " ".join(values), distance, format_number(worth.spread)]
+            [_text(models.name), _text(models.gradients), " ".join(values), distance, format_number(models.spread)]
         )
-    quality = "test accuracy by rank" if worths[0].accuracy else "test loss by rank"
-    return write_table(["ways that ended alike", "gradients", quality, "from the synchronized run", "apart"], rows)
+    quality = "test accuracy by rank" if all_models[0].accuracy else "test loss by rank"
+    return write_table(
+        ["trials that ended alike", "gradients", quality, "from the synchronized run", "apart"], rows
+    )
 
 
 def _watch(watch: WatchView) -> str:

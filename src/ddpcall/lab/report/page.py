@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup, escape
 
 from ddpcall.findings import Severity
+from ddpcall.lab.report.final_models import FinalModels
 from ddpcall.lab.report.mixing import MixingPicture
 from ddpcall.lab.report.modes import MaskStrip
 from ddpcall.lab.report.series import Line, Plot
@@ -21,7 +22,6 @@ from ddpcall.lab.report.timeline import Lane, Span
 from ddpcall.lab.report.truth import OverviewCell, TruthTable, VerdictCell
 from ddpcall.lab.report.view import ReportView, RunView
 from ddpcall.lab.report.words import MOST_RANKS_NAMED, format_number, format_share, list_by_rank, plural
-from ddpcall.lab.report.worth import Worth
 from ddpcall.lab.run_directory import json_safe
 from ddpcall.verdicts import VERDICTS, find_tone
 
@@ -31,7 +31,7 @@ _KINDS = {"pre_hook", "forward", "hook", "backward", "bucket", "collective", "op
 _SEVERITY_TONES = {Severity.ERROR: "lost", Severity.WARNING: "part", Severity.NOTE: "other"}
 _SECTION_TITLES = {
     "failure": "What was raised",
-    "consequence": "What the models are worth",
+    "consequence": "How good the models are",
     "evidence": "Evidence",
 }
 
@@ -106,7 +106,7 @@ def list_sections(run: RunView) -> list[tuple[str, str]]:
         ("comparisons", "One process"): run.comparisons,
         ("table", "Truth table"): run.table,
         ("mixing", "Who learns from whom"): run.mixing,
-        ("worth", "What it costs"): run.worth,
+        ("models", "What it costs"): run.final_models,
         ("parting", "Replicas part"): run.distance or run.accuracy,
         ("timeline", "One step"): run.timelines,
         ("modes", "Batch norm and dropout"): run.modes,
@@ -193,11 +193,11 @@ def mark_hook(hook: VerdictCell) -> str:
     return {"fired": "on", "skipped": "off"}.get(hook.word, "nothing")
 
 
-def place_dots(worth: Worth) -> list[tuple[float, str]]:
+def place_dots(models: FinalModels) -> list[tuple[float, str]]:
     """Return position in percent and label of each different accuracy; of many ranks, near ones share a label."""
     ranks: dict[float, list[int]] = {}
-    is_crowded = len(worth.accuracy or ()) > MOST_RANKS_NAMED
-    for rank, accuracy in sorted(enumerate(worth.accuracy or ()), key=lambda each: each[1]):
+    is_crowded = len(models.accuracy or ()) > MOST_RANKS_NAMED
+    for rank, accuracy in sorted(enumerate(models.accuracy or ()), key=lambda each: each[1]):
         near = next(
             (other for other in reversed(ranks) if is_crowded and accuracy - other < _LABEL_WIDTH), accuracy
         )
@@ -211,16 +211,16 @@ def _name_ranks(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks)) if len(ranks) <= MOST_RANKS_NAMED else f"{len(ranks)} ranks"
 
 
-def write_quality(worth: Worth) -> str:
+def write_quality(models: FinalModels) -> str:
     """Return accuracy, or else loss, by rank."""
-    if worth.accuracy:
-        return list_by_rank(worth.accuracy, format_share)
-    return list_by_rank(worth.loss, format_number)
+    if models.accuracy:
+        return list_by_rank(models.accuracy, format_share)
+    return list_by_rank(models.loss, format_number)
 
 
-def write_distances(worth: Worth) -> str:
+def write_distances(models: FinalModels) -> str:
     """Return the distance from the synchronized run by rank."""
-    return list_by_rank(worth.distance, format_number) if worth.distance else "–"
+    return list_by_rank(models.distance, format_number) if models.distance else "–"
 
 
 CELL, GAP, HEAD = 52, 12, 56  # `60–63` and `0.062` fit: of a mixing matrix, in pixels
@@ -273,8 +273,8 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "number": format_number,
     "plural": plural,
     "evidence_data": collect_evidence,
-    "gradients_cell": lambda worth: VerdictCell(
-        "gradients", worth.gradients, find_tone("gradients", worth.gradients), ""
+    "gradients_cell": lambda models: VerdictCell(
+        "gradients", models.gradients, find_tone("gradients", models.gradients), ""
     ),
     "known_kind": lambda kind: kind if kind in _KINDS else "unknown",
     "known_severity": lambda severity: severity if severity in list(Severity) else "note",

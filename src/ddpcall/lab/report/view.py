@@ -9,6 +9,7 @@ import ddpcall
 from ddpcall.lab.records import ComparisonRecord, RunRecord
 from ddpcall.lab.report.answer import answer, status
 from ddpcall.lab.report.compare import Comparison, compare_runs, name_runs
+from ddpcall.lab.report.final_models import FinalModels, collect_final_models
 from ddpcall.lab.report.load_watch import WatchRecord
 from ddpcall.lab.report.mixing import MixingPictures, build_pictures
 from ddpcall.lab.report.modes import Modes, build_modes
@@ -24,9 +25,8 @@ from ddpcall.lab.report.truth import (
     judge_comparison,
 )
 from ddpcall.lab.report.watched import WatchView, view_watch
-from ddpcall.lab.report.worth import Worth, collect_worth
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class RunView:
         comparisons: With one process, those first that are not as expected.
         table: The truth table; None where nothing was measured.
         mixing: Who learned from whom; None where it was not measured.
-        worth: What the trained models are worth.
+        final_models: How good the trained models are.
         distance: Parameter distance between ranks by step; None where it was not measured.
         accuracy: Accuracy of each rank's model by step, one plot for each different picture.
         timelines: The measured steps.
@@ -92,7 +92,7 @@ class RunView:
     comparisons: tuple[ComparisonRow, ...]
     table: TruthTable | None
     mixing: MixingPictures | None
-    worth: tuple[Worth, ...]
+    final_models: tuple[FinalModels, ...]
     distance: Plot | None
     accuracy: tuple[Plot, ...]
     timelines: Timelines | None
@@ -157,7 +157,7 @@ def view_run(run: RunRecord, name: str) -> RunView:
         comparisons=tuple(ComparisonRow.of(one) for one in sorted(run.comparisons, key=lambda one: one.is_met)),
         table=build_table(run.trials) if run.trials else None,
         mixing=build_pictures(run.trials),
-        worth=collect_worth(run),
+        final_models=collect_final_models(run),
         distance=plot_columns(
             run, "distance_to_rank0", "Distance of the farthest rank's parameters from rank 0's"
         ),

@@ -1,4 +1,4 @@
-"""What the trained models are worth at the end: accuracy of each rank's, and how far apart they lie."""
+"""How good the trained models are at the end: accuracy of each rank's, and how far apart they lie."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ddpcall.lab.report.words import label_cell, label_group, varying_axes
 
 
 @dataclass(frozen=True)
-class Worth:
+class FinalModels:
     """Trials that ended exactly alike.
 
     Attributes:
@@ -32,7 +32,7 @@ class Worth:
     spread: float
 
 
-def collect_worth(run: RunRecord) -> tuple[Worth, ...]:
+def collect_final_models(run: RunRecord) -> tuple[FinalModels, ...]:
     """Group the trials by their consequence, in order of first appearance."""
     groups: dict[tuple[str, Consequence], list[Cell]] = {}
     for trial in run.trials:
@@ -42,7 +42,7 @@ def collect_worth(run: RunRecord) -> tuple[Worth, ...]:
     cells = [trial.cell for trial in run.trials]
     axes = varying_axes(cells) if cells else []
     return tuple(
-        Worth(
+        FinalModels(
             label_group(group, cells),
             tuple(label_cell(cell, axes) for cell in group),
             word,
