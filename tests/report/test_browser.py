@@ -212,7 +212,7 @@ def test_a_click_opens_the_evidence_of_that_cell(browser, pages):
     assert cell.text.startswith("local")
     cell.click()
     assert browser.is_open
-    assert browser.find("#evidence h2")[0].text == "inner_call"
+    assert browser.find("#evidence h2")[0].text == "ddp × inner_call"
     asked = browser.find("#evidence .asked")
     assert [part.find_element(By.TAG_NAME, "h3").text for part in asked] == ["gradients\nlocal\nexpected: synced"]
     assert "0.5 (largest gradient 1)" in asked[0].text
@@ -229,7 +229,7 @@ def test_the_keyboard_reaches_every_cell_opens_and_closes(browser, pages):
     assert browser.focused == "skipped"
     browser.press(Keys.ENTER)
     assert browser.is_open
-    assert browser.find("#evidence h2")[0].text == "inner_call"
+    assert browser.find("#evidence h2")[0].text == "ddp × inner_call"
     assert browser.find("#evidence .asked h3")[0].text == "hooks on wrapped\nskipped"
     browser.press(Keys.ESCAPE)
     assert not browser.is_open
@@ -334,7 +334,7 @@ def test_the_overview_and_the_failed_expectations_open_evidence_too(browser, pag
     assert browser.find("#evidence h2")[0].text == "replicate × inner_call"
     browser.open(pages["run"])
     browser.find(".failed button")[0].click()
-    assert browser.find("#evidence h2")[0].text == "inner_call"
+    assert browser.find("#evidence h2")[0].text == "ddp × inner_call"
 
 
 def test_each_run_of_a_pair_opens_its_own_evidence(browser, pages):

@@ -1,5 +1,6 @@
 """The optimizer is made of the model, and then a copy of the model is wrapped and trained.
 
+Source: the order of lines in many "loss does not decrease" threads: optimizer first, then `copy.deepcopy` and DDP.
 Harm: the optimizer holds none of the wrapped model's parameters: the loss of a fixed batch never changes.
 """
 
