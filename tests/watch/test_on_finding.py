@@ -329,6 +329,7 @@ def test_the_next_watch_on_the_same_file_may_begin_before_another_rank_has_left_
         monkeypatch.setenv(name, str(value))
         monkeypatch.setenv(f"LOCAL_{name}", str(value))
     monkeypatch.setenv("DDPCALL_LAUNCH", file.parent.name)
+    monkeypatch.setattr("ddpcall.watch.compare.exchange.WAIT_S", 1.5)  # for a rank that is in its next watch
     training = Training(rank)
     first = ddpcall.watch(training.ddp, on_finding="record", json=file)
     training.run(training.ddp.module)
