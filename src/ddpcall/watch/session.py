@@ -44,7 +44,6 @@ class Session:
     """
 
     _running: Session | None = None
-    _has_begun = False
     _follows_forks = False
 
     def __init__(self, options: Options, launch: Launch | None = None) -> None:
@@ -68,9 +67,6 @@ class Session:
         paths = dict.fromkeys(path.absolute() for path in (options.json or self.launch.file, self.launch.file))
         self._files = [FindingsFile(path, self.launch.run) for path in paths]
         self._writable = list(self._files)
-        # What an earlier watch of this process has left where this one writes only in need.
-        self._left = [file.read() if Session._has_begun else Contents() for file in self._files[1:]]
-        Session._has_begun = True
         self.findings_file = self._files[0]
         self.is_alone = False
         self._has_left = False
@@ -215,9 +211,9 @@ class Session:
         """Return what the ranks of this host and processes they spawned have found and watched so far, merged."""
         if self._collected is not None:
             return self._collected
-        contents = self.findings_file.read()
-        for file, left in zip(self._files[1:], self._left, strict=True):
-            contents.update(file.read().since(left))
+        contents = Contents()
+        for file in self._files:
+            contents.update(file.read())
         contents.update(Contents({self.launch.writer: self.findings}, {self.launch.writer: self.watched}))
         if self.launch.spans_hosts:  # other hosts may go on still, and say themselves what they watched
             here = self.launch.on_host | {self.launch.writer}

@@ -90,18 +90,6 @@ class Contents:
         self.findings.update(other.findings)
         self.watched.update(other.watched)
 
-    def since(self, earlier: Contents) -> Contents:
-        """Return what was said since: all of the writers that said something else before, or nothing."""
-        same = {
-            writer
-            for writer, found in self.findings.items()
-            if found == earlier.findings.get(writer) and self.watched.get(writer) == earlier.watched.get(writer)
-        }
-        return Contents(
-            {writer: each for writer, each in self.findings.items() if writer not in same},
-            {writer: each for writer, each in self.watched.items() if writer not in same},
-        )
-
     def merged(self) -> tuple[list[Finding], Watched]:
         """Return what all of them have found and watched."""
         findings = merge_findings(finding for found in self.findings.values() for finding in found)
