@@ -315,6 +315,10 @@ def test_one_watch_after_the_other_starts_anew_on_the_same_model(rank):
                 ddpcall.watch()
             training.run(training.ddp.module)
         assert [(finding.code, finding.count) for finding in session.findings] == [("DC101", 2)]
+    rank.barrier()
+    file = session.launch.file
+    # A watch that was refused counts as none: the files of the others are cleared up.
+    assert list(file.parent.glob(f"*{file.name}*")) == []
 
 
 @pytest.mark.ranks(2)

@@ -79,7 +79,10 @@ class Session:
             OSError: A file cannot be written.
             ValueError: A file is something that must not be replaced.
             BusyError: Another watch that is still running writes to the same file.
+            RuntimeError: Another watch is running in this process.
         """
+        if Session._running is not None:
+            raise RuntimeError("Another ddpcall watch is running in this process; leave it before starting one.")
         for path, option in ((self.options.json, "--json"), (self.options.sarif, "--sarif")):
             if path is not None:
                 check_output(path, option)
@@ -94,11 +97,8 @@ class Session:
 
         Raises:
             ImportError: torch is missing or too old.
-            RuntimeError: Another watch is running in this process.
         """
         require_torch()
-        if Session._running is not None:
-            raise RuntimeError("Another ddpcall watch is running in this process; leave it before starting one.")
         from ddpcall.watch.attach import Attachment
 
         self._attachment = Attachment(
