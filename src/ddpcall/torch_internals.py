@@ -448,12 +448,6 @@ DISABLE_DYNAMO = Private(
     "dynamo is imported with the watch",
     WATCH_AND_LAB,
 )
-EVAL_FRAME_CALLBACK = Private(
-    "torch._C._dynamo.eval_frame.get_eval_frame_callback",
-    "to keep dynamo out at no cost where nothing is being compiled",
-    "each hook of the watch costs some microseconds more",
-    WATCH_AND_LAB,
-)
 SKIP_CODE = Private(
     "torch._dynamo.eval_frame.skip_code",
     "to keep dynamo out of a tapped forward",
@@ -583,7 +577,6 @@ SPAWN_WRAP = Private(
 
 graph_task: Callable[[], int] = CURRENT_GRAPH_TASK.get(lambda: -1)
 autograd_node: Callable[[], Any] = CURRENT_AUTOGRAD_NODE.get(lambda: None)
-dynamo_callback: Callable[[], Any] = EVAL_FRAME_CALLBACK.get(lambda: False)
 
 
 def is_ddp_running() -> bool:

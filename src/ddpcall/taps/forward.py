@@ -24,17 +24,10 @@ def outside_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
     more compiled frames than without it.
     """
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    disabled, callback = internals.disable_dynamo(run), internals.dynamo_callback
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # To take dynamo out of a call costs microseconds: only where it is in.
-        return function(*args, **kwargs) if callback() is None else disabled(*args, **kwargs)
-
-    _skip_in_dynamo(call.__code__)
-    return call
+    return internals.disable_dynamo(call)
 
 
 ForwardObserver = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
